@@ -1,0 +1,67 @@
+# `make` alone lists what there is. Everything runs in a virtual environment of its own, .venv.
+
+PYTHON      ?= python3
+TORCH       ?= torch==2.13.0
+TORCH_INDEX ?=
+
+VENV := .venv
+BIN  := $(VENV)/bin
+PIP  := $(BIN)/python -m pip --quiet --disable-pip-version-check
+DONE := $(VENV)/.done
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test lint format bench-targets clean
+
+help:
+	@echo 'make demo           train a small GPT, kill it, resume it, and show what its saves cost (2 minutes)'
+	@echo 'make test           run the tests'
+	@echo 'make lint           run ruff, mypy and import-linter'
+	@echo 'make format         let ruff format and fix what it can'
+	@echo 'make bench-targets  measure the figures that asyncckpt is to reach, and say which are met'
+	@echo 'make clean          remove the virtual environment and whatever was made'
+	@echo
+	@echo 'Each one makes $(VENV) and installs what it needs when that has changed. Variables:'
+	@echo '  PYTHON       the Python, 3.10 or newer, to make it with    now: $(PYTHON)'
+	@echo '  TORCH        the torch to install first                    now: $(TORCH)'
+	@echo '  TORCH_INDEX  where to take torch from                      now: $(or $(TORCH_INDEX),pip'\''s own index)'
+	@echo
+	@echo 'On Linux the torch of PyPI brings gigabytes of CUDA with it. Without a GPU, rather:'
+	@echo '  make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu'
+	@echo 'After changing TORCH or TORCH_INDEX: make clean.'
+
+demo: $(DONE)/demo
+	$(BIN)/python examples/demo.py
+
+test: $(DONE)/test
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(DONE)/demo $(DONE)/test $(DONE)/lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(DONE)/lint
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench-targets: $(DONE)/test
+	$(BIN)/python benchmarks/targets.py $(ARGS)
+
+clean:
+	rm -rf $(VENV) runs build dist *.egg-info .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	find asyncckpt benchmarks examples tests -name __pycache__ -prune -exec rm -rf {} +
+
+$(DONE)/torch:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "asyncckpt needs Python 3.10 or newer; name one: make PYTHON=python3.12 …")'
+	@echo 'Making $(VENV), installing $(TORCH) (once; minutes on a slow line)'
+	@$(PYTHON) -m venv --clear $(VENV)
+	@$(PIP) install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) '$(TORCH)'
+	@mkdir -p $(DONE) && touch $@
+
+# One stamp for each extra: the package in editable mode with that extra, anew when pyproject.toml changes.
+$(DONE)/%: pyproject.toml $(DONE)/torch
+	@echo 'Installing asyncckpt[$*] into $(VENV)'
+	@$(PIP) install --editable '.[$*]'
+	@touch $@

@@ -1,0 +1,54 @@
+"""Save PyTorch checkpoints in the background: training stops only while tensors are copied to host memory."""
+
+from __future__ import annotations
+
+import logging
+
+from asyncckpt._version import __version__
+from asyncckpt.checkpointer import Checkpointer
+from asyncckpt.engine import set_memory_limit
+from asyncckpt.errors import (
+    AsyncCkptError,
+    BusyError,
+    CheckpointExistsError,
+    CheckpointNotFoundError,
+    CorruptCheckpointError,
+    SaveError,
+    SaveSkipped,
+    StateMismatchError,
+    StoreError,
+    UnpicklableStateError,
+)
+from asyncckpt.functions import load, save, wait
+from asyncckpt.retention import BestK, EveryN, KeepAll, LastN, Policy
+from asyncckpt.save import Save
+from asyncckpt.types import Checkpoint, SaveStats
+
+__all__ = [
+    "AsyncCkptError",
+    "BestK",
+    "BusyError",
+    "Checkpoint",
+    "CheckpointExistsError",
+    "CheckpointNotFoundError",
+    "Checkpointer",
+    "CorruptCheckpointError",
+    "EveryN",
+    "KeepAll",
+    "LastN",
+    "Policy",
+    "Save",
+    "SaveError",
+    "SaveSkipped",
+    "SaveStats",
+    "StateMismatchError",
+    "StoreError",
+    "UnpicklableStateError",
+    "__version__",
+    "load",
+    "save",
+    "set_memory_limit",
+    "wait",
+]
+
+logging.getLogger("asyncckpt").addHandler(logging.NullHandler())

@@ -1,0 +1,82 @@
+"""Which checkpoints a directory holds: its listing, and what each file says of itself."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+import anyio
+
+from asyncckpt.errors import CorruptCheckpointError
+from asyncckpt.layout.description import Description
+from asyncckpt.layout.zip_reader import read_description
+from asyncckpt.reader import answer
+from asyncckpt.types import Checkpoint
+
+if TYPE_CHECKING:
+    from asyncckpt.stores.base import Store, StoredFile
+
+logger = logging.getLogger("asyncckpt")
+
+# Descriptions are small reads: more of them at once than of bulk reads.
+_READERS = 8
+
+
+class Catalog:
+    """The committed checkpoints of a store.
+
+    There is no index that could disagree with the directory: each call lists it. A file is read (its end, in
+    two small reads at most) only when its version is new.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._known: dict[str, tuple[str, Checkpoint | None]] = {}
+
+    async def checkpoints(self) -> list[Checkpoint]:
+        """Return the checkpoints in order of commit. Files without our description are none."""
+        files = await self._store.list()
+        found = {file.name: self._known[file.name] for file in files if self._is_known(file)}
+        unread = iter([file for file in files if file.name not in found])
+
+        async def read() -> None:
+            for file in unread:
+                found[file.name] = (file.version, await self._describe(file))
+
+        async with anyio.create_task_group() as tasks:
+            for _ in range(_READERS):
+                tasks.start_soon(read)
+        self._known = found
+        listed = [checkpoint for _, checkpoint in found.values() if checkpoint is not None]
+        return sorted(listed, key=lambda c: (c.sequence, c.created, c.path))
+
+    def _is_known(self, file: StoredFile) -> bool:
+        known = self._known.get(file.name)
+        return known is not None and known[0] == file.version
+
+    async def _describe(self, file: StoredFile) -> Checkpoint | None:
+        try:
+            record = await answer(read_description(file.nbytes), self._store, file.name)
+            if record is None:
+                return None
+            description = Description.decode(record)
+        except FileNotFoundError:
+            return None
+        except CorruptCheckpointError as error:
+            logger.debug("%s is not listed: %s", self._store.path_of(file.name), error)
+            return None
+        if description.step is None:
+            return None
+        return checkpoint_of(self._store, file.name, description, file.nbytes)
+
+
+def checkpoint_of(store: Store, name: str, description: Description, nbytes: int) -> Checkpoint:
+    """Return the checkpoint that a file with this description is."""
+    return Checkpoint(
+        description.step,
+        store.path_of(name),
+        description.metrics,
+        nbytes,
+        description.created,
+        description.sequence,
+    )

@@ -1,0 +1,193 @@
+"""The one engine of a process: an event loop in a thread, the arena, and an ordered line of operations."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures.thread  # before _register_atexit: its workers must outlive our last saves
+import logging
+import os
+import threading
+import time
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from anyio.from_thread import start_blocking_portal
+
+from asyncckpt.snapshot.buffers import Arena
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Mapping
+    from contextlib import AbstractContextManager
+
+    from anyio.from_thread import BlockingPortal
+
+T = TypeVar("T")
+logger = logging.getLogger("asyncckpt")
+
+# Left to the rest of the job when no limit is set, as a share of the physical memory.
+_SHARE_OF_MEMORY = 0.75
+# Threads for aiofiles. They are made at once, since none can be made while the interpreter shuts down.
+_FILE_THREADS = 2
+
+
+@dataclass(slots=True, eq=False)
+class Operation:
+    """One entry of the line.
+
+    Attributes:
+        run: carries it out on the engine's event loop; deals with its own errors.
+        effects: path -> whether something is there once this has been carried out.
+    """
+
+    run: Callable[[], Awaitable[None]]
+    effects: Mapping[str, bool] = field(default_factory=dict)
+
+
+class Engine:
+    """Carries operations out one after another, in the order they were submitted, in the background."""
+
+    def __init__(self, memory_limit: int | None = None) -> None:
+        self.arena = Arena(memory_limit)
+        self._lock = threading.Lock()
+        self._idle = threading.Condition(self._lock)
+        self._line: deque[Operation] = deque()
+        self._current: Operation | None = None
+        self._working = False
+        self._portal: BlockingPortal | None = None
+        self._portal_context: AbstractContextManager[BlockingPortal] | None = None
+
+    def __repr__(self) -> str:
+        return f"<Engine depth={self.depth()} arena={self.arena!r}>"
+
+    def depth(self) -> int:
+        """Return how many operations are not yet carried out."""
+        with self._lock:
+            return len(self._line) + self._working
+
+    def submit(self, operation: Operation) -> None:
+        """Append `operation` to the line."""
+        portal = self._started()
+        with self._lock:
+            self._line.append(operation)
+            if self._working:
+                return
+            self._working = True
+        portal.start_task_soon(self._work)
+
+    def withdraw(self, operation: Operation) -> bool:
+        """Take `operation` out of the line; returns whether it had not begun."""
+        with self._lock:
+            if operation not in self._line:
+                return False
+            self._line.remove(operation)
+            return True
+
+    def pending(self, path: str) -> bool | None:
+        """Return whether `path` will exist after all that is in the line, or None if none of it tells."""
+        with self._lock:
+            operations = [*([self._current] if self._current else []), *self._line]
+        return next((op.effects[path] for op in reversed(operations) if path in op.effects), None)
+
+    def call(self, func: Callable[..., Awaitable[T]], *args: Any) -> T:
+        """Run an async function on the engine's loop, beside the line, and wait for its result."""
+        return self._started().call(func, *args)
+
+    def drain(self, timeout: float | None = None) -> bool:
+        """Wait until the line is empty; returns whether it is."""
+        with self._idle:
+            return self._idle.wait_for(lambda: not self._working, timeout)
+
+    def close(self) -> None:
+        """Finish what is in the line, and end the engine's threads."""
+        self.drain()
+        if self._portal_context is not None:
+            self._portal_context.__exit__(None, None, None)
+            self._portal = self._portal_context = None
+        self.arena.close()
+
+    async def _work(self) -> None:
+        while True:
+            with self._idle:
+                if not self._line:
+                    self._current, self._working = None, False
+                    self._idle.notify_all()
+                    return
+                operation = self._current = self._line.popleft()
+            try:
+                await operation.run()
+            except Exception:
+                logger.exception("an operation of asyncckpt failed and nobody was told")
+
+    def _started(self) -> BlockingPortal:
+        with self._lock:
+            if self._portal is None:
+                self._portal_context = start_blocking_portal()
+                self._portal = self._portal_context.__enter__()
+                self._portal.call(_set_file_threads)
+            return self._portal
+
+
+def get_engine() -> Engine:
+    """Return the engine of this process, made on first use and anew in a forked child."""
+    global _engine  # noqa: PLW0603 - one per process is the point
+    with _engine_lock:
+        if _engine is None:
+            _engine = Engine(_default_limit())
+        return _engine
+
+
+def current_engine() -> Engine | None:
+    """Return the engine of this process if one was made."""
+    return _engine
+
+
+def set_memory_limit(nbytes: int | None) -> None:
+    """Cap the host memory that all snapshots of this process take together.
+
+    The default is three quarters of the physical memory. A save that finds no room waits for an earlier one
+    to be written; one that is larger than the cap fails.
+
+    Args:
+        nbytes: the cap in bytes, or None for no cap.
+    """
+    if nbytes is not None and nbytes <= 0:
+        raise ValueError(f"the memory limit must be positive or None, not {nbytes}")
+    get_engine().arena.set_limit(nbytes)
+
+
+def _default_limit() -> int:
+    return int(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * _SHARE_OF_MEMORY)
+
+
+async def _set_file_threads() -> None:
+    executor = ThreadPoolExecutor(_FILE_THREADS, thread_name_prefix="asyncckpt-files")
+    together = threading.Barrier(_FILE_THREADS + 1)
+    for _ in range(_FILE_THREADS):
+        executor.submit(together.wait)
+    together.wait()
+    asyncio.get_running_loop().set_default_executor(executor)
+
+
+def _finish_at_exit() -> None:
+    if _engine is not None:
+        depth = _engine.depth()
+        began = time.monotonic()
+        _engine.close()
+        if depth:
+            logger.info("finished %d pending operations at exit in %.1f s", depth, time.monotonic() - began)
+
+
+def _forget_in_child() -> None:
+    global _engine, _engine_lock  # noqa: PLW0603
+    _engine_lock = threading.Lock()
+    parents, _engine = _engine, None
+    if parents is not None:
+        parents.arena.abandon()
+
+
+_engine: Engine | None = None
+_engine_lock = threading.Lock()
+threading._register_atexit(_finish_at_exit)  # type: ignore[attr-defined]
+os.register_at_fork(after_in_child=_forget_in_child)

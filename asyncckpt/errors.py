@@ -1,0 +1,43 @@
+"""What can go wrong, each error also being the built-in one that a caller would catch."""
+
+from __future__ import annotations
+
+
+class AsyncCkptError(Exception):
+    """Base of every error that asyncckpt raises itself."""
+
+
+class SaveError(AsyncCkptError):
+    """A save did not become a checkpoint; the cause is chained."""
+
+
+class SaveSkipped(SaveError):  # noqa: N818 - the contract's name: a decision, not a defect
+    """A save was not taken, or was replaced while it was queued, because the writer was busy."""
+
+
+class UnpicklableStateError(SaveError, TypeError):
+    """An entry of the state cannot be pickled; the message gives its path."""
+
+
+class CorruptCheckpointError(AsyncCkptError, ValueError):
+    """A file is not a whole checkpoint: a damaged record, a cut end, or another format."""
+
+
+class StateMismatchError(AsyncCkptError, ValueError):
+    """A checkpoint does not fit the live state; every misfit is listed and nothing was applied."""
+
+
+class CheckpointNotFoundError(AsyncCkptError, FileNotFoundError):
+    """No committed checkpoint answers to what was asked for."""
+
+
+class CheckpointExistsError(AsyncCkptError, FileExistsError):
+    """A checkpoint of another step already has this name."""
+
+
+class BusyError(AsyncCkptError, TimeoutError):
+    """Pending work did not end within the given time; it goes on."""
+
+
+class StoreError(AsyncCkptError, OSError):
+    """A store refused or failed an operation; the cause is chained."""

@@ -1,0 +1,70 @@
+"""torch.save and torch.load, in the background and in parallel."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import TYPE_CHECKING, Any
+
+from asyncckpt.engine import get_engine
+from asyncckpt.layout.description import Description
+from asyncckpt.restore import load_state, locate
+from asyncckpt.saver import Saver, Target
+from asyncckpt.stores import open_store
+
+if TYPE_CHECKING:
+    from asyncckpt.save import Save
+    from asyncckpt.unpickle import MapLocation
+
+# One being written and one being taken: two files saved one after the other do not wait for each other.
+_saver = Saver(max_in_flight=2)
+
+
+def save(state: Any, path: str | os.PathLike[str]) -> Save:
+    """Save `state` to a file in the background, as torch.save would; returns when the state may change.
+
+    The file appears under its name when it is complete and durable, and then replaces what was there. Missing
+    directories are made. At most two snapshots are held in host memory; a third save waits for the first.
+
+    Raises:
+        SaveError: the state cannot be saved, or an earlier save failed and nobody has been told. Nothing was
+            taken.
+    """
+    store, name = locate(_checked(path), open_store("."))
+    description = Description(0, None, {}, time.time())
+    return _saver.save(state, Target(store, name, description, check=store.prepare), None)
+
+
+def load(path: str | os.PathLike[str], *, map_location: MapLocation = None, weights_only: bool = True) -> Any:
+    """Load a file of asyncckpt or torch.save, as torch.load would, in parallel and with every byte checked.
+
+    Waits for pending saves of this process first.
+
+    Raises:
+        CheckpointNotFoundError: there is no such file.
+        CorruptCheckpointError: names the damaged record.
+    """
+    _saver.drain()
+    store, name = locate(_checked(path), open_store("."))
+    return load_state(get_engine(), store, name, map_location, weights_only=weights_only)
+
+
+def wait(timeout: float | None = None) -> None:
+    """Wait until all files given to `save` are durable.
+
+    Raises:
+        SaveError: what failed since the last time.
+        BusyError: the time, in seconds, was too short; the saves go on.
+    """
+    _saver.drain(timeout)
+    _saver.raise_failures()
+
+
+def _checked(path: Any) -> str:
+    try:
+        text = os.fspath(path)
+    except TypeError:
+        raise TypeError(f"path must be a str or a path, not {type(path).__name__}; the order is save(state, path)") from None
+    if not isinstance(text, str) or not text or text.endswith("/"):
+        raise ValueError(f"{text!r} does not name a file")
+    return text

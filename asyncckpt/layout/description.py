@@ -1,0 +1,75 @@
+"""What a checkpoint file says of itself, in a record that torch.load ignores."""
+
+from __future__ import annotations
+
+import json
+import platform
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+from asyncckpt._version import __version__
+from asyncckpt.errors import CorruptCheckpointError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+FORMAT = 1
+# The record is found with two small reads, so it has to stay small.
+MAX_BYTES = 48 << 10
+_VERSIONS = {"asyncckpt": __version__, "torch": version("torch"), "python": platform.python_version()}
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """The self-description of a file.
+
+    Attributes:
+        sequence: place in the order of commits of its directory, from 1; 0 for a file saved on its own.
+        step: training step; None for a file saved on its own.
+        metrics: by name.
+        created: wall time of the snapshot, seconds since the epoch.
+        versions: of the libraries that wrote it.
+    """
+
+    sequence: int
+    step: int | None
+    metrics: Mapping[str, float]
+    created: float
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+    def encode(self) -> bytes:
+        """Return the content of the record: JSON, with NaN and the infinities as Python writes them."""
+        fields = {
+            "format": FORMAT,
+            "sequence": self.sequence,
+            "step": self.step,
+            "metrics": dict(self.metrics),
+            "created": self.created,
+            "versions": {**_VERSIONS, **self.versions},
+        }
+        return json.dumps(fields).encode()
+
+    @classmethod
+    def decode(cls, record: bytes) -> Description:
+        """Read the record of a file.
+
+        Raises:
+            CorruptCheckpointError: it is not JSON, or of a format this version does not know.
+        """
+        try:
+            fields: dict[str, Any] = json.loads(record)
+            if fields["format"] != FORMAT:
+                msg = f"it has format {fields['format']}, this version reads format {FORMAT}; upgrade asyncckpt"
+                raise CorruptCheckpointError(msg)
+            return cls(
+                int(fields["sequence"]),
+                None if fields["step"] is None else int(fields["step"]),
+                {str(name): float(value) for name, value in fields["metrics"].items()},
+                float(fields["created"]),
+                fields["versions"],
+            )
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            if isinstance(error, CorruptCheckpointError):
+                raise
+            raise CorruptCheckpointError(f"its description cannot be read: {error!r}") from error

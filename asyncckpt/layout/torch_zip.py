@@ -1,0 +1,203 @@
+"""Lay a snapshot out as the zip file that torch.load reads.
+
+The offsets are those that torch's own writer would choose for the same storages, since torch computes
+them instead of looking them up when it loads with fake or meta tensors. Unlike torch's, the storages come
+first: so they stay where they are when `data.pkl` grows, and can be written before it is known.
+"""
+
+from __future__ import annotations
+
+import struct
+import sys
+from dataclasses import dataclass
+from functools import cached_property
+from hashlib import blake2b
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from asyncckpt.layout.checksum import crc32
+from asyncckpt.types import FilePlan
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from asyncckpt.types import Offsets
+
+ROOT = "archive/"
+STORAGES = ROOT + "data/"
+DATA_PICKLE = ROOT + "data.pkl"
+DESCRIPTION = ROOT + ".asyncckpt.json"
+ALIGNMENT = 64
+# A size or an offset from here on needs a zip64 field.
+ZIP64 = 0xFFFF_FFFF
+
+LOCAL = struct.Struct("<4sHHHHHIIIHH")
+CENTRAL = struct.Struct("<4sHHHHHHIIIHHHHHII")
+END = struct.Struct("<4sHHHHIIH")
+END64 = struct.Struct("<4sQHHIIQQQQ")
+END64_LOCATOR = struct.Struct("<4sIQI")
+LOCAL_MAGIC, CENTRAL_MAGIC, DESCRIPTOR_MAGIC = b"PK\x03\x04", b"PK\x01\x02", b"PK\x07\x08"
+END_MAGIC, END64_MAGIC, END64_LOCATOR_MAGIC = b"PK\x05\x06", b"PK\x06\x06", b"PK\x06\x07"
+_UTF8, _DESCRIPTOR_FOLLOWS = 0x0800, 0x0008
+_FIRST_OF_1980 = 0x21
+_CENTRAL_CRC = 16
+_EXTRA = 4  # id and length of a field in a header's extra part
+
+
+@dataclass(frozen=True, eq=False)
+class Body:
+    """Where each storage lies in the file. Depends on their sizes alone.
+
+    Attributes:
+        sizes: bytes of each storage.
+        headers, starts, stops: offsets of each record's header, first byte, and end; int64, shape (n,).
+        nbytes: size of the body, which is where the tail begins.
+    """
+
+    sizes: Sequence[int]
+    headers: Offsets
+    starts: Offsets
+    stops: Offsets
+    nbytes: int
+
+    @cached_property
+    def gaps(self) -> tuple[tuple[int, bytes], ...]:
+        """The literal bytes of the body: the header before each storage, the descriptor behind it."""
+        headers, starts, stops = self.headers.tolist(), self.starts.tolist(), self.stops.tolist()
+        gaps = []
+        begin, descriptor = 0, b""
+        for key, (header, start, stop) in enumerate(zip(headers, starts, stops, strict=True)):
+            gaps.append((begin, descriptor + _local_header(f"{STORAGES}{key}", header, start, stop - start)))
+            begin, descriptor = stop, _descriptor(header, stop - start, 0)
+        gaps.append((begin, descriptor))
+        return tuple(gaps)
+
+    @cached_property
+    def directory(self) -> tuple[bytes, Offsets]:
+        """The storages' part of the zip's directory, and where in it each checksum goes."""
+        headers = self.headers.tolist()
+        entries = [
+            _central_entry(f"{STORAGES}{key}", header, size, 0)
+            for key, (header, size) in enumerate(zip(headers, self.sizes, strict=True))
+        ]
+        ends = np.cumsum([0, *map(len, entries)], dtype=np.int64)
+        return b"".join(entries), ends[:-1] + _CENTRAL_CRC
+
+    @cached_property
+    def slots(self) -> Offsets:
+        """Where in the body each checksum goes. An empty storage has none; its slot is its stop."""
+        return np.where(self.stops > self.starts, self.stops + len(DESCRIPTOR_MAGIC), self.stops)
+
+
+def lay_out(sizes: Sequence[int]) -> Body:
+    """Decide where storages of these sizes lie in the file."""
+    n = len(sizes)
+    size = np.asarray(sizes, dtype=np.int64)
+    names = len(STORAGES) + np.char.str_len(np.arange(n).astype(str)).astype(np.int64)
+    big = np.zeros(n, dtype=bool)  # which headers begin beyond 4 GiB
+    while True:
+        lead = LOCAL.size + names + _extra_size(size, big)
+        trail = np.where(size == 0, 0, np.where(big | (size >= ZIP64), 24, 16))
+        # Every start is a multiple of the alignment, so each step from one to the next is, too.
+        steps = _align(lead + np.concatenate(([0], (size + trail)[:-1]))) if n else lead
+        starts = np.cumsum(steps, dtype=np.int64)
+        ends = starts + size + trail
+        headers = np.concatenate((np.zeros(min(n, 1), dtype=np.int64), ends[:-1]))
+        if ((headers >= ZIP64) == big).all():
+            break
+        big = headers >= ZIP64
+    return Body(sizes, headers, starts, starts + size, int(ends[-1]) if n else 0)
+
+
+def plan(body: Body, data_pickle: bytes, description: bytes) -> FilePlan:
+    """Complete a body to a file.
+
+    Args:
+        body: where the storages lie.
+        data_pickle: the record that torch.load unpickles.
+        description: what asyncckpt says of the file; its record is the last before the directory.
+    """
+    serialization_id = str(int.from_bytes(blake2b(data_pickle + description).digest()[:16], "big"))
+    records = (
+        (DATA_PICKLE, data_pickle),
+        (ROOT + ".format_version", b"1"),
+        (ROOT + ".storage_alignment", str(ALIGNMENT).encode()),
+        (ROOT + "byteorder", sys.byteorder.encode()),
+        (ROOT + "version", b"3\n"),
+        (ROOT + ".data/serialization_id", serialization_id.zfill(40).encode()),
+        (DESCRIPTION, description),
+    )
+    pieces, entries, cursor = [], [], body.nbytes
+    for name, payload in records:
+        crc = crc32(payload)
+        start = _start(name, cursor, len(payload))
+        descriptor = _descriptor(cursor, len(payload), crc)
+        pieces += [_local_header(name, cursor, start, len(payload)), payload, descriptor]
+        entries.append(_central_entry(name, cursor, len(payload), crc))
+        cursor = start + len(payload) + len(descriptor)
+    own_entries, crc_slots = body.directory
+    directory = own_entries + b"".join(entries)
+    end = _end(len(body.sizes) + len(records), len(directory), cursor)
+    tail = b"".join((*pieces, directory, end))
+    tail_slots = crc_slots + (cursor - body.nbytes)
+    return FilePlan(body.nbytes, body.gaps, body.starts, body.stops, body.slots, tail, tail_slots)
+
+
+def _align(offsets: Offsets) -> Offsets:
+    return -(-offsets // ALIGNMENT) * ALIGNMENT
+
+
+def _extra_size(size: Offsets, big: Offsets) -> Offsets:
+    """Bytes that torch's writer reserves for fields in a local header, before it pads to the alignment."""
+    large = size >= ZIP64
+    return _EXTRA + np.where(large | big, _EXTRA, 0) + np.where(large, 16, 0) + np.where(big, 8, 0)
+
+
+def _start(name: str, header: int, size: int) -> int:
+    extra = _extra_size(np.asarray(size), np.asarray(header >= ZIP64))
+    return int(_align(header + LOCAL.size + len(name.encode()) + extra))
+
+
+def _local_header(name: str, header: int, start: int, size: int) -> bytes:
+    encoded = name.encode()
+    large = struct.pack("<HHQQ", 1, 16, size, size) if size >= ZIP64 else b""
+    padding = start - header - LOCAL.size - len(encoded) - len(large) - _EXTRA
+    extra = large + struct.pack("<2sH", b"FB", padding) + b"Z" * padding
+    sizes = ZIP64 if large else 0
+    flags = _UTF8 | (_DESCRIPTOR_FOLLOWS if size else 0)
+    return (
+        LOCAL.pack(LOCAL_MAGIC, 0, flags, 0, 0, _FIRST_OF_1980, 0, sizes, sizes, len(encoded), len(extra))
+        + encoded
+        + extra
+    )
+
+
+def _descriptor(header: int, size: int, crc: int) -> bytes:
+    if not size:
+        return b""
+    sizes = "QQ" if header >= ZIP64 or size >= ZIP64 else "II"
+    return struct.pack("<4sI" + sizes, DESCRIPTOR_MAGIC, crc, size, size)
+
+
+def _central_entry(name: str, header: int, size: int, crc: int) -> bytes:
+    encoded = name.encode()
+    fields = struct.pack("<QQ", size, size) if size >= ZIP64 else b""
+    fields += struct.pack("<Q", header) if header >= ZIP64 else b""
+    extra = struct.pack("<HH", 1, len(fields)) + fields if fields else b""
+    flags = _UTF8 | (_DESCRIPTOR_FOLLOWS if size else 0)
+    short, offset = min(size, ZIP64), min(header, ZIP64)
+    fixed = CENTRAL.pack(
+        CENTRAL_MAGIC, 0, 0, flags, 0, 0, _FIRST_OF_1980, crc, short, short,
+        len(encoded), len(extra), 0, 0, 0, 0, offset,
+    )  # fmt: skip
+    return fixed + encoded + extra
+
+
+def _end(count: int, size: int, offset: int) -> bytes:
+    """Pack the end of the zip's directory, in both forms where the short one cannot hold it."""
+    short = END.pack(END_MAGIC, 0, 0, min(count, 0xFFFF), min(count, 0xFFFF), min(size, ZIP64), min(offset, ZIP64), 0)
+    if count < 0xFFFF and size < ZIP64 and offset < ZIP64:
+        return short
+    long = END64.pack(END64_MAGIC, END64.size - 12, 45, 45, 0, 0, count, count, size, offset)
+    return long + END64_LOCATOR.pack(END64_LOCATOR_MAGIC, 0, offset + size, 1) + short

@@ -1,0 +1,185 @@
+"""Read the zip's own structure. No I/O here: generators say which ranges they need and are sent the bytes."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from asyncckpt.errors import CorruptCheckpointError
+from asyncckpt.layout.checksum import crc32
+from asyncckpt.layout.torch_zip import (
+    CENTRAL,
+    CENTRAL_MAGIC,
+    DESCRIPTION,
+    END,
+    END64,
+    END64_LOCATOR,
+    END64_LOCATOR_MAGIC,
+    END64_MAGIC,
+    END_MAGIC,
+    LOCAL,
+    LOCAL_MAGIC,
+    ZIP64,
+)
+
+if TYPE_CHECKING:
+    from asyncckpt.types import Offsets
+
+# (offset, length) of the bytes a generator waits for.
+Request = tuple[int, int]
+
+# The first read of a file, from its end: a directory of some 500 records, or all of a small file.
+TAIL = 64 << 10
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """Where the directory of a zip is.
+
+    Attributes:
+        directory: offset of its first entry.
+        end: offset behind its last entry.
+        count: number of entries.
+    """
+
+    directory: int
+    end: int
+    count: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Directory:
+    """The records of a file, in file order.
+
+    Attributes:
+        names: of the records.
+        headers: offset of each local header; int64, shape (n,).
+        starts, stops: payload ranges, as packed writers place them: just before the next header.
+        checksums: CRC-32 of each payload.
+        ending: where the directory itself is.
+    """
+
+    names: tuple[str, ...]
+    headers: Offsets
+    starts: Offsets
+    stops: Offsets
+    checksums: Offsets
+    ending: Ending
+
+
+def read_ending(size: int) -> Generator[Request, bytes, tuple[Ending, int, bytes]]:
+    """Find the directory of a file of `size` bytes.
+
+    Returns:
+        The ending, and what was read of the file's end: its offset and the bytes.
+
+    Raises:
+        CorruptCheckpointError: the file does not end as a zip file does.
+    """
+    if size < END.size:
+        raise CorruptCheckpointError(f"it has {size} bytes, too few for a checkpoint; it was cut off")
+    offset = max(size - TAIL, 0)
+    tail = yield offset, size - offset
+    at = len(tail) - END.size
+    magic, _, _, _, count, length, directory, _ = END.unpack_from(tail, at)
+    if magic != END_MAGIC:
+        raise CorruptCheckpointError("it does not end as a zip file does; it was cut off, or is another format")
+    end = offset + at
+    locator = at - END64_LOCATOR.size
+    if locator >= END64.size and tail[locator : locator + 4] == END64_LOCATOR_MAGIC:
+        at = locator - END64.size
+        magic, _, _, _, _, _, _, count, length, directory = END64.unpack_from(tail, at)
+        if magic != END64_MAGIC:
+            raise CorruptCheckpointError("the end of its directory is damaged")
+        end = offset + at
+    if directory + length > end or directory < 0:
+        raise CorruptCheckpointError("its directory is not where the end of the file says")
+    return Ending(directory, directory + length, count), offset, tail
+
+
+def read_description(size: int) -> Generator[Request, bytes, bytes | None]:
+    """Return the self-description of a file with two small reads at most; None if it has none.
+
+    Raises:
+        CorruptCheckpointError: the file is cut off or damaged there.
+    """
+    ending, offset, tail = yield from read_ending(size)
+    name = DESCRIPTION.encode()
+    entry = tail.rfind(CENTRAL_MAGIC, 0, ending.end - offset)
+    if entry < 0 or tail[entry + CENTRAL.size : entry + CENTRAL.size + len(name)] != name:
+        return None
+    _, _, checksum, length, header = _entry(tail, entry)
+    if header < offset:
+        record = yield header, ending.directory - header
+    else:
+        record = tail[header - offset : ending.directory - offset]
+    start = payload_start(record)
+    payload = record[start : start + length]
+    if len(payload) != length or crc32(payload) != checksum:
+        raise CorruptCheckpointError(f"its record {DESCRIPTION} is damaged")
+    return payload
+
+
+def read_directory(size: int) -> Generator[Request, bytes, Directory]:
+    """Return all records of a file.
+
+    Raises:
+        CorruptCheckpointError: the directory is damaged.
+    """
+    ending, offset, tail = yield from read_ending(size)
+    if ending.directory < offset:
+        data = yield ending.directory, ending.end - ending.directory
+    else:
+        data = tail[ending.directory - offset : ending.end - offset]
+    entries = []
+    at = 0
+    try:
+        for _ in range(ending.count):
+            length, *entry = _entry(data, at)
+            entries.append(entry)
+            at += length
+    except (struct.error, UnicodeDecodeError) as error:
+        raise CorruptCheckpointError("its directory is damaged") from error
+    entries.sort(key=lambda entry: entry[-1])
+    names = tuple(str(entry[0]) for entry in entries)
+    table = np.array([entry[1:] for entry in entries], dtype=np.int64).reshape(-1, 3)
+    checksums, sizes, headers = table[:, 0], table[:, 1], table[:, 2]
+    ends = np.append(headers[1:], ending.directory)
+    large = (headers >= ZIP64) | (sizes >= ZIP64)
+    stops = ends - np.where(sizes == 0, 0, np.where(large, 24, 16))
+    return Directory(names, headers, stops - sizes, stops, checksums, ending)
+
+
+def payload_start(header: bytes) -> int:
+    """Return how far behind its local header a payload starts, given at least the header's fixed part."""
+    if len(header) < LOCAL.size or header[:4] != LOCAL_MAGIC:
+        raise CorruptCheckpointError("a record does not start with a header")
+    name, extra = struct.unpack_from("<HH", header, LOCAL.size - 4)
+    return LOCAL.size + int(name) + int(extra)
+
+
+def _entry(data: bytes, at: int) -> tuple[int, str, int, int, int]:
+    """Unpack a directory entry: its own length, then name, checksum, size and header offset of the record."""
+    fields = CENTRAL.unpack_from(data, at)
+    magic, method, checksum = fields[0], fields[4], fields[7]
+    stored, size, name_length, extra_length, comment_length, header = *fields[8:13], fields[16]
+    if magic != CENTRAL_MAGIC:
+        raise CorruptCheckpointError("its directory is damaged")
+    if method or stored != size:
+        raise CorruptCheckpointError("it holds compressed records, which torch.load does not read either")
+    name_end = at + CENTRAL.size + name_length
+    name = data[at + CENTRAL.size : name_end].decode()
+    extra = data[name_end : name_end + extra_length]
+    while len(extra) >= 4:
+        kind, length = struct.unpack_from("<HH", extra)
+        if kind == 1:
+            values = iter(struct.unpack_from(f"<{length // 8}Q", extra, 4))
+            size = next(values, size) if size == ZIP64 else size
+            stored = next(values, stored) if stored == ZIP64 else stored
+            header = next(values, header) if header == ZIP64 else header
+        extra = extra[4 + length :]
+    return CENTRAL.size + name_length + extra_length + comment_length, name, checksum, size, header

@@ -1,0 +1,216 @@
+"""Which checkpoints stay: policies, and the one pure function that says what may go.
+
+A policy is asked after a commit, about all committed checkpoints, and names those that it keeps. It does
+no I/O and holds no state, so what it decides depends on the checkpoints alone, in whatever order it gets
+them. Policies are combined with `|`: a checkpoint stays if any of them keeps it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+from asyncckpt.types import Checkpoint
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Sequence
+
+_MODES = ("min", "max")
+
+
+@runtime_checkable
+class Policy(Protocol):
+    """What every policy is: any object with this one method."""
+
+    def keep(self, checkpoints: Sequence[Checkpoint], /) -> Collection[Checkpoint]:
+        """Return those of `checkpoints` that are to stay."""
+
+
+class _Combinable:
+    """Gives a policy `|`, on either side of a policy that has none of its own."""
+
+    __slots__ = ()
+
+    def __or__(self, other: Policy) -> AnyOf:
+        return AnyOf((*_members(self), *_members(other))) if _is_policy(other) else NotImplemented
+
+    def __ror__(self, other: Policy) -> AnyOf:
+        return AnyOf((*_members(other), *_members(self))) if _is_policy(other) else NotImplemented
+
+
+@dataclass(frozen=True, slots=True)
+class AnyOf(_Combinable):
+    """Keep what any of `policies` keeps: what `|` makes."""
+
+    policies: tuple[Policy, ...]
+
+    def keep(self, checkpoints: Sequence[Checkpoint], /) -> Collection[Checkpoint]:
+        """Return the union of what the policies keep, each checkpoint once."""
+        return list({_identity(c): c for policy in self.policies for c in _ask(policy, checkpoints)}.values())
+
+
+@dataclass(frozen=True, slots=True)
+class KeepAll(_Combinable):
+    """Keep every checkpoint."""
+
+    def keep(self, checkpoints: Sequence[Checkpoint], /) -> Collection[Checkpoint]:
+        """Return all of `checkpoints`."""
+        return checkpoints
+
+
+@dataclass(frozen=True, slots=True)
+class LastN(_Combinable):
+    """Keep the `n` checkpoints that were committed last."""
+
+    n: int
+
+    def __post_init__(self) -> None:
+        _check_count(self, "n", self.n)
+
+    def keep(self, checkpoints: Sequence[Checkpoint], /) -> Collection[Checkpoint]:
+        """Return the last `n` in order of commit."""
+        return _in_order(checkpoints)[-self.n :]
+
+
+@dataclass(frozen=True, slots=True)
+class EveryN(_Combinable):
+    """Keep the checkpoints whose step is a multiple of `n`; one without a step is none of them."""
+
+    n: int
+
+    def __post_init__(self) -> None:
+        _check_count(self, "n", self.n)
+
+    def keep(self, checkpoints: Sequence[Checkpoint], /) -> Collection[Checkpoint]:
+        """Return those at steps 0, n, 2n and so on."""
+        return [c for c in checkpoints if c.step is not None and c.step % self.n == 0]
+
+
+@dataclass(frozen=True, slots=True)
+class BestK(_Combinable):
+    """Keep the `k` checkpoints that are best by `metric`, in the order that `rank` gives.
+
+    Attributes:
+        k: how many.
+        metric: a name among the metrics given to `save`; a checkpoint without it is no candidate.
+        mode: "min" where lower is better, "max" where higher is.
+    """
+
+    k: int
+    metric: str
+    mode: str = "min"
+
+    def __post_init__(self) -> None:
+        _check_count(self, "k", self.k)
+        _check_ranking(self.metric, self.mode)
+
+    def keep(self, checkpoints: Sequence[Checkpoint], /) -> Collection[Checkpoint]:
+        """Return the best `k`."""
+        return rank(checkpoints, self.metric, self.mode)[: self.k]
+
+
+def rank(checkpoints: Iterable[Checkpoint], metric: str, mode: str = "min") -> list[Checkpoint]:
+    """Return the checkpoints that have `metric`, best first.
+
+    NaN is worse than every number, the infinities included. Of equally good checkpoints the one committed
+    later is the better: it has trained longer.
+
+    Args:
+        checkpoints: in any order.
+        metric: a name among the metrics given to `save`.
+        mode: "min" where lower is better, "max" where higher is.
+    """
+    _check_ranking(metric, mode)
+    sign = 1.0 if mode == "min" else -1.0
+
+    def badness(checkpoint: Checkpoint) -> tuple[bool, float]:
+        value = float(checkpoint.metrics[metric])
+        return (True, 0.0) if math.isnan(value) else (False, sign * value)
+
+    newest_first = reversed(_in_order(c for c in checkpoints if metric in c.metrics))
+    return sorted(newest_first, key=badness)
+
+
+def first_best(policy: object) -> BestK | None:
+    """Return the first `BestK` in `policy`, itself or a member of a union: what "best" means by default."""
+    return next((member for member in _members(policy) if isinstance(member, BestK)), None)
+
+
+def evict(policy: Policy, checkpoints: Iterable[Checkpoint]) -> list[Checkpoint]:
+    """Return the checkpoints that `policy` does not keep, in order of commit.
+
+    The one committed last, by sequence number, is never among them, whatever the policy, so that a run can
+    always resume. Where several share the highest number, all of them stay.
+
+    Args:
+        policy: decides; it gets the checkpoints in order of commit.
+        checkpoints: all committed ones of a directory, in any order.
+
+    Raises:
+        TypeError: the policy returned something else than checkpoints that it was given. Like whatever it
+            raises itself, this comes before anything was deleted.
+    """
+    committed = tuple(_in_order(checkpoints))
+    if not committed:
+        return []
+    staying = {_identity(kept) for kept in _ask(policy, committed)}
+    newest = committed[-1].sequence
+    return [c for c in committed if _identity(c) not in staying and c.sequence != newest]
+
+
+def _ask(policy: Policy, checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
+    """Return what `policy` keeps, having seen to it that these are checkpoints it was given."""
+    given = {_identity(c) for c in checkpoints}
+    answer: object = policy.keep(checkpoints)
+    if not isinstance(answer, Iterable):
+        raise TypeError(f"{policy!r}.keep() must return checkpoints, not {answer!r}; nothing was evicted")
+    kept = list(answer)
+    for checkpoint in kept:
+        if not isinstance(checkpoint, Checkpoint) or _identity(checkpoint) not in given:
+            raise TypeError(
+                f"{policy!r}.keep() must return some of the checkpoints that it was given, and nothing else;"
+                f" {checkpoint!r} is none of them; nothing was evicted"
+            )
+    return kept
+
+
+def _is_policy(candidate: object) -> bool:
+    """Tell whether `candidate` is a policy; a class is none, though it has the method: `LastN(2) | LastN`."""
+    return isinstance(candidate, Policy) and not isinstance(candidate, type)
+
+
+def _members(policy: object) -> tuple[Any, ...]:
+    """Return the policies that `policy` consists of: a union of unions is one flat union."""
+    return policy.policies if isinstance(policy, AnyOf) else (policy,)
+
+
+def _in_order(checkpoints: Iterable[Checkpoint]) -> list[Checkpoint]:
+    """Return `checkpoints` in order of commit; the path decides where sequence numbers are equal."""
+    return sorted(checkpoints, key=_identity)
+
+
+def _identity(checkpoint: Checkpoint) -> tuple[int, str]:
+    """Return what tells a committed checkpoint from every other one; checkpoints have no hash."""
+    return checkpoint.sequence, checkpoint.path
+
+
+def _check_count(policy: object, name: str, value: object) -> None:
+    """Raise unless `value` can be a number of checkpoints or steps."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{type(policy).__name__}: {name} must be an int, not {value!r}")
+    if value < 1:
+        raise ValueError(f"{type(policy).__name__}: {name} must be at least 1, not {value}")
+
+
+def _check_ranking(metric: object, mode: object) -> None:
+    """Raise unless `metric` and `mode` can say which checkpoint is better."""
+    if not isinstance(metric, str):
+        raise TypeError(f"metric must be a str, the name of a metric given to save(), not {metric!r}")
+    if not metric:
+        raise ValueError("metric must be the name of a metric given to save(), not an empty string")
+    if not isinstance(mode, str):
+        raise TypeError(f'mode must be "min" or "max", not {mode!r}')
+    if mode not in _MODES:
+        raise ValueError(f'mode must be "min" (lower is better) or "max" (higher is better), not {mode!r}')

@@ -1,0 +1,65 @@
+"""What a caller holds of a save: two futures and what it cost."""
+
+from __future__ import annotations
+
+import asyncio
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TypeVar
+
+from asyncckpt.types import Checkpoint, SaveStats
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+
+T = TypeVar("T")
+
+
+class Outcome(Future[T]):
+    """A future that those who wait for it cannot cancel, and that knows whether its error was seen."""
+
+    heard = False
+
+    def cancel(self) -> bool:
+        """Refuse: the save goes on, and others may be waiting for it."""
+        return False
+
+    def result(self, timeout: float | None = None) -> T:
+        """Return what the save became, or raise what it failed with."""
+        try:
+            return super().result(timeout)
+        finally:
+            self.heard = self.done()
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """Return what the save failed with, or None."""
+        try:
+            return super().exception(timeout)
+        finally:
+            self.heard = self.done()
+
+
+@dataclass(eq=False, slots=True)
+class Save:
+    """One save under way.
+
+    Attributes:
+        step: as given to `save`; None for a file saved without one.
+        path: where the checkpoint will be.
+        snapshotted: done when the state may be changed again, which is before `save` returns.
+        committed: done when the checkpoint is durable; its result is the `Checkpoint`.
+        skipped: whether nothing is saved, as the writer was busy; `committed` then raises `SaveSkipped`.
+        stats: what the save cost, complete when `committed` is done.
+
+    `await save` waits for `committed` without blocking the event loop.
+    """
+
+    step: int | None
+    path: str
+    snapshotted: Outcome[None] = field(default_factory=Outcome)
+    committed: Outcome[Checkpoint] = field(default_factory=Outcome)
+    skipped: bool = False
+    stats: SaveStats = field(default_factory=SaveStats)
+
+    def __await__(self) -> Generator[object, None, Checkpoint]:
+        return asyncio.wrap_future(self.committed).__await__()

@@ -1,0 +1,325 @@
+"""One face's way into the engine: snapshots in, bounded in number; checkpoints out; no failure unheard."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import threading
+import time
+import weakref
+from collections import deque
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Literal
+
+from asyncckpt.catalog import checkpoint_of
+from asyncckpt.engine import Operation, current_engine, get_engine
+from asyncckpt.errors import AsyncCkptError, BusyError, SaveError, SaveSkipped
+from asyncckpt.pipeline import Transfer
+from asyncckpt.save import Outcome, Save
+from asyncckpt.staging import Stager
+from asyncckpt.threads import in_thread
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from asyncckpt.engine import Engine
+    from asyncckpt.layout.description import Description
+    from asyncckpt.staging import Snapshot
+    from asyncckpt.stores.base import Store
+    from asyncckpt.types import Checkpoint
+
+    OnError = Literal["raise"] | Callable[[Save, AsyncCkptError], object]
+WhenBusy = Literal["wait", "skip", "replace"]
+
+logger = logging.getLogger("asyncckpt")
+
+# From this size on the writing begins while the copy goes on. Below it the copy is over too soon, and a
+# woken engine would take the interpreter from it.
+_OVERLAP_FROM = 32 << 20
+
+
+@dataclass(slots=True, eq=False)
+class Target:
+    """Where a save goes, and what belongs to it.
+
+    Attributes:
+        store, name: the file.
+        description: what it says of itself.
+        check: awaited before anything is written; raises to refuse the save.
+        after: awaited after the commit, once the caller has been told; for evictions.
+    """
+
+    store: Store
+    name: str
+    description: Description
+    check: Callable[[], Awaitable[None]] | None = None
+    after: Callable[[Checkpoint], Awaitable[None]] | None = None
+
+
+@dataclass(slots=True, eq=False, weakref_slot=False)
+class _Job:
+    save: Save
+    snapshot: Snapshot
+    target: Target
+    began: float
+    operation: Operation = field(init=False)
+
+
+class Saver:
+    """Takes snapshots and has them written, at most `max_in_flight` in host memory at once.
+
+    Args:
+        max_in_flight: snapshots held in host memory at once.
+        when_busy: what a save does when there are that many: "wait" for one to be durable, "skip" this one,
+            or "replace" one that is still queued.
+        on_error: "raise" from whichever call comes next, or a callable that is given the `Save` and its error,
+            on the engine's thread.
+    """
+
+    def __init__(self, max_in_flight: int, when_busy: WhenBusy = "wait", on_error: OnError = "raise") -> None:
+        _validate(max_in_flight, when_busy, on_error)
+        self._max_in_flight = max_in_flight
+        self._when_busy: WhenBusy = when_busy
+        self._on_error = on_error
+        self._stager: Stager | None = None
+        self._reset()
+        _savers.add(self)
+
+    def __repr__(self) -> str:
+        return f"<Saver in_flight={self._in_flight}/{self._max_in_flight} pending={self._pending}>"
+
+    def save(self, state: object, target: Target, step: int | None) -> Save:
+        """Take a snapshot of `state` and queue its file; returns when the state may change.
+
+        Raises:
+            SaveError: an earlier save failed and nobody was told, or the state cannot be saved. Nothing was
+                taken.
+        """
+        began = time.perf_counter()
+        self.raise_failures("; the save that is told of it was not taken")
+        save = Save(step, target.store.path_of(target.name))
+        engine = get_engine()
+        if not self._admit(engine):
+            return _skipped(save, f"{self._max_in_flight} saves are still being written")
+        admitted = time.perf_counter()
+        try:
+            snapshot = self._stager_of(engine).stage(state, wait=self._when_busy != "skip")
+        except BusyError as error:
+            self._leave()
+            return _skipped(save, str(error))
+        except BaseException:
+            self._leave()
+            raise
+        stats = save.stats
+        stats.freeze = snapshot.freeze_seconds
+        stats.wait = admitted - began + snapshot.wait_seconds
+        job = _Job(save, snapshot, target, began)
+        job.operation = Operation(partial(self._carry_out, job), {save.path: True})
+        if snapshot.body.nbytes >= _OVERLAP_FROM:
+            self._submit(engine, job)
+            self._copy(job)
+        else:
+            try:
+                self._copy(job)
+            except BaseException:
+                snapshot.lease.release()
+                self._leave()
+                raise
+            stats.stall = time.perf_counter() - began
+            self._submit(engine, job)
+        stats.stall = time.perf_counter() - began
+        return save
+
+    def reserve(self, state: object) -> int:
+        """Make host memory for the snapshots of `state` ready; returns the bytes of one."""
+        return self._stager_of(get_engine()).reserve(state, self._max_in_flight)
+
+    def drain(self, timeout: float | None = None) -> None:
+        """Wait until everything submitted is carried out, evictions included.
+
+        Raises:
+            BusyError: it was not within `timeout` seconds; it goes on.
+        """
+        with self._changed:
+            if not self._changed.wait_for(lambda: not self._pending, timeout):
+                raise BusyError(f"{self._pending} saves were still pending after {timeout} s; they go on")
+
+    def raise_failures(self, hint: str = "") -> None:
+        """Raise what failed since the last time and nobody was told, once.
+
+        Raises:
+            SaveError: with the first failure as its cause; the message tells of all.
+        """
+        with self._changed:
+            failures = [error for outcome, error in self._failures if outcome is None or not outcome.heard]
+            self._failures.clear()
+        if failures:
+            told = "; ".join(map(str, failures))
+            raise SaveError(told + hint) from failures[0]
+
+    def _copy(self, job: _Job) -> None:
+        try:
+            job.snapshot.copy()
+        except SaveError:
+            job.save.committed.heard = True  # the caller is told here
+            raise
+        job.save.stats.copy = job.snapshot.copy_seconds
+        job.save.snapshotted.set_result(None)
+
+    def _submit(self, engine: Engine, job: _Job) -> None:
+        job.save.stats.queue_depth = engine.depth()
+        with self._changed:
+            self._pending += 1
+            self._queued.append(job)
+        engine.submit(job.operation)
+
+    def _admit(self, engine: Engine) -> bool:
+        """Take one of the places in flight; returns whether there was one, or was made."""
+        with self._changed:
+            while self._in_flight >= self._max_in_flight:
+                if self._when_busy == "skip":
+                    return False
+                if self._when_busy == "replace" and self._queued and engine.withdraw(self._queued[-1].operation):
+                    self._withdrawn(self._queued.pop())
+                else:
+                    self._changed.wait()
+            self._in_flight += 1
+        return True
+
+    def _withdrawn(self, job: _Job) -> None:
+        job.snapshot.lease.release()
+        self._in_flight -= 1
+        self._pending -= 1
+        _skipped(job.save, "a newer save took its place while it was queued")
+
+    def _leave(self) -> None:
+        with self._changed:
+            self._in_flight -= 1
+            self._changed.notify_all()
+
+    async def _carry_out(self, job: _Job) -> None:
+        save, target = job.save, job.target
+        with self._changed:
+            if job in self._queued:
+                self._queued.remove(job)
+        try:
+            try:
+                checkpoint = await self._write(job)
+            finally:
+                # Nobody reads the buffer any more, and nothing that comes now may hold up the next snapshot.
+                job.snapshot.lease.release()
+                self._leave()
+        except Exception as error:  # noqa: BLE001 - told to the caller, whatever it is
+            self._fail(save, error)
+        else:
+            save.stats.durable = time.perf_counter() - job.began
+            save.committed.set_result(checkpoint)
+            await self._after(target, checkpoint)
+        finally:
+            with self._changed:
+                self._pending -= 1
+                self._changed.notify_all()
+
+    async def _write(self, job: _Job) -> Checkpoint:
+        save, snapshot, target = job.save, job.snapshot, job.target
+        if target.check is not None:
+            await target.check()
+        assert self._stager is not None  # noqa: S101 - it made the snapshot
+        plan = await in_thread(self._stager.plan, snapshot, target.description.encode())
+        transfer = Transfer(plan, snapshot.lease.view, snapshot.filled)
+        async with target.store.draft(target.name, plan.size) as draft:
+            await transfer.into(draft)
+            written = time.perf_counter()
+            await draft.commit()
+        stats = save.stats
+        stats.commit = time.perf_counter() - written
+        stats.sync = draft.sync_seconds
+        stats.checksum, stats.write, stats.nbytes = transfer.checksum_seconds, transfer.write_seconds, plan.size
+        return checkpoint_of(target.store, target.name, target.description, plan.size)
+
+    async def _after(self, target: Target, checkpoint: Checkpoint) -> None:
+        if target.after is None:
+            return
+        try:
+            await target.after(checkpoint)
+        except Exception as error:
+            logger.exception("%s is saved, but what follows a commit failed", checkpoint.path)
+            failure = SaveError(f"{checkpoint.path} is saved, but older checkpoints were not evicted: {error}")
+            failure.__cause__ = error
+            with self._changed:
+                self._failures.append((None, failure))
+
+    def _fail(self, save: Save, error: Exception) -> None:
+        what = save.path if save.step is None else f"step {save.step} to {save.path}"
+        failure = SaveError(f"saving {what} failed: {error}")
+        failure.__cause__ = error
+        logger.error("%s", failure, exc_info=error)
+        if callable(self._on_error):
+            save.committed.heard = True
+            save.committed.set_exception(failure)
+            self._on_error(save, failure)
+            return
+        with self._changed:
+            self._failures.append((save.committed, failure))
+        save.committed.set_exception(failure)
+
+    def _stager_of(self, engine: Engine) -> Stager:
+        if self._stager is None or self._stager.arena is not engine.arena:
+            self._stager = Stager(engine.arena)
+        return self._stager
+
+    def _reset(self) -> None:
+        """Begin with nothing in flight: at first, and in a forked child."""
+        self._changed = threading.Condition()
+        self._in_flight = 0
+        self._pending = 0
+        self._queued: deque[_Job] = deque()
+        self._failures: list[tuple[Outcome[Checkpoint] | None, SaveError]] = []
+
+
+def _skipped(save: Save, why: str) -> Save:
+    save.skipped = True
+    save.committed.heard = True
+    if not save.snapshotted.done():
+        save.snapshotted.set_result(None)
+    save.committed.set_exception(SaveSkipped(f"{save.path} was not saved: {why}"))
+    return save
+
+
+def _validate(max_in_flight: int, when_busy: str, on_error: object) -> None:
+    if isinstance(max_in_flight, bool) or not isinstance(max_in_flight, int):
+        raise TypeError(f"max_in_flight must be an int, not {max_in_flight!r}")
+    if max_in_flight < 1:
+        raise ValueError(f"max_in_flight must be at least 1, not {max_in_flight}")
+    if when_busy not in {"wait", "skip", "replace"}:
+        raise ValueError(f'when_busy must be "wait", "skip" or "replace", not {when_busy!r}')
+    if when_busy == "replace" and max_in_flight < 2:  # noqa: PLR2004 - one being written, one to replace
+        raise ValueError('when_busy="replace" needs max_in_flight=2 or more: one is written, one can be replaced')
+    if on_error != "raise" and not callable(on_error):
+        raise TypeError(f'on_error must be "raise" or a callable, not {on_error!r}')
+
+
+_savers: weakref.WeakSet[Saver] = weakref.WeakSet()
+
+
+def _report_at_exit() -> None:
+    """Finish what is pending, and tell of failures that nobody can be told of any more."""
+    engine = current_engine()
+    if engine is not None:
+        engine.drain()
+    for saver in list(_savers):
+        try:
+            saver.raise_failures()
+        except SaveError as error:
+            sys.stderr.write(f"asyncckpt: {error}\n")
+
+
+def _reset_in_child() -> None:
+    for saver in list(_savers):
+        saver._reset()
+
+
+threading._register_atexit(_report_at_exit)  # type: ignore[attr-defined]
+os.register_at_fork(after_in_child=_reset_in_child)

@@ -1,0 +1,140 @@
+"""Copy live storages into a host buffer, in file order, telling how far it has come."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+
+from asyncckpt.snapshot.pinning import PIECE
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch.storage import UntypedStorage
+
+    from asyncckpt.snapshot.buffers import Lease
+
+# How much is copied between two reports, in bytes.
+_STRIDE = 16 << 20
+_memmove = ctypes.CDLL(None).memmove
+_memmove.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
+_memmove.restype = None
+
+
+@dataclass(slots=True, eq=False)
+class Watermark:
+    """How many bytes at the front of a buffer hold what they will be written as."""
+
+    _value: int = 0
+    _error: BaseException | None = None
+    _changed: threading.Condition = field(default_factory=threading.Condition)
+
+    def advance(self, value: int) -> None:
+        """Say that everything below `value` is there."""
+        with self._changed:
+            self._value = value
+            self._changed.notify_all()
+
+    def fail(self, error: BaseException) -> None:
+        """Say that no more will come."""
+        with self._changed:
+            self._error = error
+            self._changed.notify_all()
+
+    def wait(self, value: int) -> None:
+        """Block until everything below `value` is there; raises what the copy failed with."""
+        with self._changed:
+            while self._value < value:
+                if self._error is not None:
+                    raise self._error
+                self._changed.wait()
+
+
+def copy_storages(storages: Sequence[UntypedStorage], starts: Sequence[int], lease: Lease, done: Watermark) -> None:
+    """Copy each storage to its place in the leased buffer, and return when all of it is there.
+
+    Args:
+        storages: live storages on any devices.
+        starts: where in the buffer each goes, in bytes, ascending.
+        lease: the buffer; pinned, if a storage is on a CUDA device.
+        done: told how far the buffer is filled; its end is for the caller to tell.
+    """
+    if not torch.accelerator.is_available() or all(storage.device.type == "cpu" for storage in storages):
+        _copy_on_host(storages, starts, lease, done)
+        return
+    pending = _start_device_copies(storages, starts, lease)
+    on_host = [(s, at) for s, at in zip(storages, starts, strict=True) if s.device.type == "cpu"]
+    _copy_on_host([s for s, _ in on_host], [at for _, at in on_host], lease, Watermark())
+    for events, upto in pending:
+        for event in events:
+            event.synchronize()
+        done.advance(upto)
+
+
+def _copy_on_host(
+    storages: Sequence[UntypedStorage], starts: Sequence[int], lease: Lease, done: Watermark
+) -> None:
+    base, move, reported = lease.address, _memmove, 0
+    for storage, start in zip(storages, starts, strict=True):
+        nbytes = storage.nbytes()
+        if nbytes > _STRIDE:
+            source = storage.data_ptr()
+            for offset in range(0, nbytes, _STRIDE):
+                length = min(_STRIDE, nbytes - offset)
+                move(base + start + offset, source + offset, length)
+                done.advance(reported := start + offset + length)
+        elif nbytes:
+            move(base + start, storage.data_ptr(), nbytes)
+            if start - reported >= _STRIDE:
+                done.advance(reported := start + nbytes)
+
+
+def _start_device_copies(
+    storages: Sequence[UntypedStorage], starts: Sequence[int], lease: Lease
+) -> list[tuple[list[torch.cuda.Event], int]]:
+    """Queue the copies of all CUDA storages on side streams; other accelerators are copied at once.
+
+    Returns:
+        Events in file order, with the end of what is in the buffer once they have all passed.
+    """
+    buffer = torch.frombuffer(lease.view, dtype=torch.uint8)
+    streams: dict[torch.device, torch.cuda.Stream] = {}
+    pending: list[tuple[list[torch.cuda.Event], int]] = []
+    reported = end = 0
+    for storage, start in zip(storages, starts, strict=True):
+        device, nbytes = storage.device, storage.nbytes()
+        if device.type == "cpu" or not nbytes:
+            continue
+        end = start + nbytes
+        if device.type != "cuda":
+            buffer[start:end].copy_(_bytes_of(storage))
+            continue
+        if device not in streams:
+            streams[device] = _side_stream(device)
+        with torch.cuda.stream(streams[device]):
+            source = _bytes_of(storage)
+            at = start
+            while at < end:
+                # Up to the end of the storage, of the stride, or of the registered piece.
+                upto = min(end, at + _STRIDE, (at // PIECE + 1) * PIECE)
+                buffer[at:upto].copy_(source[at - start : upto - start], non_blocking=True)
+                at = upto
+                if at - reported >= _STRIDE:
+                    pending.append(([stream.record_event() for stream in streams.values()], reported := at))
+    pending.append(([stream.record_event() for stream in streams.values()], end))
+    return pending
+
+
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """Return a stream that begins where the training stream of `device` stands: its last kernels may still run."""
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    return stream
+
+
+def _bytes_of(storage: UntypedStorage) -> torch.Tensor:
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)

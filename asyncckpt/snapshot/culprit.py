@@ -1,0 +1,50 @@
+"""Find which entry of a state does not pickle. Only runs once a save has failed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+_MAX_DEPTH = 50
+
+
+def find_culprit(state: object, probe: Callable[[object], None], name: str = "state") -> str:
+    """Return the path of the innermost entry that `probe` raises for, such as `state["opt"]["hook"]`."""
+    path, value = name, state
+    seen: set[int] = set()
+    for _ in range(_MAX_DEPTH):
+        seen.add(id(value))
+        found = next(((p, v) for p, v in _children(value) if id(v) not in seen and _fails(v, probe)), None)
+        if found is None:
+            break
+        path, value = path + found[0], found[1]
+    return path
+
+
+def _fails(value: object, probe: Callable[[object], None]) -> bool:
+    try:
+        probe(value)
+    except Exception:  # noqa: BLE001 - a user's __reduce__ may raise anything
+        return True
+    return False
+
+
+def _children(value: Any) -> Iterator[tuple[str, object]]:
+    """Yield the entries of a container, or of an object's attributes, with the text that reaches each."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield f"[{key!r}]".replace("'", '"') if isinstance(key, str) else f"[{key!r}]", item
+    elif isinstance(value, (list, tuple)):
+        for index, item in enumerate(value):
+            yield f"[{index}]", item
+    elif isinstance(value, (set, frozenset)):
+        for item in value:
+            yield f"{{{item!r}}}", item
+    try:
+        attributes = dict(vars(value))
+    except TypeError:
+        attributes = {}
+    for key, item in attributes.items():
+        yield f".{key}", item

@@ -1,0 +1,125 @@
+"""From a live state to a snapshot in host memory, and from that to a plan."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from asyncckpt.errors import SaveError
+from asyncckpt.layout.torch_zip import lay_out, plan
+from asyncckpt.snapshot.copy import Watermark, copy_storages
+from asyncckpt.snapshot.data_pickle import DataPickler
+from asyncckpt.snapshot.freeze import Freezer
+
+if TYPE_CHECKING:
+    from torch.storage import UntypedStorage
+
+    from asyncckpt.layout.torch_zip import Body
+    from asyncckpt.snapshot.buffers import Arena, Lease
+    from asyncckpt.snapshot.freeze import FrozenState
+    from asyncckpt.types import FilePlan
+
+# Objects and numpy arrays are pickled on the training thread; from this size on that is worth a word.
+INLINE_WARNING = 64 << 20
+
+
+@dataclass(slots=True, eq=False)
+class Snapshot:
+    """A state at one instant: decided when it is made, in host memory once `copy` has returned.
+
+    Attributes:
+        frozen: everything but the bytes of the storages.
+        body: where each storage lies in `lease`, which is where it will lie in the file.
+        lease: the host buffer; released by whoever is done with the snapshot.
+        filled: how far the copy has come.
+        freeze_seconds, wait_seconds, copy_seconds: what the training thread spent; `wait` on host memory.
+    """
+
+    frozen: FrozenState
+    body: Body
+    lease: Lease
+    filled: Watermark = field(default_factory=Watermark)
+    freeze_seconds: float = 0.0
+    wait_seconds: float = 0.0
+    copy_seconds: float = 0.0
+    _storages: list[UntypedStorage] = field(default_factory=list, repr=False)
+
+    def copy(self) -> None:
+        """Copy the storages into the lease. The state may change once this has returned.
+
+        Raises:
+            SaveError: a storage could not be copied.
+        """
+        began = time.perf_counter()
+        try:
+            copy_storages(self._storages, self.body.starts.tolist(), self.lease, self.filled)
+        except BaseException as error:
+            failure = SaveError(f"could not copy the state to host memory: {error}")
+            self.filled.fail(failure)
+            if isinstance(error, Exception):
+                raise failure from error
+            raise
+        finally:
+            self._storages = []
+        self.filled.advance(self.body.nbytes)
+        self.copy_seconds = time.perf_counter() - began
+
+
+@dataclass(slots=True, eq=False)
+class Stager:
+    """Takes snapshots of one state again and again; what did not change is not laid out anew."""
+
+    arena: Arena
+    _freezer: Freezer = field(default_factory=Freezer, init=False)
+    _pickler: DataPickler = field(default_factory=DataPickler, init=False)
+    _body: Body | None = field(default=None, init=False)
+    _warned: bool = field(default=False, init=False)
+
+    def stage(self, state: object, *, wait: bool = True) -> Snapshot:
+        """Freeze `state` and lease room for it; the copy is left to `Snapshot.copy`.
+
+        Raises:
+            SaveError: the state cannot be saved; the message says which entry.
+            BusyError: there is no room in host memory, and `wait` is false.
+        """
+        began = time.perf_counter()
+        frozen, storages = self._freezer.freeze(state)
+        body = self._lay_out(frozen.sizes)
+        self._warn_of_inline(len(frozen.pickled))
+        froze = time.perf_counter()
+        lease = self.arena.lease(body.nbytes, pinned=_on_cuda(frozen), wait=wait)
+        snapshot = Snapshot(frozen, body, lease, _storages=storages)
+        snapshot.freeze_seconds = froze - began
+        snapshot.wait_seconds = time.perf_counter() - froze
+        return snapshot
+
+    def reserve(self, state: object, count: int) -> int:
+        """Make room for `count` snapshots of `state` ready; returns the bytes of one."""
+        frozen, _ = self._freezer.freeze(state)
+        nbytes = self._lay_out(frozen.sizes).nbytes
+        self.arena.reserve(nbytes, count, pinned=_on_cuda(frozen))
+        return nbytes
+
+    def plan(self, snapshot: Snapshot, description: bytes) -> FilePlan:
+        """Plan the file of a snapshot. Not on the training thread."""
+        return plan(snapshot.body, self._pickler.data_pickle(snapshot.frozen), description)
+
+    def _lay_out(self, sizes: list[int]) -> Body:
+        if self._body is None or self._body.sizes != sizes:
+            self._body = lay_out(sizes)
+        return self._body
+
+    def _warn_of_inline(self, nbytes: int) -> None:
+        if nbytes > INLINE_WARNING and not self._warned:
+            self._warned = True
+            msg = (
+                f"{nbytes >> 20} MiB of the state are not tensors (numpy arrays, objects) and are pickled on the"
+                " training thread at every save; make tensors of them to have them copied"
+            )
+            warnings.warn(msg, stacklevel=4)
+
+
+def _on_cuda(frozen: FrozenState) -> bool:
+    return any(location.startswith("cuda") for location in set(frozen.locations))

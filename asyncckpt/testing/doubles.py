@@ -1,0 +1,245 @@
+"""Stores that wrap another one and make it slow, or make it fail."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from abc import abstractmethod
+from collections import Counter
+from concurrent.futures import Future
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
+
+import anyio
+from anyio import to_thread
+
+from asyncckpt.stores.base import Draft, Store
+from asyncckpt.testing.faults import Faults
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+
+    from asyncckpt.stores.base import StoredFile
+
+
+class Gate:
+    """A gate that operations wait at until a test opens it.
+
+    It may be used from every thread and event loop, so a test can hold work back that runs in the
+    background, and can wait until that work has arrived, without ever sleeping. The operations that
+    wait at it run on asyncio.
+    """
+
+    def __init__(self, *, opened: bool = False) -> None:
+        self._changed = threading.Condition()
+        self._opened = opened
+        self._arrived = 0
+        self._waiting: list[Future[None]] = []
+
+    def __repr__(self) -> str:
+        state = "open" if self._opened else "closed"
+        return f"<{type(self).__name__} {state}, {self._arrived} arrived, {len(self._waiting)} waiting>"
+
+    @property
+    def arrived(self) -> int:
+        """How many operations have come to the gate so far, whether they had to wait or not."""
+        return self._arrived
+
+    def open(self) -> None:
+        """Let all operations through, those that wait and those to come."""
+        with self._changed:
+            self._opened = True
+            waiting, self._waiting = self._waiting, []
+        for future in waiting:
+            if future.set_running_or_notify_cancel():
+                future.set_result(None)
+
+    def close(self) -> None:
+        """Hold back the operations to come."""
+        with self._changed:
+            self._opened = False
+
+    def wait_for_arrival(self, count: int = 1, *, timeout: float = 30.0) -> None:
+        """Block until `count` operations in all have come to the gate.
+
+        Raises:
+            TimeoutError: fewer came within `timeout` seconds.
+        """
+        with self._changed:
+            if not self._changed.wait_for(lambda: self._arrived >= count, timeout):
+                raise TimeoutError(f"{self._arrived} of {count} operations came to the gate in {timeout} s")
+
+    async def arrival(self, count: int = 1, *, timeout: float = 30.0) -> None:  # noqa: ASYNC109 - of the thread
+        """Wait as `wait_for_arrival` does, without blocking the event loop."""
+        await to_thread.run_sync(lambda: self.wait_for_arrival(count, timeout=timeout))
+
+    async def passing(self) -> None:
+        """Come to the gate, and wait until it is open."""
+        future: Future[None] = Future()
+        with self._changed:
+            self._arrived += 1
+            self._changed.notify_all()
+            if self._opened:
+                return
+            self._waiting.append(future)
+        await asyncio.wrap_future(future)
+
+
+class WrapperStore(Store):
+    """A store that does something before each operation of another one.
+
+    Operations are named by their methods: `prepare`, `draft`, `write`, `commit`, `list`, `stat`,
+    `read`, `remove`, `copy` and `link`. Their subject is the name of the file; for `copy` and `link`
+    that of the target, for `prepare` and `list` an empty string.
+    """
+
+    def __init__(self, inner: Store) -> None:
+        self._inner = inner
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self._inner!r})"
+
+    @abstractmethod
+    async def before(self, operation: str, subject: str) -> None:
+        """Be told of an operation that is about to begin; what this raises is what it raises."""
+
+    def path_of(self, name: str) -> str:
+        """Return the path that the inner store gives."""
+        return self._inner.path_of(name)
+
+    async def prepare(self) -> None:
+        """Prepare the inner store."""
+        await self.before("prepare", "")
+        await self._inner.prepare()
+
+    @asynccontextmanager
+    async def draft(self, name: str, size: int) -> AsyncIterator[Draft]:
+        """Open a draft of the inner store, whose operations are watched as well."""
+        await self.before("draft", name)
+        async with self._inner.draft(name, size) as draft:
+            yield _WrapperDraft(self, draft, name)
+
+    async def list(self) -> Sequence[StoredFile]:
+        """List the inner store."""
+        await self.before("list", "")
+        return await self._inner.list()
+
+    async def stat(self, name: str) -> StoredFile:
+        """Look at a file of the inner store."""
+        await self.before("stat", name)
+        return await self._inner.stat(name)
+
+    async def read(self, name: str, offset: int, into: memoryview) -> None:
+        """Read from the inner store."""
+        await self.before("read", name)
+        await self._inner.read(name, offset, into)
+
+    async def remove(self, name: str) -> None:
+        """Remove from the inner store."""
+        await self.before("remove", name)
+        await self._inner.remove(name)
+
+    async def copy(self, source: str, target: str) -> None:
+        """Copy within the inner store."""
+        await self.before("copy", target)
+        await self._inner.copy(source, target)
+
+    async def link(self, source: str, target: str) -> None:
+        """Link within the inner store."""
+        await self.before("link", target)
+        await self._inner.link(source, target)
+
+
+class _WrapperDraft(Draft):
+    def __init__(self, store: WrapperStore, inner: Draft, name: str) -> None:
+        self.chunk = inner.chunk
+        self.writers = inner.writers
+        self._store = store
+        self._inner = inner
+        self._name = name
+
+    async def write(self, offset: int, data: memoryview) -> None:
+        await self._store.before("write", self._name)
+        await self._inner.write(offset, data)
+
+    async def commit(self) -> None:
+        await self._store.before("commit", self._name)
+        await self._inner.commit()
+
+    @property
+    def sync_seconds(self) -> float:
+        return self._inner.sync_seconds
+
+
+class SlowStore(WrapperStore):
+    """A store whose operations wait.
+
+    Args:
+        inner: the store that does the work.
+        gates: for each operation to be held back, the gate that it waits at.
+        delays: for each operation to be slowed down, the seconds that it waits then.
+        sleep: what waits for a delay, for tests that keep a clock of their own.
+    """
+
+    def __init__(
+        self,
+        inner: Store,
+        *,
+        gates: Mapping[str, Gate] | None = None,
+        delays: Mapping[str, float] | None = None,
+        sleep: Callable[[float], Awaitable[None]] = anyio.sleep,
+    ) -> None:
+        super().__init__(inner)
+        self._gates = dict(gates or {})
+        self._delays = dict(delays or {})
+        self._sleep = sleep
+
+    async def before(self, operation: str, subject: str) -> None:  # noqa: ARG002 - all files wait alike
+        """Wait at the gate of the operation, then for its delay."""
+        if operation in self._gates:
+            await self._gates[operation].passing()
+        if operation in self._delays:
+            await self._sleep(self._delays[operation])
+
+
+class FaultyStore(WrapperStore):
+    """A store of which chosen operations fail, before they reach the inner one.
+
+    Attributes:
+        calls: how often each operation was called, those that failed included.
+    """
+
+    def __init__(self, inner: Store) -> None:
+        super().__init__(inner)
+        self.calls: Counter[str] = Counter()
+        self._faults = Faults()
+
+    def fail(
+        self,
+        operation: str,
+        error: BaseException,
+        *,
+        at: int = 1,
+        times: int | None = 1,
+        where: Callable[[str], bool] | None = None,
+    ) -> None:
+        """Let calls of an operation fail.
+
+        Args:
+            operation: which one; see `WrapperStore`.
+            error: what it raises.
+            at: which call from now on is the first to fail, counted from 1.
+            times: how many fail from there on; None for all.
+            where: counts only calls for file names that this is true of.
+        """
+        self._faults.add(operation, error, at=at, times=times, where=where)
+
+    def reset(self) -> None:
+        """Let everything work again, and count the calls from 0."""
+        self._faults.clear()
+        self.calls.clear()
+
+    async def before(self, operation: str, subject: str) -> None:
+        """Count the call, and fail it if it is one that was chosen."""
+        self.calls[operation] += 1
+        self._faults.check(operation, subject)

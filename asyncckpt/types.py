@@ -1,0 +1,98 @@
+"""The plain data that the floors hand to each other: no torch, no I/O."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import numpy as np
+    import numpy.typing as npt
+
+    Offsets = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """One committed checkpoint.
+
+    Attributes:
+        step: the step given to `save`; None for a file saved without one.
+        path: where it is, a local path or a URL.
+        metrics: the metrics given to `save`.
+        nbytes: size of the file in bytes.
+        created: wall time of the snapshot, seconds since the epoch.
+        sequence: its place in the order of commits of its directory, from 1.
+    """
+
+    step: int | None
+    path: str
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    nbytes: int = 0
+    created: float = 0.0
+    sequence: int = 0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FilePlan:
+    """Which bytes a checkpoint file consists of, and where each one comes from.
+
+    The file is a *body* followed by a *tail*. The body lies in a host buffer at the offsets that
+    it has in the file, so any piece of it can be written from where it is: payloads, which a copy
+    fills from the front (see `Watermark`), and the literal bytes around them. The tail is literal.
+    The CRC-32 of each record goes, little-endian, into a slot behind its payload and into one in
+    the tail. Nothing here is bound to a thread or a process.
+
+    Attributes:
+        body: size of the body in bytes.
+        gaps: (offset, bytes) of the literal pieces of the body.
+        starts, stops: payload range of each of the n records, in file order; int64, shape (n,).
+        slots: offset in the body of each record's checksum, at or after its stop; shape (n,).
+        tail: all bytes after the body.
+        tail_slots: offset in the tail of each record's checksum; shape (n,).
+    """
+
+    body: int
+    gaps: tuple[tuple[int, bytes], ...]
+    starts: Offsets
+    stops: Offsets
+    slots: Offsets
+    tail: bytes
+    tail_slots: Offsets
+
+    @property
+    def size(self) -> int:
+        """Size of the finished file in bytes."""
+        return self.body + len(self.tail)
+
+
+@dataclass(slots=True)
+class SaveStats:
+    """What one save cost, in seconds and bytes; each figure is filled in as it becomes known.
+
+    Attributes:
+        stall: what the training thread lost: the call of `save`, from entry to return.
+        wait: of that, for an earlier save to make room.
+        freeze: of that, deciding what the file will hold.
+        copy: of that, copying tensors to host memory.
+        checksum, write: in the background, and overlapping: CRC-32, and from the first write to the last.
+        sync: making the bytes durable.
+        commit: from the last byte written to the durable name, `sync` included.
+        durable: from the call of `save` to the durable name.
+        nbytes: size of the file.
+        queue_depth: operations that were before this one in the engine's line.
+    """
+
+    stall: float = 0.0
+    wait: float = 0.0
+    freeze: float = 0.0
+    copy: float = 0.0
+    checksum: float = 0.0
+    write: float = 0.0
+    sync: float = 0.0
+    commit: float = 0.0
+    durable: float = 0.0
+    nbytes: int = 0
+    queue_depth: int = 0
