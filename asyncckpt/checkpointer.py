@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any, Literal, Union
 
 from anyio import to_thread
 
+from asyncckpt.apply import apply_state
 from asyncckpt.catalog import Catalog
 from asyncckpt.engine import get_engine
 from asyncckpt.errors import AsyncCkptError, CheckpointExistsError, CheckpointNotFoundError, SaveError
 from asyncckpt.layout.description import MAX_BYTES, Description
 from asyncckpt.naming import NameTemplate
-from asyncckpt.restore import apply_state, load_state, locate, verify_file
+from asyncckpt.restore import load_state, locate, verify_file
 from asyncckpt.retention import KeepAll, evict, first_best, rank
 from asyncckpt.saver import Saver, Target
 from asyncckpt.stateful import collect
@@ -46,11 +47,11 @@ class Checkpointer:
         directory: a local path or a `file://` URL; made if it is not there.
         filename: template of the file names over `step` and the metrics, see `NameTemplate`.
         keep: which checkpoints stay after a commit: `BestK`, `LastN`, `EveryN`, `KeepAll`, several of them
-            combined with `|`, or any object with their `keep` method. The newest always stays. Only files that
-            carry asyncckpt's own description and match `filename` are ever removed.
+            combined with `|`, or any object with their `keep` method. The newest always stays. Only files
+            that carry asyncckpt's description and match `filename` are ever removed.
         max_in_flight: snapshots held in host memory at once.
-        when_busy: what `save` does when there are that many: "wait" for one to be durable, "skip" the new one,
-            or, from `max_in_flight=2`, "replace" the one that is still queued.
+        when_busy: what `save` does when there are that many: "wait" for one to be durable, "skip" the new
+            one, or, from `max_in_flight=2`, "replace" the one that is still queued.
         on_error: "raise" what failed from the next call, or a callable given the `Save` and its error, on a
             background thread.
         storage_options: for stores behind a URL; a local path takes none.
@@ -76,7 +77,9 @@ class Checkpointer:
         self._names = NameTemplate(filename)
         self._keep: Policy = KeepAll() if keep is None else keep
         if not callable(getattr(self._keep, "keep", None)):
-            raise TypeError(f"keep must be a policy such as LastN(3), or have its method keep(); it is {keep!r}")
+            raise TypeError(
+                f"keep must be a policy such as LastN(3), or have its method keep(); it is {keep!r}"
+            )
         self._overwrite = overwrite
         self._saver = Saver(max_in_flight, when_busy, on_error)
         self._closed = False
@@ -93,7 +96,9 @@ class Checkpointer:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
         if error is None:
             self.close()
             return
@@ -117,8 +122,8 @@ class Checkpointer:
 
         Args:
             step: the training step.
-            state: anything torch.save takes. Stateful objects (with `state_dict` and `load_state_dict`) in its
-                dicts and lists are saved as their state dicts.
+            state: anything torch.save takes. Stateful objects (with `state_dict` and `load_state_dict`) in
+                its dicts and lists are saved as their state dicts.
             metrics: by name; for the file name, for retention, and for `best`.
 
         Raises:
@@ -136,14 +141,16 @@ class Checkpointer:
         description = Description(self._sequence + 1, step, numbers, time.time())
         if len(description.encode()) > MAX_BYTES:
             raise ValueError(f"the metrics take more than {MAX_BYTES} bytes; put them into the state instead")
-        target = Target(self._store, name, description, lambda: self._refuse_other_step(name, step), self._evict)
+        target = Target(
+            self._store, name, description, lambda: self._refuse_other_step(name, step), self._evict
+        )
         save = self._saver.save(collect(state), target, step)
         self._sequence += 1
         self._steps[name] = step
         return save
 
     def reserve(self, state: Any) -> int:
-        """Make the host memory for snapshots of `state` ready, so that the first save costs what later ones do.
+        """Make host memory for snapshots of `state` ready, so that the first save costs what later ones do.
 
         An optimizer has no state before its first step: reserve after it, or the memory grows once.
 
@@ -179,12 +186,15 @@ class Checkpointer:
         """Return the best checkpoint that has the metric, if there is one; NaN is the worst.
 
         Args:
-            metric, mode: as in `BestK`, whose own they are if they are not given.
+            metric: its name; if not given, that of the `BestK` in `keep`.
+            mode: "min" or "max"; if not given, that of the same `BestK`, else "min".
         """
         policy = first_best(self._keep)
         if metric is None:
             if policy is None:
-                raise ValueError('best() needs a metric, such as best("val_loss"), as keep has no BestK to take it from')
+                raise ValueError(
+                    'best() needs a metric, such as best("val_loss"), as keep has no BestK to take it from'
+                )
             metric = policy.metric
         if mode is None:
             mode = policy.mode if policy is not None and policy.metric == metric else "min"
@@ -197,7 +207,8 @@ class Checkpointer:
 
         Args:
             which: "latest", "best", a step, or a path.
-            map_location, weights_only: as in torch.load.
+            map_location: as in torch.load.
+            weights_only: as in torch.load.
 
         Raises:
             CheckpointNotFoundError: there is no such checkpoint.
@@ -209,7 +220,9 @@ class Checkpointer:
     def restore(
         self, state: Any, which: Which = "latest", *, missing_ok: bool = False, weights_only: bool = True
     ) -> Checkpoint | None:
-        """Put a checkpoint into `state`: `load_state_dict` where there is one, tensors in place, values replaced.
+        """Put a checkpoint into `state`, all of it or nothing.
+
+        Where there is a `load_state_dict` it is called, tensors are changed in place, values replaced.
 
         Args:
             state: what is given to `save`.
@@ -288,8 +301,8 @@ def _name_of(checkpoint: Checkpoint) -> str:
 
 def _exists(path: str, there: int | None, step: int) -> CheckpointExistsError:
     what = "a file that is no checkpoint of asyncckpt" if there is None else f"the checkpoint of step {there}"
-    msg = f"{path} is {what} and would be replaced by step {step}; put {{step}} into filename, or set overwrite=True"
-    return CheckpointExistsError(msg)
+    msg = f"{path} is {what} and would be replaced by step {step}"
+    return CheckpointExistsError(f"{msg}; put {{step}} into filename, or set overwrite=True")
 
 
 def _checked_step(step: Any, state: Any) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures.thread  # before _register_atexit: its workers must outlive our last saves
+import concurrent.futures.thread  # noqa: F401 - its exit hook must be there before ours, to run after it
 import logging
 import os
 import threading
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from anyio.from_thread import start_blocking_portal
 
 from asyncckpt.snapshot.buffers import Arena
+from asyncckpt.threads import in_thread
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
@@ -50,11 +51,11 @@ class Engine:
 
     def __init__(self, memory_limit: int | None = None) -> None:
         self.arena = Arena(memory_limit)
-        self._lock = threading.Lock()
-        self._idle = threading.Condition(self._lock)
+        self._starting = threading.Lock()
+        self._changed = threading.Condition()
         self._line: deque[Operation] = deque()
         self._current: Operation | None = None
-        self._working = False
+        self._closing = False
         self._portal: BlockingPortal | None = None
         self._portal_context: AbstractContextManager[BlockingPortal] | None = None
 
@@ -63,22 +64,23 @@ class Engine:
 
     def depth(self) -> int:
         """Return how many operations are not yet carried out."""
-        with self._lock:
-            return len(self._line) + self._working
+        with self._changed:
+            return len(self._line) + (self._current is not None)
 
     def submit(self, operation: Operation) -> None:
-        """Append `operation` to the line."""
-        portal = self._started()
-        with self._lock:
+        """Append `operation` to the line.
+
+        The caller does not let go of the interpreter here, as it would if it woke the event loop itself: the
+        thread that waits for operations gets its turn when the caller next blocks.
+        """
+        self._started()
+        with self._changed:
             self._line.append(operation)
-            if self._working:
-                return
-            self._working = True
-        portal.start_task_soon(self._work)
+            self._changed.notify_all()
 
     def withdraw(self, operation: Operation) -> bool:
         """Take `operation` out of the line; returns whether it had not begun."""
-        with self._lock:
+        with self._changed:
             if operation not in self._line:
                 return False
             self._line.remove(operation)
@@ -86,7 +88,7 @@ class Engine:
 
     def pending(self, path: str) -> bool | None:
         """Return whether `path` will exist after all that is in the line, or None if none of it tells."""
-        with self._lock:
+        with self._changed:
             operations = [*([self._current] if self._current else []), *self._line]
         return next((op.effects[path] for op in reversed(operations) if path in op.effects), None)
 
@@ -96,36 +98,44 @@ class Engine:
 
     def drain(self, timeout: float | None = None) -> bool:
         """Wait until the line is empty; returns whether it is."""
-        with self._idle:
-            return self._idle.wait_for(lambda: not self._working, timeout)
+        with self._changed:
+            return self._changed.wait_for(lambda: not self._line and self._current is None, timeout)
 
     def close(self) -> None:
         """Finish what is in the line, and end the engine's threads."""
         self.drain()
         if self._portal_context is not None:
+            with self._changed:
+                self._closing = True
+                self._changed.notify_all()
             self._portal_context.__exit__(None, None, None)
             self._portal = self._portal_context = None
         self.arena.close()
 
     async def _work(self) -> None:
-        while True:
-            with self._idle:
-                if not self._line:
-                    self._current, self._working = None, False
-                    self._idle.notify_all()
-                    return
-                operation = self._current = self._line.popleft()
+        while (operation := await in_thread(self._next)) is not None:
             try:
                 await operation.run()
             except Exception:
                 logger.exception("an operation of asyncckpt failed and nobody was told")
 
+    def _next(self) -> Operation | None:
+        """Wait for the next operation and make it the current one; None when the engine closes."""
+        with self._changed:
+            self._current = None
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self._line or self._closing)
+            self._current = self._line.popleft() if self._line else None
+            return self._current
+
     def _started(self) -> BlockingPortal:
-        with self._lock:
+        with self._starting:
             if self._portal is None:
+                self._closing = False
                 self._portal_context = start_blocking_portal()
                 self._portal = self._portal_context.__enter__()
                 self._portal.call(_set_file_threads)
+                self._portal.start_task_soon(self._work)
             return self._portal
 
 

@@ -64,7 +64,9 @@ def _checked(path: Any) -> str:
     try:
         text = os.fspath(path)
     except TypeError:
-        raise TypeError(f"path must be a str or a path, not {type(path).__name__}; the order is save(state, path)") from None
+        raise TypeError(
+            f"path must be a str or a path, not {type(path).__name__}; the order is save(state, path)"
+        ) from None
     if not isinstance(text, str) or not text or text.endswith("/"):
         raise ValueError(f"{text!r} does not name a file")
     return text

@@ -26,8 +26,8 @@ class NameTemplate:
         except ValueError as error:
             raise ValueError(f"filename={template!r}: {error}") from error
         if "/" in template or not template or template.startswith("."):
-            msg = f"filename={template!r} must be one visible file name, without a slash; set the directory instead"
-            raise ValueError(msg)
+            msg = f"filename={template!r} must be the name of one visible file"
+            raise ValueError(f"{msg}; a folder belongs into the directory")
         self.template = template
         pieces = [re.escape(text) + ("" if field is None else ".*") for text, field, _, _ in parsed]
         self._pattern = re.compile("".join(pieces), re.DOTALL)
@@ -43,7 +43,9 @@ class NameTemplate:
         try:
             name = self.template.format_map(values)
         except KeyError as error:
-            msg = f"filename={self.template!r} needs the metric {error}; given were {sorted(metrics) or 'none'}"
+            msg = (
+                f"filename={self.template!r} needs the metric {error}; given were {sorted(metrics) or 'none'}"
+            )
             raise ValueError(msg) from None
         except (ValueError, IndexError, AttributeError) as error:
             raise ValueError(f"filename={self.template!r}: {error}") from error

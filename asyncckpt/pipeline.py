@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from bisect import bisect_left
 from dataclasses import dataclass, field
+from operator import itemgetter
 from typing import TYPE_CHECKING
 
 import anyio
@@ -12,6 +14,8 @@ from asyncckpt.layout.checksum import crc32
 from asyncckpt.threads import in_thread
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
 
     from asyncckpt.snapshot.copy import Watermark
@@ -41,6 +45,7 @@ class Transfer:
     checksum_seconds: float = 0.0
     write_seconds: float = 0.0
     _tail: bytearray = field(init=False, repr=False)
+    _gap: int = field(default=0, init=False)
     _record: int = field(default=0, init=False)
     _offset: int = field(default=0, init=False)
     _crc: int = field(default=0, init=False)
@@ -50,7 +55,6 @@ class Transfer:
 
     async def into(self, draft: Draft) -> None:
         """Write the whole file into `draft`; the commit is left to the caller."""
-        await in_thread(self._fill_gaps)
         # A short queue keeps the checksums just ahead of the writes: running further ahead would take
         # memory bandwidth from the copy on the training thread.
         send, receive = anyio.create_memory_object_stream[tuple[int, memoryview]](draft.writers)
@@ -68,15 +72,15 @@ class Transfer:
                 stop = min(start + chunk, self.plan.size)
                 await out.send((start, await in_thread(self._seal, start, stop)))
 
-    def _fill_gaps(self) -> None:
-        body = self.body
-        for offset, literal in self.plan.gaps:
-            body[offset : offset + len(literal)] = literal
-
     def _seal(self, start: int, stop: int) -> memoryview:
         """Return the bytes [start, stop) of the file, once they are there and all their checksums are in."""
-        self.filled.wait(min(stop, self.plan.body))
+        gaps = self._gaps_below(stop)
+        # A gap is filled once the copy is past all of it: what copies may write over it with what was there.
+        end = max(stop, gaps[-1][0] + len(gaps[-1][1])) if gaps else stop
+        self.filled.wait(min(end, self.plan.body))
         began = time.perf_counter()
+        for offset, literal in gaps:
+            self.body[offset : offset + len(literal)] = literal
         self._checksum_up_to(stop)
         self.checksum_seconds += time.perf_counter() - began
         if stop <= self.plan.body:
@@ -84,6 +88,12 @@ class Transfer:
         split = max(self.plan.body - start, 0)
         tail = memoryview(self._tail)[max(start - self.plan.body, 0) : stop - self.plan.body]
         return memoryview(b"".join((self.body[start : start + split], tail))) if split else tail
+
+    def _gaps_below(self, stop: int) -> Sequence[tuple[int, bytes]]:
+        """Return the gaps that begin before `stop` and were not returned before."""
+        gaps, first = self.plan.gaps, self._gap
+        self._gap = bisect_left(gaps, stop, lo=first, key=itemgetter(0))
+        return gaps[first : self._gap]
 
     def _checksum_up_to(self, stop: int) -> None:
         """Checksum the payloads below `stop`, and put in the checksum of each record that ends there."""

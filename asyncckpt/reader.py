@@ -163,6 +163,6 @@ class _Check:
         if at != d.starts[row]:
             msg = f"{found} lies where neither torch.save nor asyncckpt puts it; load it with torch.load"
             raise CorruptCheckpointError(msg)
-        length = int(d.stops[row] - d.starts[row])
-        msg = f"{found} ({length} bytes) is damaged: its checksum is {self._checksum(row):#010x}, not {expected:#010x}"
+        length, checksum = int(d.stops[row] - d.starts[row]), self._checksum(row)
+        msg = f"{found} ({length} bytes) is damaged: its checksum is {checksum:#010x}, not {expected:#010x}"
         raise CorruptCheckpointError(f"{msg}; use another checkpoint")

@@ -10,14 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args, runtime_checkable
 
 from asyncckpt.types import Checkpoint
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
 
-_MODES = ("min", "max")
+Mode = Literal["min", "max"]
 
 
 @runtime_checkable
@@ -100,7 +100,7 @@ class BestK(_Combinable):
 
     k: int
     metric: str
-    mode: str = "min"
+    mode: Mode = "min"
 
     def __post_init__(self) -> None:
         _check_count(self, "k", self.k)
@@ -111,7 +111,7 @@ class BestK(_Combinable):
         return rank(checkpoints, self.metric, self.mode)[: self.k]
 
 
-def rank(checkpoints: Iterable[Checkpoint], metric: str, mode: str = "min") -> list[Checkpoint]:
+def rank(checkpoints: Iterable[Checkpoint], metric: str, mode: Mode = "min") -> list[Checkpoint]:
     """Return the checkpoints that have `metric`, best first.
 
     NaN is worse than every number, the infinities included. Of equally good checkpoints the one committed
@@ -212,5 +212,5 @@ def _check_ranking(metric: object, mode: object) -> None:
         raise ValueError("metric must be the name of a metric given to save(), not an empty string")
     if not isinstance(mode, str):
         raise TypeError(f'mode must be "min" or "max", not {mode!r}')
-    if mode not in _MODES:
+    if mode not in get_args(Mode):
         raise ValueError(f'mode must be "min" (lower is better) or "max" (higher is better), not {mode!r}')

@@ -58,7 +58,7 @@ class Target:
     after: Callable[[Checkpoint], Awaitable[None]] | None = None
 
 
-@dataclass(slots=True, eq=False, weakref_slot=False)
+@dataclass(slots=True, eq=False)
 class _Job:
     save: Save
     snapshot: Snapshot
@@ -74,8 +74,8 @@ class Saver:
         max_in_flight: snapshots held in host memory at once.
         when_busy: what a save does when there are that many: "wait" for one to be durable, "skip" this one,
             or "replace" one that is still queued.
-        on_error: "raise" from whichever call comes next, or a callable that is given the `Save` and its error,
-            on the engine's thread.
+        on_error: "raise" from whichever call comes next, or a callable that is given the `Save` and its
+            error, on the engine's thread.
     """
 
     def __init__(self, max_in_flight: int, when_busy: WhenBusy = "wait", on_error: OnError = "raise") -> None:
@@ -181,7 +181,11 @@ class Saver:
             while self._in_flight >= self._max_in_flight:
                 if self._when_busy == "skip":
                     return False
-                if self._when_busy == "replace" and self._queued and engine.withdraw(self._queued[-1].operation):
+                if (
+                    self._when_busy == "replace"
+                    and self._queued
+                    and engine.withdraw(self._queued[-1].operation)
+                ):
                     self._withdrawn(self._queued.pop())
                 else:
                     self._changed.wait()
@@ -236,7 +240,11 @@ class Saver:
         stats = save.stats
         stats.commit = time.perf_counter() - written
         stats.sync = draft.sync_seconds
-        stats.checksum, stats.write, stats.nbytes = transfer.checksum_seconds, transfer.write_seconds, plan.size
+        stats.checksum, stats.write, stats.nbytes = (
+            transfer.checksum_seconds,
+            transfer.write_seconds,
+            plan.size,
+        )
         return checkpoint_of(target.store, target.name, target.description, plan.size)
 
     async def _after(self, target: Target, checkpoint: Checkpoint) -> None:
@@ -246,7 +254,9 @@ class Saver:
             await target.after(checkpoint)
         except Exception as error:
             logger.exception("%s is saved, but what follows a commit failed", checkpoint.path)
-            failure = SaveError(f"{checkpoint.path} is saved, but older checkpoints were not evicted: {error}")
+            failure = SaveError(
+                f"{checkpoint.path} is saved, but older checkpoints were not evicted: {error}"
+            )
             failure.__cause__ = error
             with self._changed:
                 self._failures.append((None, failure))
@@ -296,7 +306,9 @@ def _validate(max_in_flight: int, when_busy: str, on_error: object) -> None:
     if when_busy not in {"wait", "skip", "replace"}:
         raise ValueError(f'when_busy must be "wait", "skip" or "replace", not {when_busy!r}')
     if when_busy == "replace" and max_in_flight < 2:  # noqa: PLR2004 - one being written, one to replace
-        raise ValueError('when_busy="replace" needs max_in_flight=2 or more: one is written, one can be replaced')
+        raise ValueError(
+            'when_busy="replace" needs max_in_flight=2 or more: one is written, one can be replaced'
+        )
     if on_error != "raise" and not callable(on_error):
         raise TypeError(f'on_error must be "raise" or a callable, not {on_error!r}')
 

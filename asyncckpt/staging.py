@@ -54,7 +54,8 @@ class Snapshot:
         """
         began = time.perf_counter()
         try:
-            copy_storages(self._storages, self.body.starts.tolist(), self.lease, self.filled)
+            body = self.body
+            copy_storages(self._storages, body.sizes, body.starts.tolist(), self.lease, self.filled)
         except BaseException as error:
             failure = SaveError(f"could not copy the state to host memory: {error}")
             self.filled.fail(failure)
@@ -115,8 +116,8 @@ class Stager:
         if nbytes > INLINE_WARNING and not self._warned:
             self._warned = True
             msg = (
-                f"{nbytes >> 20} MiB of the state are not tensors (numpy arrays, objects) and are pickled on the"
-                " training thread at every save; make tensors of them to have them copied"
+                f"{nbytes >> 20} MiB of the state are not tensors (numpy arrays, objects) and are pickled on"
+                " the training thread at every save; make tensors of them to have them copied"
             )
             warnings.warn(msg, stacklevel=4)
 

@@ -39,7 +39,9 @@ def _collect(value: Any, done: dict[int, Any], known: dict[type, bool]) -> Any:
             if new is not item:
                 changed[key] = new
     if changed:
-        result = {**value, **changed} if kind is dict else [changed.get(i, item) for i, item in enumerate(value)]
+        result = (
+            {**value, **changed} if kind is dict else [changed.get(i, item) for i, item in enumerate(value)]
+        )
         done[id(value)] = result
         return result
     return value

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.serialization import default_restore_location, register_package
-from torch.storage import UntypedStorage
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from torch.storage import UntypedStorage
     from typing_extensions import Self
 
     from asyncckpt.snapshot.memory import Mapping as MemoryMapping
@@ -154,7 +154,7 @@ def _register() -> None:
         register_package(_PRIORITY, lambda _: None, _restore)
 
 
-def _restore(storage: UntypedStorage, location: str) -> UntypedStorage | None:
+def _restore(storage: Any, location: str) -> Any:
     file: PayloadFile | None = getattr(_active, "file", None)
     if file is None:
         return None

@@ -1,0 +1,1 @@
+"""Layouts: from a snapshot to the bytes of a file, and back. No I/O."""

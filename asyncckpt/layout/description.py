@@ -60,7 +60,9 @@ class Description:
         try:
             fields: dict[str, Any] = json.loads(record)
             if fields["format"] != FORMAT:
-                msg = f"it has format {fields['format']}, this version reads format {FORMAT}; upgrade asyncckpt"
+                msg = (
+                    f"it has format {fields['format']}, this version reads format {FORMAT}; upgrade asyncckpt"
+                )
                 raise CorruptCheckpointError(msg)
             return cls(
                 int(fields["sequence"]),

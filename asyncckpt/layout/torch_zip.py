@@ -31,6 +31,7 @@ DESCRIPTION = ROOT + ".asyncckpt.json"
 ALIGNMENT = 64
 # A size or an offset from here on needs a zip64 field.
 ZIP64 = 0xFFFF_FFFF
+ZIP64_COUNT = 0xFFFF
 
 LOCAL = struct.Struct("<4sHHHHHIIIHH")
 CENTRAL = struct.Struct("<4sHHHHHHIIIHHHHHII")
@@ -42,7 +43,7 @@ END_MAGIC, END64_MAGIC, END64_LOCATOR_MAGIC = b"PK\x05\x06", b"PK\x06\x06", b"PK
 _UTF8, _DESCRIPTOR_FOLLOWS = 0x0800, 0x0008
 _FIRST_OF_1980 = 0x21
 _CENTRAL_CRC = 16
-_EXTRA = 4  # id and length of a field in a header's extra part
+EXTRA = struct.Struct("<HH")  # id and length of a field in a header's extra part
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,7 +152,7 @@ def _align(offsets: Offsets) -> Offsets:
 def _extra_size(size: Offsets, big: Offsets) -> Offsets:
     """Bytes that torch's writer reserves for fields in a local header, before it pads to the alignment."""
     large = size >= ZIP64
-    return _EXTRA + np.where(large | big, _EXTRA, 0) + np.where(large, 16, 0) + np.where(big, 8, 0)
+    return EXTRA.size + np.where(large | big, EXTRA.size, 0) + np.where(large, 16, 0) + np.where(big, 8, 0)
 
 
 def _start(name: str, header: int, size: int) -> int:
@@ -162,7 +163,7 @@ def _start(name: str, header: int, size: int) -> int:
 def _local_header(name: str, header: int, start: int, size: int) -> bytes:
     encoded = name.encode()
     large = struct.pack("<HHQQ", 1, 16, size, size) if size >= ZIP64 else b""
-    padding = start - header - LOCAL.size - len(encoded) - len(large) - _EXTRA
+    padding = start - header - LOCAL.size - len(encoded) - len(large) - EXTRA.size
     extra = large + struct.pack("<2sH", b"FB", padding) + b"Z" * padding
     sizes = ZIP64 if large else 0
     flags = _UTF8 | (_DESCRIPTOR_FOLLOWS if size else 0)
@@ -196,8 +197,17 @@ def _central_entry(name: str, header: int, size: int, crc: int) -> bytes:
 
 def _end(count: int, size: int, offset: int) -> bytes:
     """Pack the end of the zip's directory, in both forms where the short one cannot hold it."""
-    short = END.pack(END_MAGIC, 0, 0, min(count, 0xFFFF), min(count, 0xFFFF), min(size, ZIP64), min(offset, ZIP64), 0)
-    if count < 0xFFFF and size < ZIP64 and offset < ZIP64:
+    short = END.pack(
+        END_MAGIC,
+        0,
+        0,
+        min(count, ZIP64_COUNT),
+        min(count, ZIP64_COUNT),
+        min(size, ZIP64),
+        min(offset, ZIP64),
+        0,
+    )
+    if count < ZIP64_COUNT and size < ZIP64 and offset < ZIP64:
         return short
     long = END64.pack(END64_MAGIC, END64.size - 12, 45, 45, 0, 0, count, count, size, offset)
     return long + END64_LOCATOR.pack(END64_LOCATOR_MAGIC, 0, offset + size, 1) + short

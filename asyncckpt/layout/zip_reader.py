@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Generator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -21,12 +20,15 @@ from asyncckpt.layout.torch_zip import (
     END64_LOCATOR_MAGIC,
     END64_MAGIC,
     END_MAGIC,
+    EXTRA,
     LOCAL,
     LOCAL_MAGIC,
     ZIP64,
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Generator
+
     from asyncckpt.types import Offsets
 
 # (offset, length) of the bytes a generator waits for.
@@ -87,7 +89,9 @@ def read_ending(size: int) -> Generator[Request, bytes, tuple[Ending, int, bytes
     at = len(tail) - END.size
     magic, _, _, _, count, length, directory, _ = END.unpack_from(tail, at)
     if magic != END_MAGIC:
-        raise CorruptCheckpointError("it does not end as a zip file does; it was cut off, or is another format")
+        raise CorruptCheckpointError(
+            "it does not end as a zip file does; it was cut off, or is another format"
+        )
     end = offset + at
     locator = at - END64_LOCATOR.size
     if locator >= END64.size and tail[locator : locator + 4] == END64_LOCATOR_MAGIC:
@@ -135,17 +139,17 @@ def read_directory(size: int) -> Generator[Request, bytes, Directory]:
         data = yield ending.directory, ending.end - ending.directory
     else:
         data = tail[ending.directory - offset : ending.end - offset]
-    entries = []
+    entries: list[tuple[str, int, int, int]] = []
     at = 0
     try:
         for _ in range(ending.count):
-            length, *entry = _entry(data, at)
-            entries.append(entry)
+            length, name, checksum, nbytes, header = _entry(data, at)
+            entries.append((name, checksum, nbytes, header))
             at += length
     except (struct.error, UnicodeDecodeError) as error:
         raise CorruptCheckpointError("its directory is damaged") from error
     entries.sort(key=lambda entry: entry[-1])
-    names = tuple(str(entry[0]) for entry in entries)
+    names = tuple(entry[0] for entry in entries)
     table = np.array([entry[1:] for entry in entries], dtype=np.int64).reshape(-1, 3)
     checksums, sizes, headers = table[:, 0], table[:, 1], table[:, 2]
     ends = np.append(headers[1:], ending.directory)
@@ -154,7 +158,7 @@ def read_directory(size: int) -> Generator[Request, bytes, Directory]:
     return Directory(names, headers, stops - sizes, stops, checksums, ending)
 
 
-def payload_start(header: bytes) -> int:
+def payload_start(header: bytes | bytearray) -> int:
     """Return how far behind its local header a payload starts, given at least the header's fixed part."""
     if len(header) < LOCAL.size or header[:4] != LOCAL_MAGIC:
         raise CorruptCheckpointError("a record does not start with a header")
@@ -174,12 +178,12 @@ def _entry(data: bytes, at: int) -> tuple[int, str, int, int, int]:
     name_end = at + CENTRAL.size + name_length
     name = data[at + CENTRAL.size : name_end].decode()
     extra = data[name_end : name_end + extra_length]
-    while len(extra) >= 4:
-        kind, length = struct.unpack_from("<HH", extra)
+    while len(extra) >= EXTRA.size:
+        kind, length = EXTRA.unpack_from(extra)
         if kind == 1:
-            values = iter(struct.unpack_from(f"<{length // 8}Q", extra, 4))
+            values = iter(struct.unpack_from(f"<{length // 8}Q", extra, EXTRA.size))
             size = next(values, size) if size == ZIP64 else size
             stored = next(values, stored) if stored == ZIP64 else stored
             header = next(values, header) if header == ZIP64 else header
-        extra = extra[4 + length :]
+        extra = extra[EXTRA.size + length :]
     return CENTRAL.size + name_length + extra_length + comment_length, name, checksum, size, header

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import threading
 from dataclasses import dataclass, field
@@ -39,9 +40,7 @@ class ArenaStatistics:
 class Lease:
     """A buffer that belongs to one snapshot until `release`.
 
-    Attributes:
-        view: the buffer, 4096-aligned, at least as long as what was asked for.
-        address: of its first byte.
+    It is 4096-aligned and at least as long as what was asked for.
     """
 
     _arena: Arena
@@ -49,11 +48,18 @@ class Lease:
 
     @property
     def view(self) -> memoryview:
+        """The whole buffer, writable."""
         return self._buffer.mapping.view
 
     @property
     def address(self) -> int:
+        """Where its first byte is."""
         return self._buffer.mapping.address
+
+    @property
+    def fd(self) -> int:
+        """The memfd behind it, at offset 0; -1 where the system has none."""
+        return self._buffer.mapping.fd
 
     def release(self) -> None:
         """Give the buffer back; what it holds may be overwritten from now on. Doing so twice is harmless."""
@@ -138,15 +144,9 @@ class Arena:
 
     def reserve(self, nbytes: int, count: int, *, pinned: bool = False) -> None:
         """Make `count` free buffers of `nbytes` ready, as far as the cap allows."""
-        leases = []
-        try:
+        with contextlib.ExitStack() as leases, contextlib.suppress(BusyError):
             for _ in range(count):
-                leases.append(self.lease(nbytes, pinned=pinned, wait=False))
-        except BusyError:
-            pass
-        finally:
-            for lease in leases:
-                lease.release()
+                leases.callback(self.lease(nbytes, pinned=pinned, wait=False).release)
 
     def close(self) -> None:
         """Unmap every free buffer."""

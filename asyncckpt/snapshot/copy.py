@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from asyncckpt.snapshot.pinning import PIECE
+from asyncckpt.snapshot.scatter import scatter
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 # How much is copied between two reports, in bytes.
 _STRIDE = 16 << 20
+# Up to this size the call costs more than the copy.
+_SMALL = 32 << 10
 _memmove = ctypes.CDLL(None).memmove
 _memmove.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
 _memmove.restype = None
@@ -54,21 +57,29 @@ class Watermark:
                 self._changed.wait()
 
 
-def copy_storages(storages: Sequence[UntypedStorage], starts: Sequence[int], lease: Lease, done: Watermark) -> None:
+def copy_storages(
+    storages: Sequence[UntypedStorage],
+    sizes: Sequence[int],
+    starts: Sequence[int],
+    lease: Lease,
+    done: Watermark,
+) -> None:
     """Copy each storage to its place in the leased buffer, and return when all of it is there.
 
     Args:
         storages: live storages on any devices.
+        sizes: of each, in bytes.
         starts: where in the buffer each goes, in bytes, ascending.
         lease: the buffer; pinned, if a storage is on a CUDA device.
         done: told how far the buffer is filled; its end is for the caller to tell.
     """
     if not torch.accelerator.is_available() or all(storage.device.type == "cpu" for storage in storages):
-        _copy_on_host(storages, starts, lease, done)
+        _copy_on_host(storages, sizes, starts, lease, done)
         return
     pending = _start_device_copies(storages, starts, lease)
-    on_host = [(s, at) for s, at in zip(storages, starts, strict=True) if s.device.type == "cpu"]
-    _copy_on_host([s for s, _ in on_host], [at for _, at in on_host], lease, Watermark())
+    for storage, start in zip(storages, starts, strict=True):
+        if storage.device.type == "cpu" and storage.nbytes():
+            _memmove(lease.address + start, storage.data_ptr(), storage.nbytes())
     for events, upto in pending:
         for event in events:
             event.synchronize()
@@ -76,21 +87,29 @@ def copy_storages(storages: Sequence[UntypedStorage], starts: Sequence[int], lea
 
 
 def _copy_on_host(
-    storages: Sequence[UntypedStorage], starts: Sequence[int], lease: Lease, done: Watermark
+    storages: Sequence[UntypedStorage],
+    sizes: Sequence[int],
+    starts: Sequence[int],
+    lease: Lease,
+    done: Watermark,
 ) -> None:
-    base, move, reported = lease.address, _memmove, 0
-    for storage, start in zip(storages, starts, strict=True):
-        nbytes = storage.nbytes()
-        if nbytes > _STRIDE:
-            source = storage.data_ptr()
-            for offset in range(0, nbytes, _STRIDE):
-                length = min(_STRIDE, nbytes - offset)
-                move(base + start + offset, source + offset, length)
-                done.advance(reported := start + offset + length)
-        elif nbytes:
-            move(base + start, storage.data_ptr(), nbytes)
-            if start - reported >= _STRIDE:
-                done.advance(reported := start + nbytes)
+    """Copy the storages of a state that is all on the host."""
+    begin = 0  # of the run of small storages that is not yet copied
+    for index in [*(i for i, nbytes in enumerate(sizes) if not 0 < nbytes <= _SMALL), len(sizes)]:
+        if begin < index:
+            run = slice(begin, index)
+            scatter(storages[run], sizes[run], starts[run], lease)
+        if index < len(sizes):
+            _copy_one(storages[index], sizes[index], starts[index], lease, done)
+        begin = index + 1
+
+
+def _copy_one(storage: UntypedStorage, nbytes: int, start: int, lease: Lease, done: Watermark) -> None:
+    source = storage.data_ptr()
+    for offset in range(0, nbytes, _STRIDE):
+        length = min(_STRIDE, nbytes - offset)
+        _memmove(lease.address + start + offset, source + offset, length)
+        done.advance(start + offset + length)
 
 
 def _start_device_copies(
@@ -130,7 +149,7 @@ def _start_device_copies(
 
 
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    """Return a stream that begins where the training stream of `device` stands: its last kernels may still run."""
+    """Return a stream of `device` that waits for its training stream, whose last kernels may still run."""
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     return stream

@@ -54,20 +54,22 @@ def _splice(pickled: bytes, arguments: Sequence[bytes]) -> bytes:
 def _rebuild_arguments(meta: TensorMeta, frozen: FrozenState) -> bytes:
     """Pickle (storage, offset, size, stride, requires_grad, hooks), the storage by its persistent id."""
     key, dtype, offset, size, stride, requires_grad = meta
-    return b"".join((
-        b"((X\x07\0\0\0storage",
-        b"ctorch\n%b\n" % STORAGE_CLASS[dtype].encode(),
-        _text(str(key)),
-        _text(frozen.locations[key]),
-        _integer(frozen.sizes[key] // dtype.itemsize),
-        b"tQ",
-        _integer(offset),
-        _integers(size),
-        _integers(stride),
-        b"\x88" if requires_grad else b"\x89",
-        _NO_HOOKS,
-        b"t",
-    ))
+    return b"".join(
+        (
+            b"((X\x07\0\0\0storage",
+            b"ctorch\n%b\n" % STORAGE_CLASS[dtype].encode(),
+            _text(str(key)),
+            _text(frozen.locations[key]),
+            _integer(frozen.sizes[key] // dtype.itemsize),
+            b"tQ",
+            _integer(offset),
+            _integers(size),
+            _integers(stride),
+            b"\x88" if requires_grad else b"\x89",
+            _NO_HOOKS,
+            b"t",
+        )
+    )
 
 
 def _text(value: str) -> bytes:

@@ -132,7 +132,9 @@ class Freezer:
             raise
         except Exception as error:
             path = find_culprit(state, _probe)
-            msg = f"{path}: cannot pickle ({type(error).__name__}: {error}); make it picklable or leave it out"
+            msg = (
+                f"{path}: cannot pickle ({type(error).__name__}: {error}); make it picklable or leave it out"
+            )
             raise UnpicklableStateError(msg) from error
         return FrozenState(out.getvalue(), table.tensors, table.sizes, table.locations), table.storages
 
@@ -212,7 +214,7 @@ def _tensor_reducer(table: _Table, *, exact: bool) -> Callable[[Any], Any]:
         meta = (key, dtype, obj.storage_offset(), obj.shape, obj.stride(), obj.requires_grad)
         before = next(known, None)
         # The equal tuple of last time is kept: an unchanged state costs no memory and compares at once.
-        tensors.append(before if before == meta else meta)
+        tensors.append(before if before == meta else meta)  # type: ignore[arg-type]
         return _REBUILD, (next(marks),)
 
     return reduce

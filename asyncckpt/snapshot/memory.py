@@ -1,4 +1,4 @@
-"""Raw memory by the page: mapped, touched ahead of need, and given back when it is said, also after a fork."""
+"""Raw memory by the page: mapped, touched ahead of need, and given back when told to, also after a fork."""
 
 from __future__ import annotations
 

@@ -29,5 +29,7 @@ def open_store(directory: str | os.PathLike[str], options: Mapping[str, Any] | N
         msg = f"{given}: there is no store for {protocol}:// here; use a local path or a file:// URL"
         raise StoreError(msg)
     if options:
-        raise ValueError(f"{given} is a local path, which takes no storage_options; given were {sorted(options)}")
+        raise ValueError(
+            f"{given} is a local path, which takes no storage_options; given were {sorted(options)}"
+        )
     return LocalStore(path)
