@@ -41,7 +41,7 @@ class Catalog:
 
         async def read() -> None:
             for file in unread:
-                found[file.name] = (file.version, await self._describe(file))
+                found[file.name] = (file.version, await self._listed(file))
 
         async with anyio.create_task_group() as tasks:
             for _ in range(_READERS):
@@ -54,20 +54,28 @@ class Catalog:
         known = self._known.get(file.name)
         return known is not None and known[0] == file.version
 
-    async def _describe(self, file: StoredFile) -> Checkpoint | None:
+    async def _listed(self, file: StoredFile) -> Checkpoint | None:
         try:
-            record = await answer(read_description(file.nbytes), self._store, file.name)
-            if record is None:
-                return None
-            description = Description.decode(record)
-        except FileNotFoundError:
+            checkpoint = await _read_checkpoint(self._store, file)
+        except FileNotFoundError:  # removed since it was listed
             return None
         except CorruptCheckpointError as error:
             logger.debug("%s is not listed: %s", self._store.path_of(file.name), error)
             return None
-        if description.step is None:
-            return None
-        return checkpoint_of(self._store, file.name, description, file.nbytes)
+        return None if checkpoint is None or checkpoint.step is None else checkpoint
+
+
+async def describe(store: Store, name: str) -> Checkpoint:
+    """Return what one file is; little more than its size if it was not written by asyncckpt."""
+    file = await store.stat(name)
+    return await _read_checkpoint(store, file) or Checkpoint(None, store.path_of(name), {}, file.nbytes)
+
+
+async def _read_checkpoint(store: Store, file: StoredFile) -> Checkpoint | None:
+    record = await answer(read_description(file.nbytes), store, file.name)
+    return (
+        None if record is None else checkpoint_of(store, file.name, Description.decode(record), file.nbytes)
+    )
 
 
 def checkpoint_of(store: Store, name: str, description: Description, nbytes: int) -> Checkpoint:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, Union
 from anyio import to_thread
 
 from asyncckpt.apply import apply_state
-from asyncckpt.catalog import Catalog
+from asyncckpt.catalog import Catalog, describe
 from asyncckpt.engine import get_engine
 from asyncckpt.errors import AsyncCkptError, CheckpointExistsError, CheckpointNotFoundError, SaveError
 from asyncckpt.layout.description import MAX_BYTES, Description
@@ -131,6 +131,7 @@ class Checkpointer:
                 failed and nobody has been told. Nothing was taken.
             CheckpointExistsError: a checkpoint of another step has the name of this one.
         """
+        began = time.perf_counter()
         step = _checked_step(step, state)
         if self._closed:
             raise SaveError(f"the Checkpointer of {self.directory} is closed; make a new one")
@@ -144,7 +145,7 @@ class Checkpointer:
         target = Target(
             self._store, name, description, lambda: self._refuse_other_step(name, step), self._evict
         )
-        save = self._saver.save(collect(state), target, step)
+        save = self._saver.save(collect(state), target, step, began)
         self._sequence += 1
         self._steps[name] = step
         return save
@@ -243,7 +244,7 @@ class Checkpointer:
                 return None
             raise
         apply_state(state, saved, store.path_of(name))
-        return next((c for c in self.checkpoints() if c.path == store.path_of(name)), None)
+        return get_engine().call(describe, store, name)
 
     def verify(self, which: Which = "latest") -> None:
         """Read every byte of a checkpoint and compare every checksum.

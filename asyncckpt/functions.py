@@ -30,9 +30,10 @@ def save(state: Any, path: str | os.PathLike[str]) -> Save:
         SaveError: the state cannot be saved, or an earlier save failed and nobody has been told. Nothing was
             taken.
     """
+    began = time.perf_counter()
     store, name = locate(_checked(path), open_store("."))
     description = Description(0, None, {}, time.time())
-    return _saver.save(state, Target(store, name, description, check=store.prepare), None)
+    return _saver.save(state, Target(store, name, description, check=store.prepare), None, began)
 
 
 def load(path: str | os.PathLike[str], *, map_location: MapLocation = None, weights_only: bool = True) -> Any:

@@ -90,16 +90,26 @@ class Saver:
     def __repr__(self) -> str:
         return f"<Saver in_flight={self._in_flight}/{self._max_in_flight} pending={self._pending}>"
 
-    def save(self, state: object, target: Target, step: int | None) -> Save:
+    def save(self, state: object, target: Target, step: int | None, began: float) -> Save:
         """Take a snapshot of `state` and queue its file; returns when the state may change.
+
+        Args:
+            state: anything torch.save takes.
+            target: where it goes.
+            step: the training step, if there is one.
+            began: when the caller was called, by `time.perf_counter`.
 
         Raises:
             SaveError: an earlier save failed and nobody was told, or the state cannot be saved. Nothing was
                 taken.
         """
-        began = time.perf_counter()
+        with self._taking:
+            return self._save(state, target, step, began)
+
+    def _save(self, state: object, target: Target, step: int | None, began: float) -> Save:
         self.raise_failures("; the save that is told of it was not taken")
         save = Save(step, target.store.path_of(target.name))
+        entered = time.perf_counter()
         engine = get_engine()
         if not self._admit(engine):
             return _skipped(save, f"{self._max_in_flight} saves are still being written")
@@ -114,7 +124,7 @@ class Saver:
             raise
         stats = save.stats
         stats.freeze = snapshot.freeze_seconds
-        stats.wait = admitted - began + snapshot.wait_seconds
+        stats.wait = admitted - entered + snapshot.wait_seconds
         job = _Job(save, snapshot, target, began)
         job.operation = Operation(partial(self._carry_out, job), {save.path: True})
         if snapshot.body.nbytes >= _OVERLAP_FROM:
@@ -282,6 +292,7 @@ class Saver:
 
     def _reset(self) -> None:
         """Begin with nothing in flight: at first, and in a forked child."""
+        self._taking = threading.Lock()  # snapshots are taken one after another, whatever the thread
         self._changed = threading.Condition()
         self._in_flight = 0
         self._pending = 0

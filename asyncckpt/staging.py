@@ -5,13 +5,16 @@ from __future__ import annotations
 import time
 import warnings
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from asyncckpt.errors import SaveError
 from asyncckpt.layout.torch_zip import lay_out, plan
 from asyncckpt.snapshot.copy import Watermark, copy_storages
 from asyncckpt.snapshot.data_pickle import DataPickler
 from asyncckpt.snapshot.freeze import Freezer
+from asyncckpt.unpickle import PayloadFile, load_file
 
 if TYPE_CHECKING:
     from torch.storage import UntypedStorage
@@ -106,6 +109,31 @@ class Stager:
     def plan(self, snapshot: Snapshot, description: bytes) -> FilePlan:
         """Plan the file of a snapshot. Not on the training thread."""
         return plan(snapshot.body, self._pickler.data_pickle(snapshot.frozen), description)
+
+    def host_state(self, snapshot: Snapshot) -> Any:
+        """Return a copied snapshot as a state in host memory, for somebody else's writer.
+
+        It is what loading the file would give, on the CPU, except that its storages lie in the lease: they
+        hold until that is released.
+        """
+        planned = self.plan(snapshot, b"{}")
+        view = snapshot.lease.view
+        for offset, literal in planned.gaps:
+            view[offset : offset + len(literal)] = literal
+
+        def read_at(at: int, length: int) -> bytes:
+            behind = max(at - planned.body, 0)
+            return (
+                bytes(view[at : min(at + length, planned.body)])
+                + (planned.tail[behind : max(at + length - planned.body, 0)])
+            )
+
+        payloads = {
+            start: torch.frombuffer(view[start:stop], dtype=torch.uint8).untyped_storage()
+            for start, stop in zip(planned.starts.tolist(), planned.stops.tolist(), strict=True)
+            if stop > start
+        }
+        return load_file(PayloadFile(planned.size, read_at, payloads), "cpu", weights_only=False)
 
     def _lay_out(self, sizes: list[int]) -> Body:
         if self._body is None or self._body.sizes != sizes:

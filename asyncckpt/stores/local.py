@@ -19,13 +19,13 @@ from asyncckpt.errors import StoreError
 from asyncckpt.stores.base import Store, StoredFile
 from asyncckpt.stores.fileops import FileOps
 from asyncckpt.stores.local_draft import DraftFile, LocalDraft, sync_directory
+from asyncckpt.stores.local_errors import translated
 from asyncckpt.stores.local_io import (
     DIRECT_FROM,
     bulk_limiter,
     direct_range,
     read_buffered,
     read_direct,
-    translated,
 )
 from asyncckpt.stores.local_temporary import is_temporary, remove_abandoned, temporary_name, unlink_quietly
 from asyncckpt.threads import in_thread

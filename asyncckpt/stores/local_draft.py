@@ -14,14 +14,13 @@ from anyio import CancelScope
 
 from asyncckpt.errors import StoreError
 from asyncckpt.stores.base import Draft
+from asyncckpt.stores.local_errors import size_text, translated
 from asyncckpt.stores.local_io import (
     BULK_THREADS,
     DIRECT_FROM,
     bulk_limiter,
     direct_range,
     open_direct,
-    size_text,
-    translated,
     write_buffered,
     write_direct,
 )
@@ -177,8 +176,8 @@ class DraftFile:
             if self._written != self._size:
                 raise StoreError(
                     errno.EINVAL,
-                    f"only {self._written} of the {self._size} bytes of {self._name} were written; "
-                    "write all of them before the commit",
+                    f"the pieces written come to {self._written} bytes, not to the {self._size} of "
+                    f"{self._name}; write each of them once before the commit",
                     self._target,
                 )
             started = time.perf_counter()

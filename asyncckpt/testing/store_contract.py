@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import anyio
 import pytest
+from anyio.lowlevel import checkpoint
 
 from asyncckpt.errors import StoreError
 
@@ -183,7 +184,7 @@ class StoreContract(ABC):
             async with store.draft("a.pt", 100) as draft:
                 await write_all(draft, content(100))
                 scope.cancel()
-                await anyio.lowlevel.checkpoint()
+                await checkpoint()
         assert scope.cancelled_caught
         assert await names(store) == []
 
