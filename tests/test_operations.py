@@ -1,0 +1,84 @@
+"""Removing, copying and linking wait their turn, and what is pending counts as being there."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+from asyncckpt import operations
+from asyncckpt.engine import get_engine
+from asyncckpt.layout.description import Description
+from asyncckpt.saver import Saver, Target
+from asyncckpt.staging import Stager
+from asyncckpt.stores.local import LocalStore
+from asyncckpt.testing import Gate, SlowStore
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from asyncckpt import Save
+    from asyncckpt.stores.base import Store
+
+
+def save_to(store: Store, name: str, value: float, saver: Saver) -> Save:
+    target = Target(store, name, Description(0, None, {}, 0.0))
+    return saver.save({"x": torch.full((3,), value)}, target, None, time.perf_counter())
+
+
+def test_operations_follow_the_saves_before_them(tmp_path: Path) -> None:
+    gate = Gate()
+    store = SlowStore(LocalStore(str(tmp_path)), gates={"commit": gate})
+    saver = Saver(max_in_flight=3)
+    first = save_to(store, "first.pt", 1.0, saver)
+    copied = operations.copy(store, "first.pt", "copy.pt")
+    linked = operations.link(store, "first.pt", "link.pt")
+    second = save_to(store, "first.pt", 2.0, saver)
+    removed = operations.remove(store, "copy.pt")
+    last = operations.copy(store, "first.pt", "last.pt")
+    assert not any(done.done() for done in (first.committed, copied, linked, removed, last))
+    assert [operations.exists(store, name) for name in ("first.pt", "copy.pt", "link.pt", "other.pt")] == [
+        True,
+        False,
+        True,
+        False,
+    ]
+    gate.open()
+    last.result(60)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["first.pt", "last.pt", "link.pt"]
+    assert torch.load(tmp_path / "last.pt")["x"].tolist() == [2.0] * 3
+    assert torch.load(tmp_path / "link.pt")["x"].tolist() == [2.0] * 3
+    assert second.committed.result(0).path == str(tmp_path / "first.pt")
+    assert operations.exists(store, "last.pt")
+    assert not operations.exists(store, "copy.pt")
+
+
+def test_an_operation_that_fails_tells_its_caller_and_stops_nothing(tmp_path: Path) -> None:
+    store = LocalStore(str(tmp_path))
+    failed = operations.copy(store, "absent.pt", "target.pt")
+    after = operations.remove(store, "absent.pt")
+    with pytest.raises(FileNotFoundError):
+        failed.result(60)
+    assert after.result(60) is None
+    assert not operations.exists(store, "target.pt")
+
+
+def test_a_snapshot_is_a_state_for_somebody_elses_writer() -> None:
+    shared = torch.arange(12.0).view(3, 4)
+    state = {"a": shared, "b": shared[1], "t": shared.t(), "n": [1, None], "half": torch.ones(2).bfloat16()}
+    arena = get_engine().arena
+    stager = Stager(arena)
+    snapshot = stager.stage(state)
+    snapshot.copy()
+    shared.zero_()
+    host = stager.host_state(snapshot)
+    assert torch.equal(host["a"], torch.arange(12.0).view(3, 4))
+    assert host["b"].untyped_storage().data_ptr() == host["a"].untyped_storage().data_ptr()
+    assert host["t"].stride() == (1, 4)
+    assert host["n"] == [1, None]
+    lease = range(snapshot.lease.address, snapshot.lease.address + len(snapshot.lease.view))
+    assert host["a"].data_ptr() in lease
+    snapshot.lease.release()
+    assert arena.statistics().leases == 0
