@@ -37,13 +37,16 @@ def apply_state(live: Any, saved: Any, where: str) -> None:
         )
     undo: list[Callable[[], object]] = []
     try:
-        for path, target, content in [*match.stateful, *match.modules]:
+        for path, target, content in match.stateful:
             undo.append(_backup(target))
             _load_into(path, target, content, where)
     except BaseException:
         for put_back in reversed(undo):
             put_back()
         raise
+    # From here on nothing can fail: all of it has been checked.
+    for path, module, content in match.modules:
+        _load_into(path, module, content, where)
     with torch.no_grad():
         for tensor, content in match.tensors:
             tensor.copy_(content)
@@ -57,7 +60,8 @@ class _Match:
 
     Attributes:
         problems: one line for each entry that does not fit.
-        stateful, modules: (path, object, its state dict); modules, which are checked entry by entry, last.
+        stateful: (path, object, its state dict) of objects that may refuse it.
+        modules: the same of modules whose loading cannot fail once every entry fits.
         tensors: (live tensor, its new content).
         values: (container, key, new value).
     """
@@ -69,7 +73,7 @@ class _Match:
     values: list[tuple[Any, Any, Any]] = field(default_factory=list)
 
     def any(self, live: Any, saved: Any, path: str) -> None:
-        if isinstance(live, torch.nn.Module):
+        if isinstance(live, torch.nn.Module) and is_stateful(live):
             self._module(live, saved, path)
         elif is_stateful(live):
             if isinstance(live, torch.optim.Optimizer):
@@ -94,11 +98,7 @@ class _Match:
             self.values.append((container, key, saved))
 
     def _tensor(self, live: torch.Tensor, saved: Any, path: str) -> None:
-        if not isinstance(saved, torch.Tensor):
-            self.problems.append(f"{path}: a tensor is expected, the checkpoint has a {type(saved).__name__}")
-        elif live.shape != saved.shape:
-            self._shape(live, saved, path)
-        else:
+        if self._fits(live, saved, path):
             self.tensors.append((live, saved))
 
     def _dict(self, live: dict[Any, Any], saved: Any, path: str) -> None:
@@ -128,13 +128,9 @@ class _Match:
         self._keys(own, saved, path, "module")
         for key, value in own.items():
             other = saved.get(key)
-            if (
-                isinstance(value, torch.Tensor)
-                and isinstance(other, torch.Tensor)
-                and value.shape != other.shape
-            ):
-                self._shape(value, other, _at(path, key))
-        self.modules.append((path, module, saved))
+            if isinstance(value, torch.Tensor) and key in saved:
+                self._fits(value, other, _at(path, key))
+        (self.modules if _loads_as_checked(module) else self.stateful).append((path, module, saved))
 
     def _optimizer(self, optimizer: torch.optim.Optimizer, saved: Any, path: str) -> None:
         groups = saved.get("param_groups") if isinstance(saved, dict) else None
@@ -155,9 +151,26 @@ class _Match:
             f"{_at(path, key)}: unexpected, the {owner} has no such entry" for key in unexpected
         ]
 
-    def _shape(self, live: torch.Tensor, saved: torch.Tensor, path: str) -> None:
-        shapes = f"{tuple(saved.shape)} in the checkpoint, {tuple(live.shape)} in the state"
-        self.problems.append(f"{path}: shape {shapes}")
+    def _fits(self, live: torch.Tensor, saved: Any, path: str) -> bool:
+        """Whether `live` can take the values of `saved`; notes why if not."""
+        problem = None
+        if not isinstance(saved, torch.Tensor):
+            problem = f"a tensor is expected, the checkpoint has a {type(saved).__name__}"
+        elif live.shape != saved.shape:
+            problem = f"shape {tuple(saved.shape)} in the checkpoint, {tuple(live.shape)} in the state"
+        elif saved.is_complex() and not live.is_complex():
+            problem = f"{saved.dtype} in the checkpoint, {live.dtype} in the state"
+        elif live.is_inference() or any(
+            step == 0 and size > 1 for size, step in zip(live.shape, _strides(live), strict=False)
+        ):
+            problem = "the state's tensor cannot be written: it is expanded, or made in inference mode"
+        if problem is not None:
+            self.problems.append(f"{path}: {problem}")
+        return problem is None
+
+
+def _strides(tensor: torch.Tensor) -> tuple[int, ...]:
+    return tensor.stride() if tensor.layout is torch.strided and not tensor.is_nested else ()
 
 
 def _at(path: str, key: object) -> str:
@@ -166,8 +179,6 @@ def _at(path: str, key: object) -> str:
 
 def _backup(target: Any) -> Callable[[], object]:
     """Return what puts `target` back as it is now."""
-    if isinstance(target, torch.nn.Module) and _loads_as_checked(target):
-        return lambda: None
     state = target.state_dict()
     # An optimizer drops its tensors for the loaded ones and does not write into them: no copy is needed.
     if not isinstance(target, torch.optim.Optimizer):

@@ -5,12 +5,11 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
-import anyio
-
-from asyncckpt.errors import CorruptCheckpointError
+from asyncckpt.errors import CorruptCheckpointError, StoreError
 from asyncckpt.layout.description import Description
 from asyncckpt.layout.zip_reader import read_description
 from asyncckpt.reader import answer
+from asyncckpt.threads import tasks
 from asyncckpt.types import Checkpoint
 
 if TYPE_CHECKING:
@@ -43,9 +42,9 @@ class Catalog:
             for file in unread:
                 found[file.name] = (file.version, await self._listed(file))
 
-        async with anyio.create_task_group() as tasks:
+        async with tasks() as group:
             for _ in range(_READERS):
-                tasks.start_soon(read)
+                group.start_soon(read)
         self._known = found
         listed = [checkpoint for _, checkpoint in found.values() if checkpoint is not None]
         return sorted(listed, key=lambda c: (c.sequence, c.created, c.path))
@@ -61,6 +60,9 @@ class Catalog:
             return None
         except CorruptCheckpointError as error:
             logger.debug("%s is not listed: %s", self._store.path_of(file.name), error)
+            return None
+        except StoreError as error:
+            logger.warning("%s cannot be read and is not listed: %s", self._store.path_of(file.name), error)
             return None
         return None if checkpoint is None or checkpoint.step is None else checkpoint
 

@@ -6,13 +6,15 @@ import logging
 import operator
 import os
 import time
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Union
 
 from anyio import to_thread
 
 from asyncckpt.apply import apply_state
 from asyncckpt.catalog import Catalog, describe
-from asyncckpt.engine import get_engine
+from asyncckpt.engine import get_engine, wait_for_pending
 from asyncckpt.errors import AsyncCkptError, CheckpointExistsError, CheckpointNotFoundError, SaveError
 from asyncckpt.layout.description import MAX_BYTES, Description
 from asyncckpt.naming import NameTemplate
@@ -137,17 +139,14 @@ class Checkpointer:
             raise SaveError(f"the Checkpointer of {self.directory} is closed; make a new one")
         numbers = _checked_metrics(metrics)
         name = self._names.name(step, numbers)
-        if not self._overwrite and self._steps.get(name, step) != step:
-            raise _exists(self._store.path_of(name), self._steps[name], step)
-        description = Description(self._sequence + 1, step, numbers, time.time())
+        self._refuse_taken(name, step)
+        description = Description(0, step, numbers, time.time())
         if len(description.encode()) > MAX_BYTES:
             raise ValueError(f"the metrics take more than {MAX_BYTES} bytes; put them into the state instead")
-        target = Target(
-            self._store, name, description, lambda: self._refuse_other_step(name, step), self._evict
-        )
+        target = Target(self._store, name, partial(self._describe, name, description), self._evict)
         save = self._saver.save(collect(state), target, step, began)
-        self._sequence += 1
-        self._steps[name] = step
+        if not save.skipped:
+            self._steps[name] = step
         return save
 
     def reserve(self, state: Any) -> int:
@@ -258,7 +257,7 @@ class Checkpointer:
 
     def _locate(self, which: Which) -> tuple[Store, str]:
         """Find the store and the name of a checkpoint that is asked for."""
-        self._saver.drain()
+        wait_for_pending()
         if which == "latest":
             found = self.latest()
         elif which == "best":
@@ -274,10 +273,17 @@ class Checkpointer:
             raise CheckpointNotFoundError(f"{self.directory} holds no {what}")
         return self._store, _name_of(found)
 
-    async def _refuse_other_step(self, name: str, step: int) -> None:
-        """Raise if the name was taken by somebody else since this Checkpointer has listed the directory."""
-        if self._overwrite:
+    def _refuse_taken(self, name: str, step: int) -> None:
+        """Raise if another step has this name, by what is known without asking the store."""
+        if self._overwrite or self._steps.get(name, step) == step:
             return
+        if get_engine().pending(self._store.path_of(name)):
+            raise _exists(self._store.path_of(name), self._steps[name], step)
+        # That save may have failed, or its file may be gone: only now it is worth a look.
+        get_engine().call(self._refuse_other_step, name, step)
+
+    async def _refuse_other_step(self, name: str, step: int) -> None:
+        """Raise if a file of another step has this name, whoever wrote it."""
         try:
             await self._store.stat(name)
         except FileNotFoundError:
@@ -287,13 +293,22 @@ class Checkpointer:
         if there is None or there.step != step:
             raise _exists(path, there.step if there else None, step)
 
-    async def _evict(self, _: Checkpoint) -> None:
+    async def _describe(self, name: str, description: Description) -> Description:
+        """Give a save its place in the order of commits, behind whatever others have committed here."""
+        if not self._overwrite and description.step is not None:
+            await self._refuse_other_step(name, description.step)
+        last = max((c.sequence for c in await self._catalog.checkpoints()), default=0)
+        self._sequence = max(self._sequence, last) + 1
+        return replace(description, sequence=self._sequence)
+
+    async def _evict(self, committed: Checkpoint) -> None:
         if isinstance(self._keep, KeepAll):
             return
         listed = [c for c in await self._catalog.checkpoints() if self._names.matches(_name_of(c))]
         for checkpoint in evict(self._keep, listed):
-            await self._store.remove(_name_of(checkpoint))
-            self._steps.pop(_name_of(checkpoint), None)
+            if checkpoint.path != committed.path:
+                await self._store.remove(_name_of(checkpoint))
+                self._steps.pop(_name_of(checkpoint), None)
 
 
 def _name_of(checkpoint: Checkpoint) -> str:

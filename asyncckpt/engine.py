@@ -10,11 +10,13 @@ import threading
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from anyio.from_thread import start_blocking_portal
 
+from asyncckpt.errors import BusyError
 from asyncckpt.snapshot.buffers import Arena
 from asyncckpt.threads import in_thread
 
@@ -114,6 +116,7 @@ class Engine:
 
     async def _work(self) -> None:
         while (operation := await in_thread(self._next)) is not None:
+            _carrying_out.set(True)
             try:
                 await operation.run()
             except Exception:
@@ -137,6 +140,26 @@ class Engine:
                 self._portal.call(_set_file_threads)
                 self._portal.start_task_soon(self._work)
             return self._portal
+
+
+# True in an operation, and in callbacks that it calls on worker threads.
+_carrying_out = ContextVar("asyncckpt.engine.carrying_out", default=False)
+
+
+def refuse_to_wait_in_callback() -> None:
+    """Raise if the caller is a callback of an operation, which would wait for itself.
+
+    Raises:
+        BusyError: it is.
+    """
+    if _carrying_out.get():
+        raise BusyError("a callback of a save cannot wait for saves: it would wait for itself")
+
+
+def wait_for_pending() -> None:
+    """Wait until everything submitted in this process is carried out; a callback of a save does not wait."""
+    if _engine is not None and not _carrying_out.get():
+        _engine.drain()
 
 
 def get_engine() -> Engine:

@@ -31,7 +31,7 @@ class CheckpointNotFoundError(AsyncCkptError, FileNotFoundError):
     """No committed checkpoint answers to what was asked for."""
 
 
-class CheckpointExistsError(AsyncCkptError, FileExistsError):
+class CheckpointExistsError(SaveError, FileExistsError):
     """A checkpoint of another step already has this name."""
 
 

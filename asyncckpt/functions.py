@@ -6,7 +6,7 @@ import os
 import time
 from typing import TYPE_CHECKING, Any
 
-from asyncckpt.engine import get_engine
+from asyncckpt.engine import get_engine, wait_for_pending
 from asyncckpt.layout.description import Description
 from asyncckpt.restore import load_state, locate
 from asyncckpt.saver import Saver, Target
@@ -33,7 +33,12 @@ def save(state: Any, path: str | os.PathLike[str]) -> Save:
     began = time.perf_counter()
     store, name = locate(_checked(path), open_store("."))
     description = Description(0, None, {}, time.time())
-    return _saver.save(state, Target(store, name, description, check=store.prepare), None, began)
+
+    async def describe() -> Description:
+        await store.prepare()
+        return description
+
+    return _saver.save(state, Target(store, name, describe), None, began)
 
 
 def load(path: str | os.PathLike[str], *, map_location: MapLocation = None, weights_only: bool = True) -> Any:
@@ -45,7 +50,7 @@ def load(path: str | os.PathLike[str], *, map_location: MapLocation = None, weig
         CheckpointNotFoundError: there is no such file.
         CorruptCheckpointError: names the damaged record.
     """
-    _saver.drain()
+    wait_for_pending()
     store, name = locate(_checked(path), open_store("."))
     return load_state(get_engine(), store, name, map_location, weights_only=weights_only)
 

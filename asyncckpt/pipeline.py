@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import anyio
 
 from asyncckpt.layout.checksum import crc32
-from asyncckpt.threads import in_thread
+from asyncckpt.threads import in_thread, tasks
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -59,10 +59,10 @@ class Transfer:
         # memory bandwidth from the copy on the training thread.
         send, receive = anyio.create_memory_object_stream[tuple[int, memoryview]](draft.writers)
         began = time.perf_counter()
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(self._seal_all, draft.chunk, send)
+        async with tasks() as group:
+            group.start_soon(self._seal_all, draft.chunk, send)
             for _ in range(draft.writers):
-                tasks.start_soon(_write_all, draft, receive.clone())
+                group.start_soon(_write_all, draft, receive.clone())
             receive.close()
         self.write_seconds = time.perf_counter() - began
 

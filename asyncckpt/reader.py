@@ -6,21 +6,19 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
-import anyio
-
 from asyncckpt.errors import CorruptCheckpointError
 from asyncckpt.layout.checksum import crc32, crc32_combine
-from asyncckpt.layout.torch_zip import LOCAL
 from asyncckpt.layout.zip_reader import payload_start, read_directory
 from asyncckpt.snapshot.memory import map_private
-from asyncckpt.threads import in_thread
+from asyncckpt.threads import in_thread, tasks
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Generator
+    from collections.abc import Awaitable, Callable, Generator, Iterator
 
     from asyncckpt.layout.zip_reader import Directory, Request
     from asyncckpt.snapshot.memory import Mapping
     from asyncckpt.stores.base import Store, StoredFile
+    from asyncckpt.types import Offsets
 
 R = TypeVar("R")
 
@@ -67,7 +65,7 @@ async def read_image(store: Store, file: StoredFile) -> Image:
     directory = await answer(read_directory(file.nbytes), store, file.name)
     mapping = map_private(file.nbytes)
     try:
-        check = _Check(directory)
+        check = _Check(directory, store.path_of(file.name))
 
         async def read(start: int, stop: int) -> None:
             piece = mapping.view[start:stop]
@@ -75,7 +73,7 @@ async def read_image(store: Store, file: StoredFile) -> Image:
             await in_thread(check.add, start, piece)
 
         await _in_parallel(read, file.nbytes)
-        await check.finish(store, file.name)
+        await in_thread(check.finish)
     except BaseException:
         mapping.close()
         raise
@@ -90,7 +88,7 @@ async def verify(store: Store, file: StoredFile) -> None:
         StoreError: the file could not be read.
     """
     directory = await answer(read_directory(file.nbytes), store, file.name)
-    check = _Check(directory)
+    check = _Check(directory, store.path_of(file.name))
     buffers = [map_private(CHUNK) for _ in range(READERS)]
     free = [mapping.view for mapping in buffers]
 
@@ -103,7 +101,7 @@ async def verify(store: Store, file: StoredFile) -> None:
 
     try:
         await _in_parallel(read, file.nbytes)
-        await check.finish(store, file.name)
+        await in_thread(check.finish)
     finally:
         for mapping in buffers:
             mapping.close()
@@ -117,52 +115,52 @@ async def _in_parallel(read: Callable[[int, int], Awaitable[None]], size: int) -
         for start, stop in chunks:
             await read(start, stop)
 
-    async with anyio.create_task_group() as tasks:
+    async with tasks() as group:
         for _ in range(READERS):
-            tasks.start_soon(work)
+            group.start_soon(work)
 
 
 @dataclass(slots=True, eq=False)
 class _Check:
-    """Checksums of the records of one file, put together from chunks in any order."""
+    """Headers and checksums of the records of one file, put together from chunks in any order."""
 
     directory: Directory
+    where: str
     _parts: defaultdict[int, dict[int, tuple[int, int]]] = field(default_factory=lambda: defaultdict(dict))
+    _headers: defaultdict[int, dict[int, bytes]] = field(default_factory=lambda: defaultdict(dict))
 
     def add(self, start: int, data: memoryview) -> None:
-        """Checksum what `data`, which begins at offset `start`, holds of each payload."""
+        """Look at what `data`, which begins at offset `start`, holds of each record."""
         d, stop = self.directory, start + len(data)
-        rows = range(int(d.stops.searchsorted(start, "right")), int(d.starts.searchsorted(stop)))
-        begins, ends = d.starts[rows.start : rows.stop].tolist(), d.stops[rows.start : rows.stop].tolist()
-        for row, begin, end in zip(rows, begins, ends, strict=True):
-            begin, end = max(begin, start), min(end, stop)  # noqa: PLW2901
+        for row, begin, end in _overlaps(d.headers, d.starts, start, stop):
+            self._headers[row][begin] = bytes(data[begin - start : end - start])
+        for row, begin, end in _overlaps(d.starts, d.stops, start, stop):
             self._parts[row][begin] = (crc32(data[begin - start : end - start]), end - begin)
 
-    async def finish(self, store: Store, name: str) -> None:
-        """Raise CorruptCheckpointError for the first record whose checksum is not the directory's."""
-        for row, expected in enumerate(self.directory.checksums.tolist()):
-            if self._checksum(row) != expected:
-                await self._explain(row, expected, store, name)
-
-    def _checksum(self, row: int) -> int:
-        checksum = 0
-        for _, (part, length) in sorted(self._parts[row].items()):
-            checksum = crc32_combine(checksum, part, length)
-        return checksum
-
-    async def _explain(self, row: int, expected: int, store: Store, name: str) -> None:
+    def finish(self) -> None:
+        """Raise CorruptCheckpointError for the first record that is not what the directory says."""
         d = self.directory
-        record, header = d.names[row], int(d.headers[row])
-        fixed = bytearray(LOCAL.size)
-        await store.read(name, header, memoryview(fixed))
-        found = f"{store.path_of(name)}: record {record}"
-        try:
-            at = header + payload_start(fixed)
-        except CorruptCheckpointError as error:
-            raise CorruptCheckpointError(f"{found} is damaged: {error}") from None
-        if at != d.starts[row]:
-            msg = f"{found} lies where neither torch.save nor asyncckpt puts it; load it with torch.load"
-            raise CorruptCheckpointError(msg)
-        length, checksum = int(d.stops[row] - d.starts[row]), self._checksum(row)
-        msg = f"{found} ({length} bytes) is damaged: its checksum is {checksum:#010x}, not {expected:#010x}"
-        raise CorruptCheckpointError(f"{msg}; use another checkpoint")
+        rows = zip(d.names, d.headers.tolist(), d.starts.tolist(), d.checksums.tolist(), strict=True)
+        for row, (name, header, start, expected) in enumerate(rows):
+            found = b"".join(part for _, part in sorted(self._headers[row].items()))
+            if header + payload_start(found, name) != start:
+                msg = f"{self.where}: the header of record {name} does not end where its payload begins"
+                raise CorruptCheckpointError(
+                    f"{msg}; it is damaged, or was not written by torch or asyncckpt"
+                )
+            checksum = 0
+            for _, (part, length) in sorted(self._parts[row].items()):
+                checksum = crc32_combine(checksum, part, length)
+            if checksum != expected:
+                msg = f"{self.where}: record {name} ({d.stops[row] - start} bytes) is damaged"
+                raise CorruptCheckpointError(
+                    f"{msg}: its checksum is {checksum:#010x}, not {expected:#010x}; use another checkpoint"
+                )
+
+
+def _overlaps(begins: Offsets, ends: Offsets, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+    """Yield the row of each ascending range that [start, stop) meets, and the part that it shares."""
+    first, last = int(ends.searchsorted(start, "right")), int(begins.searchsorted(stop))
+    pairs = zip(begins[first:last].tolist(), ends[first:last].tolist(), strict=True)
+    for row, (begin, end) in enumerate(pairs, first):
+        yield row, max(begin, start), min(end, stop)

@@ -6,6 +6,7 @@ import os
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from asyncckpt.errors import CheckpointNotFoundError, CorruptCheckpointError
+from asyncckpt.layout.zip_reader import is_storage
 from asyncckpt.reader import read_image, verify
 from asyncckpt.stores import open_store
 from asyncckpt.unpickle import LoadedMemory, PayloadFile, load_file
@@ -73,7 +74,7 @@ def state_of(image: Image, map_location: MapLocation, *, weights_only: bool) -> 
         payloads = {
             start: memory.storage(start, stop)
             for name, start, stop in rows
-            if stop > start and "/data/" in name
+            if stop > start and is_storage(name)
         }
         file = PayloadFile(image.nbytes, lambda at, length: bytes(view[at : at + length]), payloads)
         return load_file(file, map_location, weights_only=weights_only)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
@@ -23,6 +24,13 @@ class Outcome(Future[T]):
     def cancel(self) -> bool:
         """Refuse: the save goes on, and others may be waiting for it."""
         return False
+
+    def abandon(self, error: BaseException | None) -> None:
+        """End it in a forked child, where nobody else will; another thread may have held its lock."""
+        self._condition = threading.Condition()
+        self.heard = True
+        if not self.done():
+            self.set_exception(error)
 
     def result(self, timeout: float | None = None) -> T:
         """Return what the save became, or raise what it failed with."""

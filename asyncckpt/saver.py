@@ -14,8 +14,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from asyncckpt.catalog import checkpoint_of
-from asyncckpt.engine import Operation, current_engine, get_engine
-from asyncckpt.errors import AsyncCkptError, BusyError, SaveError, SaveSkipped
+from asyncckpt.engine import Operation, current_engine, get_engine, refuse_to_wait_in_callback
+from asyncckpt.errors import AsyncCkptError, BusyError, CheckpointExistsError, SaveError, SaveSkipped
 from asyncckpt.pipeline import Transfer
 from asyncckpt.save import Outcome, Save
 from asyncckpt.staging import Stager
@@ -46,21 +46,21 @@ class Target:
 
     Attributes:
         store, name: the file.
-        description: what it says of itself.
-        check: awaited before anything is written; raises to refuse the save.
+        describe: awaited before anything is written, in the order of commits; returns what the file says of
+            itself, or raises to refuse the save.
         after: awaited after the commit, once the caller has been told; for evictions.
     """
 
     store: Store
     name: str
-    description: Description
-    check: Callable[[], Awaitable[None]] | None = None
+    describe: Callable[[], Awaitable[Description]]
     after: Callable[[Checkpoint], Awaitable[None]] | None = None
 
 
 @dataclass(slots=True, eq=False)
 class _Job:
     save: Save
+    stager: Stager
     snapshot: Snapshot
     target: Target
     began: float
@@ -115,7 +115,8 @@ class Saver:
             return _skipped(save, f"{self._max_in_flight} saves are still being written")
         admitted = time.perf_counter()
         try:
-            snapshot = self._stager_of(engine).stage(state, wait=self._when_busy != "skip")
+            stager = self._stager_of(engine)
+            snapshot = stager.stage(state, wait=self._when_busy != "skip")
         except BusyError as error:
             self._leave()
             return _skipped(save, str(error))
@@ -125,7 +126,7 @@ class Saver:
         stats = save.stats
         stats.freeze = snapshot.freeze_seconds
         stats.wait = admitted - entered + snapshot.wait_seconds
-        job = _Job(save, snapshot, target, began)
+        job = _Job(save, stager, snapshot, target, began)
         job.operation = Operation(partial(self._carry_out, job), {save.path: True})
         if snapshot.body.nbytes >= _OVERLAP_FROM:
             self._submit(engine, job)
@@ -152,6 +153,7 @@ class Saver:
         Raises:
             BusyError: it was not within `timeout` seconds; it goes on.
         """
+        refuse_to_wait_in_callback()
         with self._changed:
             if not self._changed.wait_for(lambda: not self._pending, timeout):
                 raise BusyError(f"{self._pending} saves were still pending after {timeout} s; they go on")
@@ -183,6 +185,7 @@ class Saver:
         with self._changed:
             self._pending += 1
             self._queued.append(job)
+            self._open.append(job.save)
         engine.submit(job.operation)
 
     def _admit(self, engine: Engine) -> bool:
@@ -198,6 +201,7 @@ class Saver:
                 ):
                     self._withdrawn(self._queued.pop())
                 else:
+                    refuse_to_wait_in_callback()
                     self._changed.wait()
             self._in_flight += 1
         return True
@@ -206,6 +210,7 @@ class Saver:
         job.snapshot.lease.release()
         self._in_flight -= 1
         self._pending -= 1
+        self._open.remove(job.save)
         _skipped(job.save, "a newer save took its place while it was queued")
 
     def _leave(self) -> None:
@@ -226,22 +231,22 @@ class Saver:
                 job.snapshot.lease.release()
                 self._leave()
         except Exception as error:  # noqa: BLE001 - told to the caller, whatever it is
-            self._fail(save, error)
+            # Callbacks run on a worker thread, from which they may use the engine.
+            await in_thread(self._fail, save, error)
         else:
             save.stats.durable = time.perf_counter() - job.began
-            save.committed.set_result(checkpoint)
+            await in_thread(save.committed.set_result, checkpoint)
             await self._after(target, checkpoint)
         finally:
             with self._changed:
                 self._pending -= 1
+                self._open.remove(save)
                 self._changed.notify_all()
 
     async def _write(self, job: _Job) -> Checkpoint:
         save, snapshot, target = job.save, job.snapshot, job.target
-        if target.check is not None:
-            await target.check()
-        assert self._stager is not None  # noqa: S101 - it made the snapshot
-        plan = await in_thread(self._stager.plan, snapshot, target.description.encode())
+        description = await target.describe()
+        plan = await in_thread(job.stager.plan, snapshot, description.encode())
         transfer = Transfer(plan, snapshot.lease.view, snapshot.filled)
         async with target.store.draft(target.name, plan.size) as draft:
             await transfer.into(draft)
@@ -255,7 +260,7 @@ class Saver:
             transfer.write_seconds,
             plan.size,
         )
-        return checkpoint_of(target.store, target.name, target.description, plan.size)
+        return checkpoint_of(target.store, target.name, description, plan.size)
 
     async def _after(self, target: Target, checkpoint: Checkpoint) -> None:
         if target.after is None:
@@ -273,8 +278,12 @@ class Saver:
 
     def _fail(self, save: Save, error: Exception) -> None:
         what = save.path if save.step is None else f"step {save.step} to {save.path}"
-        failure = SaveError(f"saving {what} failed: {error}")
-        failure.__cause__ = error
+        failure: SaveError
+        if isinstance(error, CheckpointExistsError):
+            failure = error
+        else:
+            failure = SaveError(f"saving {what} failed: {error}")
+            failure.__cause__ = error
         logger.error("%s", failure, exc_info=error)
         if callable(self._on_error):
             save.committed.heard = True
@@ -297,6 +306,7 @@ class Saver:
         self._in_flight = 0
         self._pending = 0
         self._queued: deque[_Job] = deque()
+        self._open: list[Save] = []
         self._failures: list[tuple[Outcome[Checkpoint] | None, SaveError]] = []
 
 
@@ -341,7 +351,13 @@ def _report_at_exit() -> None:
 
 def _reset_in_child() -> None:
     for saver in list(_savers):
+        saves = saver._open
         saver._reset()
+        for save in saves:
+            save.committed.abandon(
+                SaveError(f"{save.path} is being saved by the process that this one was forked from")
+            )
+            save.snapshotted.abandon(None)
 
 
 threading._register_atexit(_report_at_exit)  # type: ignore[attr-defined]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 import warnings
 from dataclasses import dataclass, field
@@ -147,8 +148,16 @@ class Stager:
                 f"{nbytes >> 20} MiB of the state are not tensors (numpy arrays, objects) and are pickled on"
                 " the training thread at every save; make tensors of them to have them copied"
             )
-            warnings.warn(msg, stacklevel=4)
+            warnings.warn(msg, stacklevel=_callers_level())
 
 
 def _on_cuda(frozen: FrozenState) -> bool:
     return any(location.startswith("cuda") for location in set(frozen.locations))
+
+
+def _callers_level() -> int:
+    """Return the stack level, as seen by the caller of this function, of the first line outside asyncckpt."""
+    level, frame = 1, inspect.currentframe()
+    while (frame := frame.f_back if frame else None) and frame.f_globals["__name__"].startswith("asyncckpt."):
+        level += 1
+    return level

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 
@@ -13,37 +14,34 @@ def is_stateful(value: object) -> bool:
 def collect(state: Any) -> Any:
     """Return `state` with each stateful object in its dicts and lists replaced by its state dict.
 
-    Containers that hold none are passed on as they are, so what they share stays shared.
+    Containers that hold none are passed on as they are, so what they share stays shared; others are copied,
+    in their own type.
     """
     return _collect(state, {}, {})
 
 
-def _collect(value: Any, done: dict[int, Any], known: dict[type, bool]) -> Any:
-    kind = type(value)
-    stateful = known.get(kind)
-    if stateful is None:
-        stateful = known[kind] = _is_stateful_type(kind)
-    if stateful:
+def _collect(value: Any, done: dict[int, Any], passed: dict[type, bool]) -> Any:
+    if is_stateful(value):
         return value.state_dict()
-    if kind is not dict and kind is not list:
+    if not isinstance(value, (dict, list)):
         return value
     if id(value) in done:
         return done[id(value)]
     done[id(value)] = value  # a cycle ends here
-    items = value.items() if kind is dict else enumerate(value)
     changed = {}
-    for key, item in items:
+    for key, item in value.items() if isinstance(value, dict) else enumerate(value):
         # Most entries of a large state are tensors: pass them by without a call.
-        if known.get(type(item)) is not False or type(item) is dict or type(item) is list:
-            new = _collect(item, done, known)
+        kind = type(item)
+        if (by := passed.get(kind)) is None:
+            by = passed[kind] = not (_is_stateful_type(kind) or issubclass(kind, (dict, list)))
+        if not by:
+            new = _collect(item, done, passed)
             if new is not item:
                 changed[key] = new
     if changed:
-        result = (
-            {**value, **changed} if kind is dict else [changed.get(i, item) for i, item in enumerate(value)]
-        )
-        done[id(value)] = result
-        return result
+        value = done[id(value)] = copy.copy(value)
+        for key, new in changed.items():
+            value[key] = new
     return value
 
 

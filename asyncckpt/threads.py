@@ -1,15 +1,21 @@
-"""Run blocking functions off the event loop, also while the interpreter is shutting down."""
+"""Run blocking functions off the event loop, and tasks side by side; errors come out as themselves."""
 
 from __future__ import annotations
 
+import sys
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from anyio import to_thread
+from anyio import create_task_group, to_thread
+
+if sys.version_info < (3, 11):
+    from exceptiongroup import BaseExceptionGroup
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import AsyncIterator, Callable
 
     from anyio import CapacityLimiter
+    from anyio.abc import TaskGroup
 
 T = TypeVar("T")
 
@@ -33,3 +39,16 @@ async def in_thread(func: Callable[..., T], *args: Any, limiter: CapacityLimiter
         if called:
             raise
         return func(*args)
+
+
+@asynccontextmanager
+async def tasks() -> AsyncIterator[TaskGroup]:
+    """Open a task group that raises the first error of its tasks, rather than a group of all of them."""
+    try:
+        async with create_task_group() as group:
+            yield group
+    except BaseExceptionGroup as errors:
+        first: BaseException = errors
+        while isinstance(first, BaseExceptionGroup):
+            first = first.exceptions[0]
+        raise first from first.__cause__

@@ -5,13 +5,14 @@ from __future__ import annotations
 import ctypes
 import threading
 import weakref
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.serialization import default_restore_location, register_package
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from torch.storage import UntypedStorage
     from typing_extensions import Self
@@ -89,12 +90,9 @@ class PayloadFile:
 def load_file(file: PayloadFile, map_location: MapLocation = None, *, weights_only: bool = True) -> Any:
     """Return what torch.load makes of `file`."""
     _register()
-    _active.file = file
-    try:
-        where = _restoring_first(file, map_location) if callable(map_location) else map_location
+    where = _restoring_first(file, map_location) if callable(map_location) else map_location
+    with _loading(file):
         return torch.load(file, map_location=where, weights_only=weights_only)  # type: ignore[arg-type]
-    finally:
-        _active.file = None
 
 
 class LoadedMemory:
@@ -137,7 +135,8 @@ def _restoring_first(file: PayloadFile, place: Callable[[UntypedStorage, str], A
 
     def restore(storage: UntypedStorage, location: str) -> Any:
         filled = file.restore(storage)
-        placed = place(filled, location)
+        with _loading(None):
+            placed = place(filled, location)
         return default_restore_location(filled, location) if placed is None else placed
 
     return restore
@@ -158,8 +157,15 @@ def _restore(storage: Any, location: str) -> Any:
     file: PayloadFile | None = getattr(_active, "file", None)
     if file is None:
         return None
-    _active.file = None
-    try:
+    with _loading(None):
         return default_restore_location(file.restore(storage), location)
+
+
+@contextmanager
+def _loading(file: PayloadFile | None) -> Iterator[None]:
+    """Set which file this thread loads; an object of the state may load another one meanwhile."""
+    before, _active.file = getattr(_active, "file", None), file
+    try:
+        yield
     finally:
-        _active.file = file
+        _active.file = before

@@ -24,7 +24,10 @@ if TYPE_CHECKING:
 
 
 def save_to(store: Store, name: str, value: float, saver: Saver) -> Save:
-    target = Target(store, name, Description(0, None, {}, 0.0))
+    async def describe() -> Description:
+        return Description(0, None, {}, 0.0)
+
+    target = Target(store, name, describe)
     return saver.save({"x": torch.full((3,), value)}, target, None, time.perf_counter())
 
 

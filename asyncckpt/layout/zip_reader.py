@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import struct
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -36,6 +37,9 @@ Request = tuple[int, int]
 
 # The first read of a file, from its end: a directory of some 500 records, or all of a small file.
 TAIL = 64 << 10
+_FLAGS = 0x0808  # names in UTF-8, sizes behind the payload: all that torch's writer sets
+_FOLDER = 0x10
+_STORAGE = re.compile(r"[^/]+/data/(\d+)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +91,7 @@ def read_ending(size: int) -> Generator[Request, bytes, tuple[Ending, int, bytes
     offset = max(size - TAIL, 0)
     tail = yield offset, size - offset
     at = len(tail) - END.size
-    magic, _, _, _, count, length, directory, _ = END.unpack_from(tail, at)
+    magic, *disks, here, count, length, directory, _ = END.unpack_from(tail, at)
     if magic != END_MAGIC:
         raise CorruptCheckpointError(
             "it does not end as a zip file does; it was cut off, or is another format"
@@ -96,13 +100,13 @@ def read_ending(size: int) -> Generator[Request, bytes, tuple[Ending, int, bytes
     locator = at - END64_LOCATOR.size
     if locator >= END64.size and tail[locator : locator + 4] == END64_LOCATOR_MAGIC:
         at = locator - END64.size
-        magic, _, _, _, _, _, _, count, length, directory = END64.unpack_from(tail, at)
+        magic, _, _, _, *disks, here, count, length, directory = END64.unpack_from(tail, at)
         if magic != END64_MAGIC:
             raise CorruptCheckpointError("the end of its directory is damaged")
         end = offset + at
-    if directory + length > end or directory < 0:
+    if directory + length != end or any(disks) or here != count:
         raise CorruptCheckpointError("its directory is not where the end of the file says")
-    return Ending(directory, directory + length, count), offset, tail
+    return Ending(directory, end, count), offset, tail
 
 
 def read_description(size: int) -> Generator[Request, bytes, bytes | None]:
@@ -116,12 +120,17 @@ def read_description(size: int) -> Generator[Request, bytes, bytes | None]:
     entry = tail.rfind(CENTRAL_MAGIC, 0, ending.end - offset)
     if entry < 0 or tail[entry + CENTRAL.size : entry + CENTRAL.size + len(name)] != name:
         return None
-    _, _, checksum, length, header = _entry(tail, entry)
+    try:
+        _, _, checksum, length, header = _entry(tail, entry)
+    except (struct.error, UnicodeDecodeError) as error:
+        raise CorruptCheckpointError("its directory is damaged") from error
+    if not ending.directory - TAIL <= header < ending.directory:
+        raise CorruptCheckpointError(f"its record {DESCRIPTION} is not where the directory says")
     if header < offset:
         record = yield header, ending.directory - header
     else:
         record = tail[header - offset : ending.directory - offset]
-    start = payload_start(record)
+    start = payload_start(record, DESCRIPTION)
     payload = record[start : start + length]
     if len(payload) != length or crc32(payload) != checksum:
         raise CorruptCheckpointError(f"its record {DESCRIPTION} is damaged")
@@ -148,30 +157,66 @@ def read_directory(size: int) -> Generator[Request, bytes, Directory]:
             at += length
     except (struct.error, UnicodeDecodeError) as error:
         raise CorruptCheckpointError("its directory is damaged") from error
+    if at != len(data):
+        raise CorruptCheckpointError("its directory does not fill its place")
     entries.sort(key=lambda entry: entry[-1])
     names = tuple(entry[0] for entry in entries)
+    _check_names(names)
     table = np.array([entry[1:] for entry in entries], dtype=np.int64).reshape(-1, 3)
     checksums, sizes, headers = table[:, 0], table[:, 1], table[:, 2]
     ends = np.append(headers[1:], ending.directory)
     large = (headers >= ZIP64) | (sizes >= ZIP64)
     stops = ends - np.where(sizes == 0, 0, np.where(large, 24, 16))
-    return Directory(names, headers, stops - sizes, stops, checksums, ending)
+    starts = stops - sizes
+    outside = (starts < headers + LOCAL.size) | (ends > ending.directory)
+    if outside.any():
+        raise CorruptCheckpointError(f"its record {names[int(outside.argmax())]} does not fit its place")
+    return Directory(names, headers, starts, stops, checksums, ending)
 
 
-def payload_start(header: bytes | bytearray) -> int:
-    """Return how far behind its local header a payload starts, given at least the header's fixed part."""
-    if len(header) < LOCAL.size or header[:4] != LOCAL_MAGIC:
-        raise CorruptCheckpointError("a record does not start with a header")
-    name, extra = struct.unpack_from("<HH", header, LOCAL.size - 4)
-    return LOCAL.size + int(name) + int(extra)
+def payload_start(header: bytes | bytearray, name: str) -> int:
+    """Return how far behind its local header the payload of record `name` starts.
+
+    Args:
+        header: the bytes from the header on; all of the header, at least.
+        name: what the directory calls the record.
+
+    Raises:
+        CorruptCheckpointError: it is not the header of this record.
+    """
+    encoded = name.encode()
+    if header[:4] != LOCAL_MAGIC or header[LOCAL.size : LOCAL.size + len(encoded)] != encoded:
+        raise CorruptCheckpointError(f"its record {name} does not start with a header of that name")
+    length, extra = struct.unpack_from("<HH", header, LOCAL.size - 4)
+    if length != len(encoded):
+        raise CorruptCheckpointError(f"the header of its record {name} is damaged")
+    return LOCAL.size + int(length) + int(extra)
+
+
+def is_storage(name: str) -> bool:
+    """Whether a record holds the bytes of a storage."""
+    return _STORAGE.fullmatch(name) is not None
+
+
+def _check_names(names: tuple[str, ...]) -> None:
+    """Raise unless these are the records that torch.load looks for, each of them once."""
+    root = names[0].partition("/")[0] if names else ""
+    keys = {int(found[1]) for found in map(_STORAGE.fullmatch, names) if found}
+    wanted = {f"{root}/data.pkl", f"{root}/version", *(f"{root}/data/{key}" for key in range(len(keys)))}
+    missing = wanted.difference(names)
+    if missing:
+        raise CorruptCheckpointError(f"it has no record {min(missing)}, which torch.load looks for")
+    if len(set(names)) != len(names):
+        raise CorruptCheckpointError("its directory names a record twice")
 
 
 def _entry(data: bytes, at: int) -> tuple[int, str, int, int, int]:
     """Unpack a directory entry: its own length, then name, checksum, size and header offset of the record."""
     fields = CENTRAL.unpack_from(data, at)
-    magic, method, checksum = fields[0], fields[4], fields[7]
+    magic, flags, method, checksum = fields[0], fields[3], fields[4], fields[7]
     stored, size, name_length, extra_length, comment_length, header = *fields[8:13], fields[16]
-    if magic != CENTRAL_MAGIC:
+    disk, attributes = fields[13], fields[15]
+    if magic != CENTRAL_MAGIC or flags & ~_FLAGS or disk or attributes & _FOLDER:
         raise CorruptCheckpointError("its directory is damaged")
     if method or stored != size:
         raise CorruptCheckpointError("it holds compressed records, which torch.load does not read either")

@@ -196,6 +196,7 @@ def _tensor_reducer(table: _Table, *, exact: bool) -> Callable[[Any], Any]:
         dtype = obj.dtype
         if (
             obj.layout is not strided
+            or obj.is_nested
             or dtype not in STORAGE_CLASS
             or obj.is_neg()
             or (dtype in _COMPLEX and obj.is_conj())
@@ -230,6 +231,8 @@ def _storage_ids(table: _Table) -> Callable[[Any], Any]:
             storage, dtype, kind, numel = obj, torch.uint8, UntypedStorage, obj.nbytes()
         key = table.keys.get(storage._cdata)
         if key is None:
+            if storage.nbytes() and not storage.data_ptr():
+                raise SaveError(f"a storage on {storage.device} is to be saved, but has no bytes")
             key = table.add(storage, dtype, location_tag(storage))
         else:
             table.check_dtype(key, dtype)

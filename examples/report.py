@@ -1,0 +1,116 @@
+"""What the demo tells at its end: the kill, the resumption, what each save cost, and what is on disk."""
+
+from __future__ import annotations
+
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from asyncckpt import Checkpoint
+
+MIB = 2**20
+
+console = Console(highlight=False)
+
+
+def show_kill(step: int, directory: Path) -> None:
+    """Show what a directory holds just after its writer was killed."""
+    console.print(
+        f"\n[bold red]Killed[/] (SIGKILL) right after the save of step {step} had returned. On disk now:"
+    )
+    for file in sorted(directory.iterdir()):
+        console.print(f"  {file.name}  {file.stat().st_size / MIB:.0f} MiB")
+    console.print("Starting it again, with the same command.\n")
+
+
+def show_replay(events: Sequence[dict[str, Any]]) -> None:
+    """Tell where the second process took up, and whether it did again what the first had done from there."""
+    start = next(event for event in events if event["event"] == "start" and event["part"] == 2)  # noqa: PLR2004
+    first, second = (
+        {e["step"]: e["loss"] for e in events if e["event"] == "step" and e["part"] == part}
+        for part in (1, 2)
+    )
+    repeated = sorted(first.keys() & second.keys())
+    different = [step for step in repeated if first[step] != second[step]]
+    same = f"other losses at steps {different}" if different else "to the last bit the same losses"
+    console.print(
+        f"\n[bold green]Resumed[/] at step {start['step']}. The first process had gone {len(repeated)} steps"
+        f" further; made again, they gave [bold]{same}[/].\n"
+    )
+
+
+def show_cost(events: Sequence[dict[str, Any]]) -> None:
+    """Show, save by save, what the training lost, beside what `torch.save` took for the same state."""
+    durable = {(e["part"], e["step"]): e for e in events if e["event"] == "durable"}
+    saves = [event for event in events if event["event"] == "save"]
+    stock = [event for event in events if event["event"] == "torch.save"]  # one before each of the saves
+
+    table = Table(title="What the saves cost", title_style="bold", show_footer=True)
+    table.add_column("step", "median", justify="right")
+    table.add_column("val loss", justify="right")
+    table.add_column("bytes", justify="right")
+    table.add_column("save()\nstall", _ms(median(e["stall"] for e in saves)), justify="right", style="green")
+    table.add_column("save()\ndurable", _ms(median(e["durable"] for e in durable.values())), justify="right")
+    middle = _ms(median(e["stall"] for e in stock))
+    table.add_column("torch.save\nstall", middle, justify="right", style="red")
+    table.add_column("+ fsync:\ndurable", _ms(median(e["durable"] for e in stock)), justify="right")
+    for ours, theirs in zip(saves, stock, strict=False):
+        done = durable.get((ours["part"], ours["step"]))
+        table.add_row(
+            str(ours["step"]),
+            f"{ours['val_loss']:.3f}",
+            _mib(done["nbytes"]) if done else "",
+            _ms(ours["stall"]),
+            _ms(done["durable"]) if done else "[red]killed[/]",
+            _ms(theirs["stall"]),
+            _ms(theirs["durable"]),
+        )
+    console.print(table)
+    console.print(
+        "Stall: how long the training stood still. Durable: how long after the call the file was on disk for"
+        " good. The first save of a process also has to get its host memory. Each torch.save is of the same"
+        " model and optimizer, halfway between two saves.\n",
+        style="dim",
+    )
+
+
+def show_files(checkpoints: Sequence[Checkpoint], loaded: Sequence[str]) -> None:
+    """Show what retention has left: every one verified, and loaded with the (step, parameters) given."""
+    best = sorted(checkpoints, key=lambda c: c.metrics["val_loss"])[:3]
+    table = Table(title="What is on disk", title_style="bold")
+    table.add_column("file", no_wrap=True)
+    table.add_column("val loss", justify="right")
+    table.add_column("bytes", justify="right")
+    table.add_column("verify")
+    table.add_column("torch.load")
+    table.add_column("kept as")
+    for checkpoint, found in zip(checkpoints, loaded, strict=True):
+        reasons = ["newest"] * (checkpoint is checkpoints[-1]) + ["best 3"] * (checkpoint in best)
+        table.add_row(
+            checkpoint.path.rpartition("/")[2],
+            f"{checkpoint.metrics['val_loss']:.3f}",
+            _mib(checkpoint.nbytes),
+            "[green]whole[/]",
+            f"[green]{found}[/]",
+            ", ".join(reasons),
+        )
+    console.print(table)
+    console.print(
+        "Verify read every byte and compared every CRC-32. A plain torch.load ran, with weights_only=True,"
+        " in a Python process that had not imported asyncckpt.",
+        style="dim",
+    )
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:.0f} ms"
+
+
+def _mib(nbytes: int) -> str:
+    return f"{nbytes / MIB:.1f} MiB"

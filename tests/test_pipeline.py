@@ -1,0 +1,154 @@
+"""A plan carried out in pieces of any size, while it fills, is one whole file with true checksums."""
+
+from __future__ import annotations
+
+import io
+import threading
+import zipfile
+import zlib
+from typing import TYPE_CHECKING
+
+import anyio
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from asyncckpt.errors import SaveError
+from asyncckpt.layout.description import Description
+from asyncckpt.layout.torch_zip import STORAGES, lay_out, plan
+from asyncckpt.layout.zip_reader import read_directory
+from asyncckpt.pipeline import Transfer
+from asyncckpt.reader import answer
+from asyncckpt.snapshot.copy import Watermark
+from asyncckpt.stores.base import Draft
+from asyncckpt.stores.local import LocalStore
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+DESCRIPTION = Description(3, 7, {"loss": 0.5}, 1.0).encode()
+sizes_of_storages = st.lists(st.one_of(st.integers(0, 40), st.integers(0, 3000)), max_size=12)
+
+
+class MemoryDraft(Draft):
+    """A draft in memory, with pieces of any size."""
+
+    def __init__(self, chunk: int, writers: int) -> None:
+        self.chunk = chunk
+        self.writers = writers
+        self.pieces: dict[int, bytes] = {}
+
+    async def write(self, offset: int, data: memoryview) -> None:
+        await anyio.lowlevel.checkpoint()
+        assert offset % self.chunk == 0
+        assert offset not in self.pieces
+        self.pieces[offset] = bytes(data)
+
+    async def commit(self) -> None:
+        raise NotImplementedError
+
+    @property
+    def sync_seconds(self) -> float:
+        return 0.0
+
+    def content(self) -> bytes:
+        whole = b""
+        for offset, data in sorted(self.pieces.items()):
+            assert offset == len(whole)
+            whole += data
+        return whole
+
+
+def payload(key: int, size: int) -> bytes:
+    return bytes((key * 7 + i * 3 + 1) % 256 for i in range(size))
+
+
+async def transferred(sizes: Sequence[int], draft: MemoryDraft, *, in_steps: int | None = None) -> bytes:
+    """Carry out a plan; `in_steps` lets a copy fill the body meanwhile, that many bytes at a time."""
+    body = lay_out(sizes)
+    made = plan(body, b"the pickle", DESCRIPTION)
+    # What was there before must not matter.
+    buffer, mark = memoryview(bytearray(b"\xa5" * (body.nbytes + 100))), Watermark()
+    source = bytearray(buffer)
+    for key, (start, stop) in enumerate(zip(body.starts.tolist(), body.stops.tolist(), strict=True)):
+        source[start:stop] = payload(key, stop - start)
+
+    def fill() -> None:
+        step = in_steps or max(body.nbytes, 1)
+        for at in range(0, body.nbytes, step):
+            # Like the real copy, it may write over what lies between two storages, up to where it stands.
+            stop = min(at + step, body.nbytes)
+            buffer[at:stop] = source[at:stop]
+            mark.advance(stop)
+        mark.advance(body.nbytes)
+
+    copying = threading.Thread(target=fill)
+    if in_steps is None:
+        fill()
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(Transfer(made, buffer, mark).into, draft)
+        if in_steps is not None:
+            copying.start()
+    if in_steps is not None:
+        copying.join()
+    assert len(draft.content()) == made.size
+    return draft.content()
+
+
+def check(content: bytes, sizes: Sequence[int]) -> None:
+    with zipfile.ZipFile(io.BytesIO(content)) as file:
+        assert file.testzip() is None
+        for key, size in enumerate(sizes):
+            assert file.read(f"{STORAGES}{key}") == payload(key, size)
+            assert zlib.crc32(payload(key, size)) == file.getinfo(f"{STORAGES}{key}").CRC
+        assert file.read("archive/data.pkl") == b"the pickle"
+        assert file.infolist()[-1].filename == "archive/.asyncckpt.json"
+
+
+@settings(max_examples=150, deadline=None)
+@given(sizes=sizes_of_storages, chunk=st.integers(20, 5000), writers=st.integers(1, 4))
+async def test_in_pieces_of_any_size(sizes: list[int], chunk: int, writers: int) -> None:
+    check(await transferred(sizes, MemoryDraft(chunk, writers)), sizes)
+
+
+@settings(max_examples=100, deadline=None)
+@given(sizes=sizes_of_storages, chunk=st.integers(20, 5000), step=st.integers(50, 3000))
+async def test_while_the_copy_fills_it(sizes: list[int], chunk: int, step: int) -> None:
+    check(await transferred(sizes, MemoryDraft(chunk, 2), in_steps=step), sizes)
+
+
+@pytest.mark.parametrize("beyond", range(-20, 21))
+async def test_a_checksum_that_lies_across_two_pieces(beyond: int) -> None:
+    sizes = [1, 4096 - int(lay_out([1, 1]).starts[1]) + beyond, 5]
+    check(await transferred(sizes, MemoryDraft(4096, 1)), sizes)
+
+
+@settings(max_examples=50, deadline=None)
+@given(sizes=sizes_of_storages)
+async def test_the_reading_side_finds_every_record_where_it_is(
+    sizes: list[int], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    content = await transferred(sizes, MemoryDraft(4096, 1))
+    directory = tmp_path_factory.mktemp("run")
+    _write(directory / "a.pt", content)
+    found = await answer(read_directory(len(content)), LocalStore(str(directory)), "a.pt")
+    assert found.names[: len(sizes)] == tuple(f"{STORAGES}{key}" for key in range(len(sizes)))
+    for key, size in enumerate(sizes):
+        start, stop = int(found.starts[key]), int(found.stops[key])
+        assert content[start:stop] == payload(key, size)
+        assert start % 64 == 0
+        assert int(found.checksums[key]) == zlib.crc32(payload(key, size))
+
+
+async def test_a_copy_that_fails_ends_the_transfer() -> None:
+    body, mark = lay_out([100, 100]), Watermark()
+    transfer = Transfer(plan(body, b"p", DESCRIPTION), memoryview(bytearray(body.nbytes)), mark)
+    mark.advance(64)
+    mark.fail(SaveError("gone"))
+    with pytest.raises(SaveError, match="gone"):
+        await transfer.into(MemoryDraft(64, 2))
+
+
+def _write(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
