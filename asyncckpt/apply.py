@@ -44,9 +44,9 @@ def apply_state(live: Any, saved: Any, where: str) -> None:
         for put_back in reversed(undo):
             put_back()
         raise
-    # From here on nothing can fail: all of it has been checked.
-    for path, module, content in match.modules:
-        _load_into(path, module, content, where)
+    # From here on nothing should fail: every entry has been checked, and no code of the user's takes part.
+    for _, module, content in match.modules:
+        module.load_state_dict(content)
     with torch.no_grad():
         for tensor, content in match.tensors:
             tensor.copy_(content)
@@ -138,7 +138,7 @@ class _Match:
             self.problems.append(f"{path}: the state dict of an optimizer is expected")
             return
         ours = [len(group["params"]) for group in optimizer.param_groups]
-        theirs = [len(group["params"]) for group in groups]
+        theirs = [len(group.get("params", ())) if isinstance(group, dict) else 0 for group in groups]
         if ours != theirs:
             self.problems.append(
                 f"{path}: {theirs} parameters per group in the checkpoint, {ours} in the optimizer"
@@ -156,6 +156,10 @@ class _Match:
         problem = None
         if not isinstance(saved, torch.Tensor):
             problem = f"a tensor is expected, the checkpoint has a {type(saved).__name__}"
+        elif live.layout is not saved.layout or live.is_quantized is not saved.is_quantized:
+            problem = f"{_kind(saved)} in the checkpoint, {_kind(live)} in the state"
+        elif saved.is_meta and not live.is_meta:
+            problem = "the checkpoint has a meta tensor, which holds no values"
         elif live.shape != saved.shape:
             problem = f"shape {tuple(saved.shape)} in the checkpoint, {tuple(live.shape)} in the state"
         elif saved.is_complex() and not live.is_complex():
@@ -167,6 +171,10 @@ class _Match:
         if problem is not None:
             self.problems.append(f"{path}: {problem}")
         return problem is None
+
+
+def _kind(tensor: torch.Tensor) -> str:
+    return f"{'a quantized' if tensor.is_quantized else 'a'} tensor of layout {tensor.layout}"
 
 
 def _strides(tensor: torch.Tensor) -> tuple[int, ...]:
@@ -202,6 +210,5 @@ def _load_into(path: str, target: Any, content: Any, where: str) -> None:
         target.load_state_dict(content)
     except Exception as error:
         fault = f"{path}: {type(error).__name__}: {error}"
-        raise StateMismatchError(
-            f"{where} does not fit the state, of which nothing was changed:\n  {fault}"
-        ) from error
+        msg = f"{where} does not fit the state, of which nothing was changed:\n  {fault}"
+        raise StateMismatchError(msg) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,10 @@ logger = logging.getLogger("asyncckpt")
 
 # Descriptions are small reads: more of them at once than of bulk reads.
 _READERS = 8
+
+
+class _UnreadableError(Exception):
+    """A file could not be read this time; the next listing tries again."""
 
 
 class Catalog:
@@ -40,7 +45,8 @@ class Catalog:
 
         async def read() -> None:
             for file in unread:
-                found[file.name] = (file.version, await self._listed(file))
+                with contextlib.suppress(_UnreadableError):
+                    found[file.name] = (file.version, await self._listed(file))
 
         async with tasks() as group:
             for _ in range(_READERS):
@@ -63,7 +69,7 @@ class Catalog:
             return None
         except StoreError as error:
             logger.warning("%s cannot be read and is not listed: %s", self._store.path_of(file.name), error)
-            return None
+            raise _UnreadableError from error
         return None if checkpoint is None or checkpoint.step is None else checkpoint
 
 

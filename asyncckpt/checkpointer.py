@@ -6,6 +6,7 @@ import logging
 import operator
 import os
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Union
@@ -19,18 +20,16 @@ from asyncckpt.errors import AsyncCkptError, CheckpointExistsError, CheckpointNo
 from asyncckpt.layout.description import MAX_BYTES, Description
 from asyncckpt.naming import NameTemplate
 from asyncckpt.restore import load_state, locate, verify_file
-from asyncckpt.retention import KeepAll, evict, first_best, rank
+from asyncckpt.retention import KeepAll, Policy, evict, first_best, rank
 from asyncckpt.saver import Saver, Target
 from asyncckpt.stateful import collect
 from asyncckpt.stores import open_store
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
     from types import TracebackType
 
     from typing_extensions import Self
 
-    from asyncckpt.retention import Policy
     from asyncckpt.save import Save
     from asyncckpt.saver import OnError, WhenBusy
     from asyncckpt.stores.base import Store
@@ -78,7 +77,7 @@ class Checkpointer:
         self.directory = os.fspath(directory)
         self._names = NameTemplate(filename)
         self._keep: Policy = KeepAll() if keep is None else keep
-        if not callable(getattr(self._keep, "keep", None)):
+        if isinstance(self._keep, type) or not isinstance(self._keep, Policy):
             raise TypeError(
                 f"keep must be a policy such as LastN(3), or have its method keep(); it is {keep!r}"
             )
@@ -333,7 +332,9 @@ def _checked_step(step: Any, state: Any) -> int:
 
 
 def _checked_metrics(metrics: Mapping[str, float] | None) -> dict[str, float]:
-    numbers = {}
+    numbers: dict[str, float] = {}
+    if metrics is not None and not isinstance(metrics, Mapping):
+        raise TypeError(f"metrics must be a mapping of names to numbers, not {metrics!r}")
     for name, value in (metrics or {}).items():
         try:
             numbers[str(name)] = float(value)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from anyio.from_thread import start_blocking_portal
 
-from asyncckpt.errors import BusyError
+from asyncckpt.errors import BusyError, SaveError
 from asyncckpt.snapshot.buffers import Arena
 from asyncckpt.threads import in_thread
 
@@ -94,6 +94,11 @@ class Engine:
             operations = [*([self._current] if self._current else []), *self._line]
         return next((op.effects[path] for op in reversed(operations) if path in op.effects), None)
 
+    def settle(self, operation: Operation) -> None:
+        """Say that what `operation` does to its paths is done, or will not be: the store can be asked."""
+        with self._changed:
+            operation.effects = {}
+
     def call(self, func: Callable[..., Awaitable[T]], *args: Any) -> T:
         """Run an async function on the engine's loop, beside the line, and wait for its result."""
         return self._started().call(func, *args)
@@ -134,6 +139,8 @@ class Engine:
     def _started(self) -> BlockingPortal:
         with self._starting:
             if self._portal is None:
+                if _ended:
+                    raise SaveError("the interpreter is shutting down; save, load and list before it does")
                 self._closing = False
                 self._portal_context = start_blocking_portal()
                 self._portal = self._portal_context.__enter__()
@@ -204,6 +211,8 @@ async def _set_file_threads() -> None:
 
 
 def _finish_at_exit() -> None:
+    global _ended  # noqa: PLW0603
+    _ended = True
     if _engine is not None:
         depth = _engine.depth()
         began = time.monotonic()
@@ -221,6 +230,7 @@ def _forget_in_child() -> None:
 
 
 _engine: Engine | None = None
+_ended = False
 _engine_lock = threading.Lock()
 threading._register_atexit(_finish_at_exit)  # type: ignore[attr-defined]
 os.register_at_fork(after_in_child=_forget_in_child)

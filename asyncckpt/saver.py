@@ -231,11 +231,13 @@ class Saver:
                 job.snapshot.lease.release()
                 self._leave()
         except Exception as error:  # noqa: BLE001 - told to the caller, whatever it is
+            get_engine().settle(job.operation)
             # Callbacks run on a worker thread, from which they may use the engine.
-            await in_thread(self._fail, save, error)
+            await in_thread(_guarded, self._fail, save, error)
         else:
             save.stats.durable = time.perf_counter() - job.began
-            await in_thread(save.committed.set_result, checkpoint)
+            get_engine().settle(job.operation)
+            await in_thread(_guarded, save.committed.set_result, checkpoint)
             await self._after(target, checkpoint)
         finally:
             with self._changed:
@@ -308,6 +310,14 @@ class Saver:
         self._queued: deque[_Job] = deque()
         self._open: list[Save] = []
         self._failures: list[tuple[Outcome[Checkpoint] | None, SaveError]] = []
+
+
+def _guarded(tell: Callable[..., object], *args: object) -> None:
+    """Tell a caller how a save ended; what callbacks raise, SystemExit included, must not end the engine."""
+    try:
+        tell(*args)
+    except BaseException:
+        logger.exception("a callback of a save failed")
 
 
 def _skipped(save: Save, why: str) -> Save:

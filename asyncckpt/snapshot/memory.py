@@ -48,7 +48,13 @@ class Mapping:
         self.view = memoryview((ctypes.c_ubyte * self.nbytes).from_address(self.address)).cast("B")
 
     def populate(self) -> None:
-        """Touch every page, from a few threads: the kernel zeroes only about 1 GB/s from one."""
+        """Touch every page, from a few threads.
+
+        The pages of a memfd are allocated in file order before: were they allocated by these threads, they
+        would lie in memory interleaved, and direct writes of them would be a third slower.
+        """
+        if self.fd >= 0:
+            os.posix_fallocate(self.fd, 0, self.nbytes)
         offsets = range(0, self.nbytes, _PIECE)
         if len(offsets) == 1:
             self._populate(0)
