@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from bisect import bisect_left
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from asyncckpt.layout.checksum import crc32
 from asyncckpt.threads import in_thread, tasks
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
 
@@ -45,6 +46,8 @@ class Transfer:
     checksum_seconds: float = 0.0
     write_seconds: float = 0.0
     _tail: bytearray = field(init=False, repr=False)
+    _turn: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False)
+    _next: int = field(default=0, init=False)
     _gap: int = field(default=0, init=False)
     _record: int = field(default=0, init=False)
     _offset: int = field(default=0, init=False)
@@ -55,16 +58,38 @@ class Transfer:
 
     async def into(self, draft: Draft) -> None:
         """Write the whole file into `draft`; the commit is left to the caller."""
-        # A short queue keeps the checksums just ahead of the writes: running further ahead would take
-        # memory bandwidth from the copy on the training thread.
-        send, receive = anyio.create_memory_object_stream[tuple[int, memoryview]](draft.writers)
         began = time.perf_counter()
+        write = draft.blocking_writer()
         async with tasks() as group:
-            group.start_soon(self._seal_all, draft.chunk, send)
-            for _ in range(draft.writers):
-                group.start_soon(_write_all, draft, receive.clone())
-            receive.close()
+            if write is not None:
+                for _ in range(draft.writers):
+                    group.start_soon(in_thread, self._seal_and_write, draft.chunk, write)
+            else:
+                # A short queue keeps the checksums just ahead of the writes: running further ahead would
+                # take memory bandwidth from the copy on the training thread.
+                send, receive = anyio.create_memory_object_stream[tuple[int, memoryview]](draft.writers)
+                group.start_soon(self._seal_all, draft.chunk, send)
+                for _ in range(draft.writers):
+                    group.start_soon(_write_all, draft, receive.clone())
+                receive.close()
         self.write_seconds = time.perf_counter() - began
+
+    def _seal_and_write(self, chunk: int, write: Callable[[int, memoryview], None]) -> None:
+        """Seal the next piece, in order, and write it, beside other threads that do the same, to the end."""
+        size = self.plan.size
+        try:
+            while True:
+                with self._turn:
+                    start, stop = self._next, min(self._next + chunk, size)
+                    if start >= size:
+                        return
+                    data = self._seal(start, stop)
+                    self._next = stop
+                write(start, data)
+        except BaseException:
+            with self._turn:
+                self._next = size  # the others need not go on
+            raise
 
     async def _seal_all(self, chunk: int, out: Pieces) -> None:
         async with out:

@@ -22,9 +22,10 @@ if TYPE_CHECKING:
 
 R = TypeVar("R")
 
-# Pieces of this many bytes are read by this many tasks.
+# Pieces of this many bytes are read by this many tasks: more than a store reads at once, since some of them
+# are busy with checksums.
 CHUNK = 16 << 20
-READERS = 4
+READERS = 8
 
 
 async def answer(requests: Generator[Request, bytes, R], store: Store, name: str) -> R:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from asyncckpt.snapshot.crew import copy_pieces
 from asyncckpt.snapshot.pinning import PIECE
 from asyncckpt.snapshot.scatter import scatter
 
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 _STRIDE = 16 << 20
 # Up to this size the call costs more than the copy.
 _SMALL = 32 << 10
+# From this size on, several threads share the copy: one cannot use all of the memory's bandwidth.
+_SHARED_FROM = 4 << 20
 _memmove = ctypes.CDLL(None).memmove
 _memmove.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
 _memmove.restype = None
@@ -95,21 +98,23 @@ def _copy_on_host(
 ) -> None:
     """Copy the storages of a state that is all on the host."""
     begin = 0  # of the run of small storages that is not yet copied
+    pieces: list[tuple[int, int, int]] = []
     for index in [*(i for i, nbytes in enumerate(sizes) if not 0 < nbytes <= _SMALL), len(sizes)]:
         if begin < index:
             run = slice(begin, index)
             scatter(storages[run], sizes[run], starts[run], lease)
         if index < len(sizes):
-            _copy_one(storages[index], sizes[index], starts[index], lease, done)
+            source, target = storages[index].data_ptr(), lease.address + starts[index]
+            pieces += [
+                (target + offset, source + offset, min(_STRIDE, sizes[index] - offset))
+                for offset in range(0, sizes[index], _STRIDE)
+            ]
         begin = index + 1
-
-
-def _copy_one(storage: UntypedStorage, nbytes: int, start: int, lease: Lease, done: Watermark) -> None:
-    source = storage.data_ptr()
-    for offset in range(0, nbytes, _STRIDE):
-        length = min(_STRIDE, nbytes - offset)
-        _memmove(lease.address + start + offset, source + offset, length)
-        done.advance(start + offset + length)
+    if sum(length for _, _, length in pieces) < _SHARED_FROM:
+        for piece in pieces:
+            _memmove(*piece)
+    else:
+        copy_pieces(pieces, lambda target: done.advance(target - lease.address))
 
 
 def _start_device_copies(

@@ -185,7 +185,8 @@ def _tensor_reducer(table: _Table, *, exact: bool) -> Callable[[Any], Any]:
     It runs once for each tensor of the state, on the training thread: hence locals for everything.
     """
     plain, strided, cpu_or_plain = torch.Tensor, torch.strided, _PLAIN_DEVICES
-    tensors, find, dtypes = table.tensors, table.keys.get, table.dtypes
+    tensors, keys, find, dtypes = table.tensors, table.keys, table.keys.get, table.dtypes
+    storages, sizes, locations = table.storages, table.sizes, table.locations
     marks, known = itertools.count(_FIRST_MARK), iter(table.known)
 
     def reduce(obj: Any) -> Any:
@@ -207,9 +208,14 @@ def _tensor_reducer(table: _Table, *, exact: bool) -> Callable[[Any], Any]:
                 raise _NeedsStorageIdsError
             return NotImplemented
         storage = obj.untyped_storage()
-        key = find(storage._cdata)
-        if key is None:
-            key = table.add(storage, dtype, "cpu" if obj.is_cpu else location_tag(storage))
+        identity = storage._cdata
+        key = find(identity)
+        if key is None:  # as `_Table.add`, without the call
+            key = keys[identity] = len(storages)
+            storages.append(storage)
+            sizes.append(storage.nbytes())
+            locations.append("cpu" if obj.is_cpu else location_tag(storage))
+            dtypes.append(dtype)
         elif dtypes[key] is not dtype:
             table.check_dtype(key, dtype)
         meta = (key, dtype, obj.storage_offset(), obj.shape, obj.stride(), obj.requires_grad)

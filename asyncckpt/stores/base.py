@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from contextlib import AbstractAsyncContextManager
 
 
@@ -34,6 +34,13 @@ class Draft(ABC):
 
     chunk: int
     writers: int
+
+    def blocking_writer(self) -> Callable[[int, memoryview], None] | None:
+        """Return a function that does what `write` does and blocks; None if the store has none.
+
+        Its callers bring threads of their own, `writers` of them at most, and save a task switch a piece.
+        """
+        return None
 
     @abstractmethod
     async def write(self, offset: int, data: memoryview) -> None:

@@ -28,6 +28,8 @@ from asyncckpt.stores.local_temporary import close_quietly, hold, temporary_name
 from asyncckpt.threads import in_thread
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from asyncckpt.stores.fileops import FileOps
 
 _ATTEMPTS = 16
@@ -218,6 +220,10 @@ class LocalDraft(Draft):
 
     def __init__(self, file: DraftFile) -> None:
         self._file = file
+
+    def blocking_writer(self) -> Callable[[int, memoryview], None]:
+        """Return what writes a piece on the thread that calls it."""
+        return self._file.write
 
     async def write(self, offset: int, data: memoryview) -> None:
         """Write `data` at `offset`, past the page cache where address and length are whole pages."""

@@ -1,0 +1,92 @@
+"""A few threads that copy memory together, kept from one snapshot to the next."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+# More than this do not copy faster: the memory is the limit.
+_MOST = 4
+_memmove = ctypes.CDLL(None).memmove
+_memmove.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
+_memmove.restype = None
+
+
+def copy_pieces(pieces: Sequence[tuple[int, int, int]], report: Callable[[int], None]) -> None:
+    """Copy pieces of memory, this thread and its helpers each taking the next one, and wait for all of them.
+
+    Args:
+        pieces: target address, source address and length in bytes of each; targets ascending.
+        report: called, under a lock, with the end of the last piece before which all are there.
+    """
+    work = _Work(pieces, report)
+    helpers = min(_MOST, _cores(), len(pieces)) - 1
+    started = [_helpers().submit(work.carry_on) for _ in range(helpers)]
+    try:
+        work.carry_on()
+    finally:
+        # Helpers write into a buffer of the caller's: nothing may return before they have stopped.
+        work.stop()
+        for helper in started:
+            helper.result()
+
+
+class _Work:
+    def __init__(self, pieces: Sequence[tuple[int, int, int]], report: Callable[[int], None]) -> None:
+        self._pieces = pieces
+        self._report = report
+        self._lock = threading.Lock()
+        self._next = 0
+        self._done = [False] * len(pieces)
+        self._front = 0  # how many pieces, from the first on, are all there
+
+    def carry_on(self) -> None:
+        while (index := self._take()) is not None:
+            _memmove(*self._pieces[index])
+            self._finish(index)
+
+    def stop(self) -> None:
+        with self._lock:
+            self._next = len(self._pieces)
+
+    def _take(self) -> int | None:
+        with self._lock:
+            index = self._next
+            self._next += 1
+        return index if index < len(self._pieces) else None
+
+    def _finish(self, index: int) -> None:
+        with self._lock:
+            self._done[index] = True
+            before = self._front
+            while self._front < len(self._done) and self._done[self._front]:
+                self._front += 1
+            if self._front > before:
+                target, _, length = self._pieces[self._front - 1]
+                self._report(target + length)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _helpers() -> ThreadPoolExecutor:
+    global _pool  # noqa: PLW0603 - one crew for the process
+    if _pool is None:
+        _pool = ThreadPoolExecutor(_MOST - 1, thread_name_prefix="asyncckpt-copy")
+    return _pool
+
+
+def _forget_in_child() -> None:
+    global _pool  # noqa: PLW0603
+    _pool = None
+
+
+_pool: ThreadPoolExecutor | None = None
+os.register_at_fork(after_in_child=_forget_in_child)
