@@ -129,8 +129,11 @@ class Saver:
         job = _Job(save, stager, snapshot, target, began)
         job.operation = Operation(partial(self._carry_out, job), {save.path: True})
         if snapshot.body.nbytes >= _OVERLAP_FROM:
-            self._submit(engine, job)
-            self._copy(job)
+            try:
+                self._submit(engine, job)
+                self._copy(job)
+            finally:
+                snapshot.end_copy()
         else:
             try:
                 self._copy(job)
@@ -227,7 +230,8 @@ class Saver:
             try:
                 checkpoint = await self._write(job)
             finally:
-                # Nobody reads the buffer any more, and nothing that comes now may hold up the next snapshot.
+                # A save may fail while its state is still being copied: only then is the buffer free.
+                await in_thread(job.snapshot.copy_ended.wait)
                 job.snapshot.lease.release()
                 self._leave()
         except Exception as error:  # noqa: BLE001 - told to the caller, whatever it is

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import threading
 import time
 import warnings
 from dataclasses import dataclass, field
@@ -38,6 +39,7 @@ class Snapshot:
         body: where each storage lies in `lease`, which is where it will lie in the file.
         lease: the host buffer; released by whoever is done with the snapshot.
         filled: how far the copy has come.
+        copy_ended: set once nobody writes into the lease any more.
         freeze_seconds, wait_seconds, copy_seconds: what the training thread spent; `wait` on host memory.
     """
 
@@ -45,6 +47,7 @@ class Snapshot:
     body: Body
     lease: Lease
     filled: Watermark = field(default_factory=Watermark)
+    copy_ended: threading.Event = field(default_factory=threading.Event)
     freeze_seconds: float = 0.0
     wait_seconds: float = 0.0
     copy_seconds: float = 0.0
@@ -66,10 +69,15 @@ class Snapshot:
             if isinstance(error, Exception):
                 raise failure from error
             raise
-        finally:
-            self._storages = []
         self.filled.advance(self.body.nbytes)
         self.copy_seconds = time.perf_counter() - began
+        self.end_copy()
+
+    def end_copy(self) -> None:
+        """Say that nothing more will be copied, whether all was or not."""
+        self._storages = []
+        self.filled.fail(SaveError("the copy of the state to host memory was broken off"))
+        self.copy_ended.set()
 
 
 @dataclass(slots=True, eq=False)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asyncckpt import BusyError, SaveError
-from asyncckpt.snapshot.buffers import Arena
+from asyncckpt.snapshot.buffers import Arena, Lease
 
 MIB = 1 << 20
 
@@ -53,7 +53,7 @@ def test_the_cap_makes_a_lease_wait_for_another() -> None:
     held = arena.lease(2 * MIB)
     with pytest.raises(BusyError, match="no room"):
         arena.lease(2 * MIB, wait=False)
-    got = []
+    got: list[Lease] = []
     waiter = threading.Thread(target=lambda: got.append(arena.lease(2 * MIB)))
     waiter.start()
     assert not got
@@ -86,7 +86,7 @@ def test_never_more_is_mapped_than_was_once_needed_at_once(steps: list[tuple[int
     """Whatever is leased and released: no overlap, and mapped stays within cap and high water."""
     page = 4096
     arena = Arena(limit=limit * page)
-    held = []
+    held: list[Lease] = []
     for pages, release in steps:
         if release and held:
             held.pop(0).release()

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 
-from asyncckpt import operations
+from asyncckpt import SaveError, StoreError, operations, staging
 from asyncckpt.engine import get_engine
 from asyncckpt.layout.description import Description
 from asyncckpt.saver import Saver, Target
+from asyncckpt.snapshot.copy import copy_storages
 from asyncckpt.staging import Stager
 from asyncckpt.stores.local import LocalStore
 from asyncckpt.testing import Gate, SlowStore
@@ -66,6 +67,29 @@ def test_an_operation_that_fails_tells_its_caller_and_stops_nothing(tmp_path: Pa
         failed.result(60)
     assert after.result(60) is None
     assert not operations.exists(store, "target.pt")
+
+
+def test_a_save_that_fails_early_keeps_its_buffer_while_the_copy_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, ended_early = get_engine(), []
+
+    async def refuse() -> Description:
+        raise StoreError("refused")
+
+    def copy_beside_the_failure(*arguments: Any) -> None:
+        # Within the time of this wait the save would have ended, were it not waiting for the copy.
+        ended_early.append(engine.drain(0.5))
+        ended_early.append(engine.arena.statistics().leases == 0)
+        copy_storages(*arguments)
+
+    monkeypatch.setattr(staging, "copy_storages", copy_beside_the_failure)
+    target = Target(LocalStore(str(tmp_path)), "x.pt", refuse)
+    save = Saver(1).save({"x": torch.zeros(10 << 20)}, target, None, time.perf_counter())
+    with pytest.raises(SaveError, match="refused"):
+        save.committed.result(60)
+    assert ended_early == [False, False]
+    assert engine.arena.statistics().leases == 0
 
 
 def test_a_snapshot_is_a_state_for_somebody_elses_writer() -> None:

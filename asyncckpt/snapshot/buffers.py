@@ -45,6 +45,7 @@ class Lease:
 
     _arena: Arena
     _buffer: _Buffer
+    _released: bool = field(default=False, init=False)
 
     @property
     def view(self) -> memoryview:
@@ -63,7 +64,9 @@ class Lease:
 
     def release(self) -> None:
         """Give the buffer back; what it holds may be overwritten from now on. Doing so twice is harmless."""
-        self._arena._release(self._buffer)
+        if not self._released:
+            self._released = True
+            self._arena._release(self._buffer)
 
 
 @dataclass(slots=True, eq=False)

@@ -46,9 +46,9 @@ class Watermark:
             self._changed.notify_all()
 
     def fail(self, error: BaseException) -> None:
-        """Say that no more will come."""
+        """Say that no more will come; the first reason counts."""
         with self._changed:
-            self._error = error
+            self._error = self._error or error
             self._changed.notify_all()
 
     def wait(self, value: int) -> None:

@@ -1,0 +1,125 @@
+"""Measure what the background does to the training beside it: step times, processor time, memory."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from contextlib import suppress
+from pathlib import Path
+from statistics import mean, median
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+import states
+from asyncckpt import Checkpointer, LastN
+from harness import Bare, Options, Samples
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from asyncckpt import Save
+
+STEP = 2e-3
+SAVES = 4
+
+
+class Loop:
+    """A training loop of one thread, as that of a GPU job is: short calls, each of which yields the GIL."""
+
+    def __init__(self) -> None:
+        torch.set_num_threads(1)
+        self._a, self._b, self._c = (torch.rand(96, 96) for _ in range(3))
+        self._calls = 1
+        self._calls = max(1, round(STEP / median(self.run(0.3))))
+
+    def run(self, seconds: float) -> list[float]:
+        """Take steps for some time; returns what each took."""
+        end = time.perf_counter() + seconds
+        return self.run_while(lambda: time.perf_counter() < end)
+
+    def run_while(self, going: Callable[[], bool]) -> list[float]:
+        """Take steps, at least one, while `going` says so; returns what each took."""
+        times = []
+        last = time.perf_counter()
+        while True:
+            for _ in range(self._calls):
+                torch.mm(self._a, self._b, out=self._c)
+            now = time.perf_counter()
+            times.append(now - last)
+            last = now
+            if not going():
+                return times
+
+
+def steps(options: Options) -> Samples:
+    """Take training steps by turns undisturbed, beside a save, and beside a bare process that writes."""
+    samples: defaultdict[str, list[float]] = defaultdict(list)
+    state = options.training().state()
+    loop = Loop()
+    path = options.directory / "bare"
+    with Checkpointer(options.directory, keep=LastN(1)) as ckpt:
+        nbytes = ckpt.save(0, state).committed.result().nbytes
+        ckpt.save(1, state)
+        ckpt.wait()
+        with Bare(options.directory, nbytes) as bare:
+            bare.write(path, nbytes)
+            for step in range(2, options.repeat + 2):
+                options.settle()
+                _note(samples, "undisturbed", loop.run(0.2 if options.quick else 1.0))
+                options.settle()
+                cpu = _background_cpu()
+                save = ckpt.save(step, state)
+                _note(samples, "save", loop.run_while(_not_done(save)))
+                ckpt.wait()
+                samples["save_cpu_s_per_gb"].append((_background_cpu() - cpu) / nbytes * 1e9)
+                options.settle()
+                bare.begin_write(path, nbytes)
+                _note(samples, "bare", loop.run_while(bare.writing))
+                samples["bare_cpu_s_per_gb"].append(bare.end_write(path).cpu / nbytes * 1e9)
+    undisturbed = median(samples["undisturbed_median_s"])
+    for kind in ("undisturbed", "save", "bare"):
+        samples[f"{kind}_pause_s"] = [longest - undisturbed for longest in samples[f"{kind}_longest_s"]]
+    return samples
+
+
+def _not_done(save: Save) -> Callable[[], bool]:
+    return lambda: not save.committed.done()
+
+
+def _note(samples: Samples, kind: str, times: list[float]) -> None:
+    samples[f"{kind}_step_s"].append(mean(times))
+    samples[f"{kind}_median_s"].append(median(times))
+    samples[f"{kind}_longest_s"].append(max(times))
+
+
+def _background_cpu() -> float:
+    """Return the processor time of all threads of this process but the calling one."""
+    return time.process_time() - time.thread_time()
+
+
+def memory(options: Options) -> Samples:
+    """Measure the host memory that several saves take at most, one in flight at a time."""
+    torch.set_num_threads(1)
+    state: Any = options.training().state()
+    nbytes = states.bytes_of(state)
+    before = _status("VmRSS")
+    # Where the peak cannot be reset, that of making the state counts as well: never less than the truth.
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    with Checkpointer(options.directory, keep=LastN(1), max_in_flight=1) as ckpt:
+        for step in range(SAVES):
+            ckpt.save(step, state)
+        ckpt.wait()
+        after = _status("VmRSS")
+    return {
+        "peak_bytes": [_status("VmHWM") - before],
+        "held_bytes": [after - before],
+        "state_bytes": [float(nbytes)],
+    }
+
+
+def _status(field: str) -> float:
+    """Return a figure of this process in bytes. Both resident ones count shared memory as well."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(float(line.split()[1]) for line in lines if line.startswith(field + ":")) * 1024
