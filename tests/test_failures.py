@@ -214,7 +214,7 @@ def test_callbacks_may_look_but_not_wait(tmp_path: Path, fails: bool) -> None:  
 
 
 def test_the_users_own_exception_is_not_hidden(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with pytest.raises(ZeroDivisionError) as told, Checkpointer(tmp_path) as ckpt:
+    with pytest.raises(ZeroDivisionError) as told, Checkpointer(tmp_path) as ckpt:  # noqa: PT012 - the same
         faulty(ckpt).fail("commit", GONE)
         ckpt.save(1, state_of(1))
         _ = 1 / 0
@@ -224,7 +224,7 @@ def test_the_users_own_exception_is_not_hidden(tmp_path: Path, caplog: pytest.Lo
 
 
 def test_pending_saves_are_finished_when_the_block_is_left_by_an_exception(tmp_path: Path) -> None:
-    with pytest.raises(ZeroDivisionError), Checkpointer(tmp_path, max_in_flight=2) as ckpt:
+    with pytest.raises(ZeroDivisionError), Checkpointer(tmp_path, max_in_flight=2) as ckpt:  # noqa: PT012
         ckpt.save(1, state_of(1, 1 << 20))
         ckpt.save(2, state_of(2, 1 << 20))
         _ = 1 / 0

@@ -162,7 +162,7 @@ class Arena:
     def abandon(self) -> None:
         """Let go of all memory in a forked child, where it belongs to the parent's snapshots."""
         for buffer in self._buffers:
-            buffer.mapping.close()
+            buffer.mapping.abandon()
 
     def _take(self, nbytes: int) -> tuple[_Buffer | None, int, list[_Buffer]] | None:
         """Choose a buffer for `nbytes`, and note the choice; the lock is held.

@@ -73,6 +73,11 @@ class Mapping:
         if first < last:
             _libc.madvise(self.address + first, last - first, mmap.MADV_DONTNEED)
 
+    def abandon(self) -> None:
+        """Let go of it in a forked child, which has inherited the descriptor but, on Linux, no mapping."""
+        if self.fd >= 0:
+            os.close(self.fd)
+
     def close(self) -> None:
         """Unmap the memory."""
         _libc.munmap(self.address, self.nbytes)
