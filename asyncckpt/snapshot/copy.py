@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import threading
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from asyncckpt.snapshot.crew import copy_pieces
+from asyncckpt.snapshot.memory import memmove
 from asyncckpt.snapshot.pinning import PIECE
 from asyncckpt.snapshot.scatter import scatter
 
@@ -26,9 +26,6 @@ _STRIDE = 16 << 20
 _SMALL = 32 << 10
 # From this size on, several threads share the copy: one cannot use all of the memory's bandwidth.
 _SHARED_FROM = 4 << 20
-_memmove = ctypes.CDLL(None).memmove
-_memmove.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
-_memmove.restype = None
 
 
 @dataclass(slots=True, eq=False)
@@ -82,7 +79,7 @@ def copy_storages(
     pending = _start_device_copies(storages, starts, lease)
     for storage, start in zip(storages, starts, strict=True):
         if storage.device.type == "cpu" and storage.nbytes():
-            _memmove(lease.address + start, storage.data_ptr(), storage.nbytes())
+            memmove(lease.address + start, storage.data_ptr(), storage.nbytes())
     for events, upto in pending:
         for event in events:
             event.synchronize()
@@ -112,7 +109,7 @@ def _copy_on_host(
         begin = index + 1
     if sum(length for _, _, length in pieces) < _SHARED_FROM:
         for piece in pieces:
-            _memmove(*piece)
+            memmove(*piece)
     else:
         copy_pieces(pieces, lambda end: done.advance(end - lease.address))
 

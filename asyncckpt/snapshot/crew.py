@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
+
+from asyncckpt.snapshot.memory import memmove
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 # More than this do not copy faster: the memory is the limit.
 _MOST = 4
-_memmove = ctypes.CDLL(None).memmove
-_memmove.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
-_memmove.restype = None
 
 
 def copy_pieces(pieces: Sequence[tuple[int, int, int]], report: Callable[[int], None]) -> None:
@@ -48,7 +46,7 @@ class _Work:
 
     def carry_on(self) -> None:
         while (index := self._take()) is not None:
-            _memmove(*self._pieces[index])
+            memmove(*self._pieces[index])
             self._finish(index)
 
     def stop(self) -> None:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from asyncckpt.snapshot.memory import memmove
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -20,9 +22,6 @@ if TYPE_CHECKING:
 # The kernel takes this many ranges a call; half of them are what lies between storages.
 _RANGES = 1024
 _libc = ctypes.CDLL(None, use_errno=True)
-_memmove = _libc.memmove
-_memmove.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
-_memmove.restype = None
 
 
 def scatter(
@@ -63,4 +62,4 @@ def _copy_each(
     storages: Sequence[UntypedStorage], sizes: Sequence[int], starts: Sequence[int], lease: Lease
 ) -> None:
     for storage, nbytes, start in zip(storages, sizes, starts, strict=True):
-        _memmove(lease.address + start, storage.data_ptr(), nbytes)
+        memmove(lease.address + start, storage.data_ptr(), nbytes)
