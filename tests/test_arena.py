@@ -80,6 +80,18 @@ def test_a_reservation_makes_free_buffers() -> None:
     assert arena.statistics().mapped == 0
 
 
+def test_a_lower_cap_gives_memory_back() -> None:
+    arena = Arena()
+    held = arena.lease(8 * MIB)
+    arena.lease(4 * MIB).release()
+    arena.set_limit(2 * MIB)
+    assert arena.statistics().mapped == 8 * MIB
+    held.release()
+    assert arena.statistics().mapped == 0
+    arena.lease(MIB).release()
+    assert arena.statistics().mapped == MIB
+
+
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 16), st.booleans()), max_size=30), st.integers(16, 40))
 def test_never_more_is_mapped_than_was_once_needed_at_once(steps: list[tuple[int, bool]], limit: int) -> None:

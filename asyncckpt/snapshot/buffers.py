@@ -113,10 +113,11 @@ class Arena:
             return ArenaStatistics(mapped, sum(leased), len(leased), self._high_water)
 
     def set_limit(self, nbytes: int | None) -> None:
-        """Change the cap; buffers that exceed it are given up as they become free."""
+        """Change the cap; free buffers are given up, leased ones that exceed it once they are released."""
         with self._changed:
             self.limit = nbytes
             self._changed.notify_all()
+        self.close()
 
     def lease(self, nbytes: int, *, pinned: bool = False, wait: bool = True) -> Lease:
         """Lease a buffer of at least `nbytes`, touched beforehand, and pinned for a GPU's sake if asked to.
@@ -217,7 +218,12 @@ class Arena:
         with self._changed:
             buffer.leased = False
             buffer.used = next(self._clock)
+            excess = self.limit is not None and sum(b.nbytes for b in self._buffers) > self.limit
+            if excess:
+                self._buffers.remove(buffer)
             self._changed.notify_all()
+        if excess:
+            buffer.close()
 
     def _leased(self) -> int:
         return sum(buffer.nbytes for buffer in self._buffers if buffer.leased) + self._mapping
