@@ -21,9 +21,10 @@ from asyncckpt.layout.description import MAX_BYTES, Description
 from asyncckpt.naming import NameTemplate
 from asyncckpt.restore import load_state, locate, verify_file
 from asyncckpt.retention import KeepAll, Policy, evict, first_best, rank
-from asyncckpt.saver import Saver, Target
+from asyncckpt.saver import Saver
 from asyncckpt.stateful import collect
 from asyncckpt.stores import open_store
+from asyncckpt.targets import FileTarget
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -142,7 +143,7 @@ class Checkpointer:
         description = Description(0, step, numbers, time.time())
         if len(description.encode()) > MAX_BYTES:
             raise ValueError(f"the metrics take more than {MAX_BYTES} bytes; put them into the state instead")
-        target = Target(self._store, name, partial(self._describe, name, description), self._evict)
+        target = FileTarget(self._store, name, partial(self._describe, name, description), self._evict)
         save = self._saver.save(collect(state), target, step, began)
         if not save.skipped:
             self._steps[name] = step

@@ -53,7 +53,7 @@ class Engine:
 
     def __init__(self, memory_limit: int | None = None) -> None:
         self.arena = Arena(memory_limit)
-        self._starting = threading.Lock()
+        self._starting = threading.RLock()  # a signal handler that saves may break in anywhere
         self._changed = threading.Condition()
         self._line: deque[Operation] = deque()
         self._current: Operation | None = None
@@ -223,7 +223,7 @@ def _finish_at_exit() -> None:
 
 def _forget_in_child() -> None:
     global _engine, _engine_lock  # noqa: PLW0603
-    _engine_lock = threading.Lock()
+    _engine_lock = threading.RLock()
     parents, _engine = _engine, None
     if parents is not None:
         parents.arena.abandon()
@@ -231,6 +231,6 @@ def _forget_in_child() -> None:
 
 _engine: Engine | None = None
 _ended = False
-_engine_lock = threading.Lock()
+_engine_lock = threading.RLock()
 threading._register_atexit(_finish_at_exit)  # type: ignore[attr-defined]
 os.register_at_fork(after_in_child=_forget_in_child)

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 from asyncckpt.engine import get_engine, wait_for_pending
 from asyncckpt.layout.description import Description
 from asyncckpt.restore import load_state, locate
-from asyncckpt.saver import Saver, Target
+from asyncckpt.saver import Saver
 from asyncckpt.stores import open_store
+from asyncckpt.targets import FileTarget
 
 if TYPE_CHECKING:
     from asyncckpt.save import Save
@@ -38,7 +39,7 @@ def save(state: Any, path: str | os.PathLike[str]) -> Save:
         await store.prepare()
         return description
 
-    return _saver.save(state, Target(store, name, describe), None, began)
+    return _saver.save(state, FileTarget(store, name, describe), None, began)
 
 
 def load(path: str | os.PathLike[str], *, map_location: MapLocation = None, weights_only: bool = True) -> Any:

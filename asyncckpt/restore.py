@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 
 def load_state(
-    engine: Engine, store: Store, name: str, map_location: MapLocation, *, weights_only: bool
+    engine: Engine, store: Store, name: str, map_location: MapLocation, *, weights_only: bool | None
 ) -> Any:
     """Read a file in parallel, check it, and return its state.
 
@@ -66,7 +66,7 @@ async def _checked(read: Callable[[Store, StoredFile], Awaitable[T]], store: Sto
         raise error if where in str(error) else CorruptCheckpointError(f"{where}: {error}") from error
 
 
-def state_of(image: Image, map_location: MapLocation, *, weights_only: bool) -> Any:
+def state_of(image: Image, map_location: MapLocation, *, weights_only: bool | None) -> Any:
     """Build the state of a file that is in memory; its storages keep that memory."""
     directory, view = image.directory, image.mapping.view
     rows = zip(directory.names, directory.starts.tolist(), directory.stops.tolist(), strict=True)

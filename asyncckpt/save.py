@@ -32,6 +32,10 @@ class Outcome(Future[T]):
         if not self.done():
             self.set_exception(error)
 
+    def failed(self) -> bool:
+        """Return whether it is done and failed; asking this does not make the failure heard."""
+        return self.done() and super().exception() is not None
+
     def result(self, timeout: float | None = None) -> T:
         """Return what the save became, or raise what it failed with."""
         try:

@@ -9,25 +9,25 @@ import threading
 import time
 import weakref
 from collections import deque
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Literal
 
-from asyncckpt.catalog import checkpoint_of
 from asyncckpt.engine import Operation, current_engine, get_engine, refuse_to_wait_in_callback
 from asyncckpt.errors import AsyncCkptError, BusyError, CheckpointExistsError, SaveError, SaveSkipped
-from asyncckpt.pipeline import Transfer
 from asyncckpt.save import Outcome, Save
 from asyncckpt.staging import Stager
 from asyncckpt.threads import in_thread
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Iterator
+
+    from torch.storage import UntypedStorage
 
     from asyncckpt.engine import Engine
-    from asyncckpt.layout.description import Description
     from asyncckpt.staging import Snapshot
-    from asyncckpt.stores.base import Store
+    from asyncckpt.targets import Target
     from asyncckpt.types import Checkpoint
 
     OnError = Literal["raise"] | Callable[[Save, AsyncCkptError], object]
@@ -41,30 +41,25 @@ _OVERLAP_FROM = 32 << 20
 
 
 @dataclass(slots=True, eq=False)
-class Target:
-    """Where a save goes, and what belongs to it.
+class _Job:
+    """A save on its way. One that has no snapshot is a copy of the file of another."""
 
-    Attributes:
-        store, name: the file.
-        describe: awaited before anything is written, in the order of commits; returns what the file says of
-            itself, or raises to refuse the save.
-        after: awaited after the commit, once the caller has been told; for evictions.
-    """
-
-    store: Store
-    name: str
-    describe: Callable[[], Awaitable[Description]]
-    after: Callable[[Checkpoint], Awaitable[None]] | None = None
+    save: Save
+    target: Target
+    began: float
+    write: Callable[[], Awaitable[Checkpoint]]
+    snapshot: Snapshot | None = None
+    operation: Operation = field(init=False)
 
 
 @dataclass(slots=True, eq=False)
-class _Job:
-    save: Save
+class _Instant:
+    """What was saved first in an instant: its storages are held, so that none can be mistaken for another."""
+
+    job: _Job
     stager: Stager
     snapshot: Snapshot
-    target: Target
-    began: float
-    operation: Operation = field(init=False)
+    storages: list[UntypedStorage]
 
 
 class Saver:
@@ -84,6 +79,7 @@ class Saver:
         self._when_busy: WhenBusy = when_busy
         self._on_error = on_error
         self._stager: Stager | None = None
+        self._instant: _Instant | None = None
         self._reset()
         _savers.add(self)
 
@@ -108,15 +104,17 @@ class Saver:
 
     def _save(self, state: object, target: Target, step: int | None, began: float) -> Save:
         self.raise_failures("; the save that is told of it was not taken")
-        save = Save(step, target.store.path_of(target.name))
+        save = Save(step, target.path)
         entered = time.perf_counter()
         engine = get_engine()
+        if self._instant is not None and self._save_again(engine, self._instant, state, save, target, began):
+            return save
         if not self._admit(engine):
             return _skipped(save, f"{self._max_in_flight} saves are still being written")
         admitted = time.perf_counter()
         try:
             stager = self._stager_of(engine)
-            snapshot = stager.stage(state, wait=self._when_busy != "skip")
+            snapshot = stager.stage(state, wait=self._when_busy != "skip", versions=self._in_instant)
         except BusyError as error:
             self._leave()
             return _skipped(save, str(error))
@@ -126,25 +124,59 @@ class Saver:
         stats = save.stats
         stats.freeze = snapshot.freeze_seconds
         stats.wait = admitted - entered + snapshot.wait_seconds
-        job = _Job(save, stager, snapshot, target, began)
-        job.operation = Operation(partial(self._carry_out, job), {save.path: True})
+        job = self._job(save, target, began, partial(target.write, stager, snapshot, stats), snapshot)
+        instant = _Instant(job, stager, snapshot, snapshot.storages)
         if snapshot.body.nbytes >= _OVERLAP_FROM:
             try:
                 self._submit(engine, job)
-                self._copy(job)
+                self._copy(job, snapshot)
             finally:
                 snapshot.end_copy()
         else:
             try:
-                self._copy(job)
+                self._copy(job, snapshot)
             except BaseException:
-                snapshot.lease.release()
-                self._leave()
+                self._give_back(snapshot)
                 raise
             stats.stall = time.perf_counter() - began
             self._submit(engine, job)
+        self._instant = instant if self._in_instant else None
         stats.stall = time.perf_counter() - began
         return save
+
+    def _save_again(  # noqa: PLR0913, PLR0917 - what a save consists of
+        self, engine: Engine, first: _Instant, state: object, save: Save, target: Target, began: float
+    ) -> bool:
+        """Save what has been copied in this instant already; returns false if it has changed."""
+        frozen = first.stager.freeze_again(state, first.snapshot.frozen, first.storages)
+        if frozen is None:
+            return False
+        copy = target.copying(first.job.target) if frozen == first.snapshot.frozen else None
+        if copy is not None:
+            job = self._job(save, target, began, partial(_copied, first.job.save, copy))
+        elif (snapshot := first.snapshot.share(frozen)) is not None:
+            write = partial(target.write, first.stager, snapshot, save.stats)
+            job = self._job(save, target, began, write, snapshot)
+        else:
+            return False
+        save.snapshotted.set_result(None)
+        save.stats.freeze = save.stats.stall = time.perf_counter() - began
+        self._submit(engine, job)
+        return True
+
+    @contextmanager
+    def instant(self) -> Iterator[None]:
+        """Hold that no training happens in this context: what is saved twice in it is copied once.
+
+        A tensor is taken as unchanged if it has the storage and the version counter that it had. Writes that
+        torch does not count (through `.data` or numpy) are not seen between two saves of one instant.
+        """
+        self._in_instant = True
+        try:
+            yield
+        finally:
+            self._in_instant = False
+            self._instant = None
 
     def reserve(self, state: object) -> int:
         """Make host memory for the snapshots of `state` ready; returns the bytes of one."""
@@ -174,13 +206,25 @@ class Saver:
             told = "; ".join(map(str, failures))
             raise SaveError(told + hint) from failures[0]
 
-    def _copy(self, job: _Job) -> None:
+    def _job(
+        self,
+        save: Save,
+        target: Target,
+        began: float,
+        write: Callable[[], Awaitable[Checkpoint]],
+        snapshot: Snapshot | None = None,
+    ) -> _Job:
+        job = _Job(save, target, began, write, snapshot)
+        job.operation = Operation(partial(self._carry_out, job), {save.path: True})
+        return job
+
+    def _copy(self, job: _Job, snapshot: Snapshot) -> None:
         try:
-            job.snapshot.copy()
+            snapshot.copy()
         except SaveError:
             job.save.committed.heard = True  # the caller is told here
             raise
-        job.save.stats.copy = job.snapshot.copy_seconds
+        job.save.stats.copy = snapshot.copy_seconds
         job.save.snapshotted.set_result(None)
 
     def _submit(self, engine: Engine, job: _Job) -> None:
@@ -210,11 +254,15 @@ class Saver:
         return True
 
     def _withdrawn(self, job: _Job) -> None:
-        job.snapshot.lease.release()
-        self._in_flight -= 1
+        if job.snapshot is not None and job.snapshot.lease.release():
+            self._in_flight -= 1
         self._pending -= 1
         self._open.remove(job.save)
         _skipped(job.save, "a newer save took its place while it was queued")
+
+    def _give_back(self, snapshot: Snapshot) -> None:
+        if snapshot.lease.release():
+            self._leave()
 
     def _leave(self) -> None:
         with self._changed:
@@ -222,18 +270,18 @@ class Saver:
             self._changed.notify_all()
 
     async def _carry_out(self, job: _Job) -> None:
-        save, target = job.save, job.target
+        save, target, snapshot = job.save, job.target, job.snapshot
         with self._changed:
             if job in self._queued:
                 self._queued.remove(job)
         try:
             try:
-                checkpoint = await self._write(job)
+                checkpoint = await job.write()
             finally:
-                # A save may fail while its state is still being copied: only then is the buffer free.
-                await in_thread(job.snapshot.copy_ended.wait)
-                job.snapshot.lease.release()
-                self._leave()
+                if snapshot is not None:
+                    # A save may fail while its state is still being copied: only then is the buffer free.
+                    await in_thread(snapshot.copy_ended.wait)
+                    self._give_back(snapshot)
         except Exception as error:  # noqa: BLE001 - told to the caller, whatever it is
             get_engine().settle(job.operation)
             # Callbacks run on a worker thread, from which they may use the engine.
@@ -248,25 +296,6 @@ class Saver:
                 self._pending -= 1
                 self._open.remove(save)
                 self._changed.notify_all()
-
-    async def _write(self, job: _Job) -> Checkpoint:
-        save, snapshot, target = job.save, job.snapshot, job.target
-        description = await target.describe()
-        plan = await in_thread(job.stager.plan, snapshot, description.encode())
-        transfer = Transfer(plan, snapshot.lease.view, snapshot.filled)
-        async with target.store.draft(target.name, plan.size) as draft:
-            await transfer.into(draft)
-            written = time.perf_counter()
-            await draft.commit()
-        stats = save.stats
-        stats.commit = time.perf_counter() - written
-        stats.sync = draft.sync_seconds
-        stats.checksum, stats.write, stats.nbytes = (
-            transfer.checksum_seconds,
-            transfer.write_seconds,
-            plan.size,
-        )
-        return checkpoint_of(target.store, target.name, description, plan.size)
 
     async def _after(self, target: Target, checkpoint: Checkpoint) -> None:
         if target.after is None:
@@ -307,6 +336,8 @@ class Saver:
 
     def _reset(self) -> None:
         """Begin with nothing in flight: at first, and in a forked child."""
+        self._in_instant = False
+        self._instant = None
         self._taking = threading.Lock()  # snapshots are taken one after another, whatever the thread
         self._changed = threading.Condition()
         self._in_flight = 0
@@ -314,6 +345,13 @@ class Saver:
         self._queued: deque[_Job] = deque()
         self._open: list[Save] = []
         self._failures: list[tuple[Outcome[Checkpoint] | None, SaveError]] = []
+
+
+async def _copied(source: Save, copy: Callable[[], Awaitable[Checkpoint]]) -> Checkpoint:
+    """Copy the file of a save that was carried out before."""
+    if source.committed.failed():
+        raise SaveError(f"it was to be a copy of {source.path}, which was not saved")
+    return await copy()
 
 
 def _guarded(tell: Callable[..., object], *args: object) -> None:

@@ -39,6 +39,7 @@ class Snapshot:
         body: where each storage lies in `lease`, which is where it will lie in the file.
         lease: the host buffer; released by whoever is done with the snapshot.
         filled: how far the copy has come.
+        storages: what is to be copied; empty once the copy has ended.
         copy_ended: set once nobody writes into the lease any more.
         freeze_seconds, wait_seconds, copy_seconds: what the training thread spent; `wait` on host memory.
     """
@@ -51,7 +52,12 @@ class Snapshot:
     freeze_seconds: float = 0.0
     wait_seconds: float = 0.0
     copy_seconds: float = 0.0
-    _storages: list[UntypedStorage] = field(default_factory=list, repr=False)
+    storages: list[UntypedStorage] = field(default_factory=list, repr=False)
+
+    def share(self, frozen: FrozenState) -> Snapshot | None:
+        """Return a second snapshot whose storages are these; None if the lease has been given back."""
+        lease = self.lease.share()
+        return None if lease is None else Snapshot(frozen, self.body, lease, self.filled, self.copy_ended)
 
     def copy(self) -> None:
         """Copy the storages into the lease. The state may change once this has returned.
@@ -62,7 +68,7 @@ class Snapshot:
         began = time.perf_counter()
         try:
             body = self.body
-            copy_storages(self._storages, body.sizes, body.starts.tolist(), self.lease, self.filled)
+            copy_storages(self.storages, body.sizes, body.starts.tolist(), self.lease, self.filled)
         except BaseException as error:
             failure = SaveError(f"could not copy the state to host memory: {error}")
             self.filled.fail(failure)
@@ -75,7 +81,7 @@ class Snapshot:
 
     def end_copy(self) -> None:
         """Say that nothing more will be copied, whether all was or not."""
-        self._storages = []
+        self.storages = []
         self.filled.fail(SaveError("the copy of the state to host memory was broken off"))
         self.copy_ended.set()
 
@@ -90,23 +96,41 @@ class Stager:
     _body: Body | None = field(default=None, init=False)
     _warned: bool = field(default=False, init=False)
 
-    def stage(self, state: object, *, wait: bool = True) -> Snapshot:
+    def stage(self, state: object, *, wait: bool = True, versions: bool = False) -> Snapshot:
         """Freeze `state` and lease room for it; the copy is left to `Snapshot.copy`.
+
+        With `versions` it can be compared with the state later, see `freeze_again`.
 
         Raises:
             SaveError: the state cannot be saved; the message says which entry.
             BusyError: there is no room in host memory, and `wait` is false.
         """
         began = time.perf_counter()
-        frozen, storages = self._freezer.freeze(state)
+        frozen, storages = self._freezer.freeze(state, versions=versions)
         body = self._lay_out(frozen.sizes)
         self._warn_of_inline(len(frozen.pickled))
         froze = time.perf_counter()
         lease = self.arena.lease(body.nbytes, pinned=_on_cuda(frozen), wait=wait)
-        snapshot = Snapshot(frozen, body, lease, _storages=storages)
+        snapshot = Snapshot(frozen, body, lease, storages=storages)
         snapshot.freeze_seconds = froze - began
         snapshot.wait_seconds = time.perf_counter() - froze
         return snapshot
+
+    def freeze_again(
+        self, state: object, before: FrozenState, storages: list[UntypedStorage]
+    ) -> FrozenState | None:
+        """Freeze `state` another time; None unless its storages are those of `before`, and unchanged.
+
+        Everything else may differ.
+        """
+        frozen, found = self._freezer.freeze(state, versions=True)
+        unchanged = (
+            frozen.versions is not None
+            and frozen.versions == before.versions
+            and frozen.sizes == before.sizes
+            and [s._cdata for s in found] == [s._cdata for s in storages]
+        )
+        return frozen if unchanged else None
 
     def reserve(self, state: object, count: int) -> int:
         """Make room for `count` snapshots of `state` ready; returns the bytes of one."""

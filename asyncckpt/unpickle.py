@@ -87,8 +87,10 @@ class PayloadFile:
         return len(target)
 
 
-def load_file(file: PayloadFile, map_location: MapLocation = None, *, weights_only: bool = True) -> Any:
-    """Return what torch.load makes of `file`."""
+def load_file(
+    file: PayloadFile, map_location: MapLocation = None, *, weights_only: bool | None = True
+) -> Any:
+    """Return what torch.load makes of `file`; with `weights_only=None`, by the default of torch."""
     _register()
     where = _restoring_first(file, map_location) if callable(map_location) else map_location
     with _loading(file):

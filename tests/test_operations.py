@@ -11,10 +11,11 @@ import torch
 from asyncckpt import SaveError, StoreError, operations, staging
 from asyncckpt.engine import get_engine
 from asyncckpt.layout.description import Description
-from asyncckpt.saver import Saver, Target
+from asyncckpt.saver import Saver
 from asyncckpt.snapshot.copy import copy_storages
 from asyncckpt.staging import Stager
 from asyncckpt.stores.local import LocalStore
+from asyncckpt.targets import FileTarget
 from asyncckpt.testing import Gate, SlowStore
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ def save_to(store: Store, name: str, value: float, saver: Saver) -> Save:
     async def describe() -> Description:
         return Description(0, None, {}, 0.0)
 
-    target = Target(store, name, describe)
+    target = FileTarget(store, name, describe)
     return saver.save({"x": torch.full((3,), value)}, target, None, time.perf_counter())
 
 
@@ -43,20 +44,16 @@ def test_operations_follow_the_saves_before_them(tmp_path: Path) -> None:
     removed = operations.remove(store, "copy.pt")
     last = operations.copy(store, "first.pt", "last.pt")
     assert not any(done.done() for done in (first.committed, copied, linked, removed, last))
-    assert [operations.exists(store, name) for name in ("first.pt", "copy.pt", "link.pt", "other.pt")] == [
-        True,
-        False,
-        True,
-        False,
-    ]
+    pending = [get_engine().pending(store.path_of(n)) for n in ("first.pt", "copy.pt", "link.pt", "other.pt")]
+    assert pending == [True, False, True, None]
     gate.open()
     last.result(60)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["first.pt", "last.pt", "link.pt"]
     assert torch.load(tmp_path / "last.pt")["x"].tolist() == [2.0] * 3
     assert torch.load(tmp_path / "link.pt")["x"].tolist() == [2.0] * 3
     assert second.committed.result(0).path == str(tmp_path / "first.pt")
-    assert operations.exists(store, "last.pt")
-    assert not operations.exists(store, "copy.pt")
+    get_engine().drain()
+    assert get_engine().pending(store.path_of("last.pt")) is None
 
 
 def test_an_operation_that_fails_tells_its_caller_and_stops_nothing(tmp_path: Path) -> None:
@@ -66,7 +63,20 @@ def test_an_operation_that_fails_tells_its_caller_and_stops_nothing(tmp_path: Pa
     with pytest.raises(FileNotFoundError):
         failed.result(60)
     assert after.result(60) is None
-    assert not operations.exists(store, "target.pt")
+
+
+def test_what_follows_a_failed_operation_is_left_undone(tmp_path: Path) -> None:
+    store = LocalStore(str(tmp_path))
+    (tmp_path / "old.pt").write_bytes(b"old")
+    failed = operations.copy(store, "absent.pt", "new.pt")
+    undone = operations.remove(store, "old.pt", cause=failed)
+    called: list[str] = []
+    operations.call(lambda: called.append("undone"), "x", exists=True, cause=failed).result(60)
+    operations.call(lambda: called.append("done"), "x", exists=True, cause=undone).result(60)
+    assert undone.result(60) is None
+    assert (tmp_path / "old.pt").read_bytes() == b"old"
+    assert called == ["done"]
+    assert not failed.heard
 
 
 def test_a_save_that_fails_early_keeps_its_buffer_while_the_copy_goes_on(
@@ -84,7 +94,7 @@ def test_a_save_that_fails_early_keeps_its_buffer_while_the_copy_goes_on(
         copy_storages(*arguments)
 
     monkeypatch.setattr(staging, "copy_storages", copy_beside_the_failure)
-    target = Target(LocalStore(str(tmp_path)), "x.pt", refuse)
+    target = FileTarget(LocalStore(str(tmp_path)), "x.pt", refuse)
     save = Saver(1).save({"x": torch.zeros(10 << 20)}, target, None, time.perf_counter())
     with pytest.raises(SaveError, match="refused"):
         save.committed.result(60)

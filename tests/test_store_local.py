@@ -70,12 +70,30 @@ class TestNames:
             store.read(name, 0, buffer),
             store.remove(name),
             store.copy("a.pt", name),
-            store.copy(name, "a.pt"),
             store.link("a.pt", name),
             put(store, name, b"two"),
         ):
             with pytest.raises(StoreError, match="cannot be the name of a file"):
                 await refused
+
+    @pytest.mark.parametrize("source", ["", "..", "/a", "a/", "a\0b", "b/" + "x" * 256])
+    async def test_what_leads_to_no_file_is_no_source(self, store: LocalStore, source: str) -> None:
+        for refused in (store.copy(source, "a.pt"), store.link(source, "a.pt")):
+            with pytest.raises(StoreError, match="cannot be the name of a file"):
+                await refused
+
+    @pytest.mark.parametrize("directory", ["sub", "../beside"])
+    async def test_another_directory_may_hold_the_source(self, tmp_path: Path, directory: str) -> None:
+        store, other = LocalStore(str(tmp_path / "run")), LocalStore(str(tmp_path / "run" / directory))
+        await store.prepare()
+        await other.prepare()
+        await put(other, "a.pt", b"one")
+        await store.copy(f"{directory}/a.pt", "copy.pt")
+        await store.link(f"{directory}/a.pt", "link.pt")
+        assert str((tmp_path / "run" / "link.pt").readlink()) == f"{directory}/a.pt"
+        await put(other, "a.pt", b"two")
+        assert await get(store, "copy.pt") == b"one"
+        assert await get(store, "link.pt") == b"two"
 
     @pytest.mark.parametrize("name", ["x" * 255, "日" * 85])
     async def test_the_longest_names_work(self, store: LocalStore, name: str) -> None:

@@ -62,11 +62,22 @@ class Lease:
         """The memfd behind it, at offset 0; -1 where the system has none."""
         return self._buffer.mapping.fd
 
-    def release(self) -> None:
-        """Give the buffer back; what it holds may be overwritten from now on. Doing so twice is harmless."""
-        if not self._released:
-            self._released = True
-            self._arena._release(self._buffer)
+    def share(self) -> Lease | None:
+        """Return a second lease of the same buffer, or None if it has been given back."""
+        return Lease(self._arena, self._buffer) if self._arena._hold(self) else None
+
+    def release(self) -> bool:
+        """Give the buffer back; what it holds may be overwritten once all who share it have done so.
+
+        Doing so twice is harmless.
+
+        Returns:
+            Whether this was the last lease of the buffer.
+        """
+        if self._released:
+            return False
+        self._released = True
+        return self._arena._release(self._buffer)
 
 
 @dataclass(slots=True, eq=False)
@@ -74,6 +85,7 @@ class _Buffer:
     mapping: Mapping
     pinned: bool = False
     leased: bool = True
+    holders: int = 1
     used: int = 0
 
     @property
@@ -183,7 +195,7 @@ class Arena:
         if self.limit is not None:
             room = min(room, self.limit)
         if fitting and (nbytes >= fitting[0].nbytes * _FIT or mapped + nbytes > room):
-            fitting[0].leased = True
+            fitting[0].leased, fitting[0].holders = True, 1
             self._high_water = max(self._high_water, leased + fitting[0].nbytes)
             return fitting[0], nbytes, []
         unused: list[_Buffer] = []
@@ -214,8 +226,16 @@ class Arena:
             self._buffers.append(buffer)
         return buffer
 
-    def _release(self, buffer: _Buffer) -> None:
+    def _hold(self, lease: Lease) -> bool:
         with self._changed:
+            lease._buffer.holders += not lease._released
+            return not lease._released
+
+    def _release(self, buffer: _Buffer) -> bool:
+        with self._changed:
+            buffer.holders -= 1
+            if buffer.holders:
+                return False
             buffer.leased = False
             buffer.used = next(self._clock)
             excess = self.limit is not None and sum(b.nbytes for b in self._buffers) > self.limit
@@ -224,6 +244,7 @@ class Arena:
             self._changed.notify_all()
         if excess:
             buffer.close()
+        return True
 
     def _leased(self) -> int:
         return sum(buffer.nbytes for buffer in self._buffers if buffer.leased) + self._mapping

@@ -107,9 +107,13 @@ class Store(ABC):
     async def copy(self, source: str, target: str) -> None:
         """Make `target` a second, independent name for the bytes of `source`, atomically.
 
-        Independent means that replacing or removing one leaves the other; a hard link is that.
+        Independent means that replacing or removing one leaves the other; a hard link is that. `source` may
+        also be the relative path of a file in another directory: "../other/a.pt".
         """
 
     @abstractmethod
     async def link(self, source: str, target: str) -> None:
-        """Make `target` refer to whatever `source` names, atomically replacing what it was."""
+        """Make `target` refer to whatever `source` names, atomically replacing what it was.
+
+        `source` may be a relative path, as in `copy`.
+        """

@@ -110,13 +110,13 @@ class LocalStore(Store):
 
     async def copy(self, source: str, target: str) -> None:
         """Make `target` a second name for the bytes of `source`: a hard link, or a copy if need be."""
-        paths = self._full(source), self._full(target)
+        paths = self._near(source), self._full(target)
         with translated(f"copying {source} to {target}", paths[1], absent_ok=True):
             await in_thread(self._copy, *paths)
 
     async def link(self, source: str, target: str) -> None:
         """Make `target` a relative symbolic link to `source`, or a copy where links are refused."""
-        paths = self._full(source), self._full(target)
+        paths = self._near(source), self._full(target)
         with translated(f"linking {target} to {source}", paths[1], absent_ok=True):
             await in_thread(self._link, *paths)
 
@@ -127,6 +127,12 @@ class LocalStore(Store):
                 f"{name!r} cannot be the name of a file; use one of 1 to {_NAME_MAX} bytes without slashes",
             )
         return os.path.join(self._directory, name)
+
+    def _near(self, source: str) -> str:
+        """Return the path of a file of this directory, or of one relative to it."""
+        directory, _, name = source.rpartition("/")
+        self._full(source if source.startswith("/") else name)
+        return os.path.join(self._directory, directory, name)
 
     def _prepare(self) -> None:
         with translated("making the directory", os.path.join(self._directory, "")):

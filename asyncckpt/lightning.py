@@ -1,0 +1,36 @@
+"""For the package `lightning`: change one import, and every checkpoint is saved in the background."""
+
+from __future__ import annotations
+
+try:
+    from lightning.fabric.plugins import TorchCheckpointIO
+    from lightning.pytorch import Trainer
+    from lightning.pytorch.callbacks import ModelCheckpoint as _ModelCheckpoint
+    from lightning.pytorch.plugins import AsyncCheckpointIO as _AsyncCheckpointIO
+    from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
+except ImportError as error:
+    raise ImportError(
+        'asyncckpt.lightning needs the package lightning: pip install "asyncckpt[lightning]". For'
+        " pytorch_lightning, import asyncckpt.pytorch_lightning."
+    ) from error
+
+from asyncckpt.trainer.callback import BackgroundCheckpoint, WithLinkBest
+from asyncckpt.trainer.checkpoint_io import BackgroundIO
+
+__all__ = ["AsyncCheckpointIO", "ModelCheckpoint", "ModelCheckpointWithLinkBest"]
+
+
+class AsyncCheckpointIO(BackgroundIO, _WrappingCheckpointIO):  # noqa: D101 - its base has it
+    __doc__ = BackgroundIO.__doc__
+    torch_io = TorchCheckpointIO
+    stock_async = _AsyncCheckpointIO
+
+
+class ModelCheckpoint(BackgroundCheckpoint, _ModelCheckpoint):  # noqa: D101 - its base has it
+    __doc__ = BackgroundCheckpoint.__doc__
+    trainer_class = Trainer
+    io_class = AsyncCheckpointIO
+
+
+class ModelCheckpointWithLinkBest(WithLinkBest, ModelCheckpoint):  # noqa: D101 - its base has it
+    __doc__ = WithLinkBest.__doc__

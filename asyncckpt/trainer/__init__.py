@@ -1,0 +1,1 @@
+"""What both packages of Lightning get: written once, and derived from the classes of either."""

@@ -1,0 +1,399 @@
+"""A ModelCheckpoint that saves in the background, and knows that its files are not there yet."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from weakref import proxy
+
+import torch
+from fsspec.core import split_protocol
+from lightning_utilities.core.rank_zero import WarningCache, rank_zero_warn
+
+from asyncckpt.errors import SaveError
+from asyncckpt.trainer.ledger import Ledger, Record, Scores
+from asyncckpt.trainer.places import Place
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from lightning.pytorch import LightningModule, Trainer
+    from lightning.pytorch.callbacks import ModelCheckpoint as Base
+    from torch import Tensor
+
+    from asyncckpt.save import Save
+    from asyncckpt.trainer.checkpoint_io import BackgroundIO
+else:
+    Base = object
+
+logger = logging.getLogger("asyncckpt")
+_warnings = WarningCache()
+
+
+class BackgroundCheckpoint(Base):
+    """Lightning's ModelCheckpoint, except that its saves go on in the background while training does.
+
+    Checkpoints of either restore into the other.
+
+    Args:
+        args, kwargs: what Lightning's ModelCheckpoint takes.
+        save_best: keep a checkpoint under the name `CHECKPOINT_NAME_BEST` that always is the best: "link" for
+            a relative symbolic link, True for a file of its own, which costs no bytes where the file system
+            has hard links.
+        log_cost: log what each save cost to the trainer's loggers: `asyncckpt/stall` and `asyncckpt/durable`
+            in seconds, `asyncckpt/nbytes`.
+    """
+
+    CHECKPOINT_NAME_BEST = "best"
+
+    trainer_class: ClassVar[type[Trainer]]
+    io_class: ClassVar[type[BackgroundIO]]
+
+    def __init__(
+        self,
+        *args: Any,
+        save_best: bool | Literal["link"] | None = None,
+        log_cost: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        if save_best not in {None, True, False, "link"}:
+            raise ValueError(f'save_best must be None, True, False or "link", not {save_best!r}')
+        self.save_best = save_best
+        self.log_cost = log_cost
+        self._forget()
+
+    def _forget(self) -> None:
+        self._io: BackgroundIO | None = None
+        self._ledger = Ledger()
+        self._untold: deque[tuple[Save, int]] = deque()
+        self._settled = False
+        self._kind, self._before = "other", Scores()
+        self._evictions: list[tuple[str, Record | None]] = []
+        self._best = ("", "")  # which checkpoint the best one is, and its name
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A process that gets it has nothing pending: that stays with this one.
+        gone = {"_io", "_ledger", "_untold", "_settled", "_kind", "_before", "_evictions", "_best"}
+        return {name: value for name, value in self.__dict__.items() if name not in gone}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._forget()
+
+    # Lightning's hooks
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Resolve dirpath, and put an AsyncCheckpointIO before the trainer's own until the run is over.
+
+        Raises:
+            TypeError: the Trainer is of the other package.
+            ValueError: `save_best` or `save_last` is "link" and dirpath is remote.
+        """
+        if not isinstance(trainer, self.trainer_class):
+            raise TypeError(
+                f"{type(self).__module__}.{type(self).__name__} works with the Trainer of"
+                f" {_package(self.trainer_class)}, not with that of {_package(type(trainer))}; import both"
+                " from one package"
+            )
+        super().setup(trainer, pl_module, stage)
+        if self.save_best == "link" and not _is_local(self.dirpath):
+            raise ValueError(
+                "`ModelCheckpoint(save_best='link')` is only supported for local file paths, got"
+                f" `dirpath={self.dirpath}`."
+            )
+        if stage == "fit":
+            self._forget()
+            self._io = self._install(trainer)
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+        """Save if a step or time trigger says so."""
+        with self._hook(trainer):
+            super().on_train_batch_end(trainer, *args, **kwargs)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save if the epoch trigger says so."""
+        with self._hook(trainer):
+            super().on_train_epoch_end(trainer, pl_module)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save if the epoch trigger says so, or what was waiting for a metric."""
+        with self._hook(trainer):
+            super().on_validation_end(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Wait until everything is on disk, on every rank."""
+        with self._hook(trainer):
+            super().on_train_end(trainer, pl_module)
+        try:
+            self._settle(trainer, wait=True)
+        finally:
+            self._tell(trainer)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Save if that was asked for, and finish what is pending; nothing of it hides the exception."""
+        try:
+            with self._hook(trainer):
+                self._settled = True  # the other ranks may be anywhere: nothing can be agreed upon with them
+                super().on_exception(trainer, pl_module, exception)
+        except SaveError as failure:
+            _note(exception, failure)
+        try:
+            self._finish(trainer)
+        except SaveError as failure:
+            _note(exception, failure)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Let go of the trainer."""
+        super().teardown(trainer, pl_module, stage)
+        self._finish(trainer)
+        self._io = None
+
+    # What Lightning's own hooks call
+
+    def file_exists(self, filepath: Any, trainer: Trainer) -> bool:
+        """Return whether a file exists, or will once what is pending is carried out; equal on all ranks."""
+        exists = False
+        if trainer.is_global_zero:
+            pending = self._place(filepath).pending()
+            exists = self._fs.exists(filepath) if pending is None else pending
+        agreed: bool = trainer.strategy.reduce_boolean_decision(exists, all=False)
+        return agreed
+
+    def _save_topk_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
+        self._settle(trainer)
+        super()._save_topk_checkpoint(trainer, monitor_candidates)
+        self._refresh_best(trainer, monitor_candidates)
+
+    def _save_last_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
+        self._settle(trainer)
+        with self._saving("last", {self.last_model_path: None}):
+            super()._save_last_checkpoint(trainer, monitor_candidates)
+
+    def _save_none_monitor_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
+        with self._saving("top", {self.best_model_path: None}):
+            super()._save_none_monitor_checkpoint(trainer, monitor_candidates)
+
+    def _update_best_and_save(
+        self, current: Tensor, trainer: Trainer, monitor_candidates: dict[str, Tensor]
+    ) -> None:
+        with self._saving("top", dict(self.best_k_models)):
+            super()._update_best_and_save(current, trainer, monitor_candidates)
+
+    def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+        before = (self._last_checkpoint_saved, self._last_global_step_saved)
+        trainer.save_checkpoint(filepath, self.save_weights_only)
+        self._last_global_step_saved = trainer.global_step
+        self._last_checkpoint_saved = filepath
+        save = None if self._io is None else self._io.claim_save(filepath)
+        record = self._record(filepath)
+        record.before = before
+        if self._best[0] == filepath:
+            self._best = ("", self._best[1])  # what it leads to is another one now
+        if save is not None:
+            record.outcome = save.committed
+            self._untold.append((save, trainer.global_step))
+        elif trainer.is_global_zero:
+            self._warn_if_passed_by(trainer)
+            self._tell_loggers(trainer)
+
+    def _link_checkpoint(  # type: ignore[override] # in Lightning it is static
+        self, trainer: Trainer, filepath: str, linkpath: str
+    ) -> None:
+        self._refer(trainer, self._record(linkpath), filepath, link=True)
+
+    def _should_remove_checkpoint(self, trainer: Trainer, previous: str, current: str) -> bool:
+        if _is_local(previous):
+            return super()._should_remove_checkpoint(trainer, previous, current)
+        inside = previous.startswith(f"{str(self.dirpath).rstrip('/')}/")
+        return inside and previous not in {current, str(trainer.ckpt_path)}
+
+    def _remove_checkpoint(self, trainer: Trainer, filepath: str) -> None:  # noqa: ARG002 - Lightning's
+        # Links to it may have to be moved first: it goes at the end of the hook.
+        newest = next((r for r in reversed(self._ledger.records) if r.kind != "removal"), None)
+        if newest is not None:
+            newest.evicted.append(filepath)
+        self._evictions.append((filepath, newest))
+
+    # Files that are not there yet
+
+    @contextmanager
+    def _hook(self, trainer: Trainer) -> Iterator[None]:
+        """Hold that no training goes on in a hook, and agree on what has failed at most once in it."""
+        self._tell(trainer)
+        self._settled = False
+        try:
+            with nullcontext() if self._io is None else self._io.instant():
+                yield
+        finally:
+            evictions, self._evictions = self._evictions, []
+            for path, cause in evictions:
+                self._evict(trainer, path, cause)
+
+    @contextmanager
+    def _saving(self, kind: str, before: Scores) -> Iterator[None]:
+        """Tell what is saved in this context, and what stood in its place."""
+        self._kind, self._before = kind, before
+        try:
+            yield
+        finally:
+            self._kind, self._before = "other", {}
+
+    def _record(self, path: str) -> Record:
+        kept = set(self.best_k_models) - {path, ""}
+        displaced = {p: score for p, score in self._before.items() if p and p not in kept}
+        return self._ledger.add(Record(self._kind, path, displaced=displaced))
+
+    def _place(self, path: Any) -> Place:
+        return Place(path) if self._io is None else self._io.place(path)
+
+    def _refer(self, trainer: Trainer, record: Record, filepath: str, *, link: bool) -> None:
+        """Let the path of a record lead to a file, which may be pending, or have its content."""
+        target, source = self._place(record.path), self._place(filepath)
+        if trainer.is_global_zero and target.path != source.path:
+            record.follows = self._ledger.outcome_of(filepath)
+            refer = target.link if link else target.copy
+            record.outcome = refer(source, record.follows)
+        trainer.strategy.barrier()
+
+    def _refresh_best(self, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
+        if not self.save_best or not self.best_model_path:
+            return
+        path = self.format_checkpoint_name(monitor_candidates, self.CHECKPOINT_NAME_BEST)
+        former, self._best = self._best, (self.best_model_path, path)
+        if former == self._best:
+            return
+        record = self._ledger.add(Record("best", path))
+        self._refer(trainer, record, self.best_model_path, link=self.save_best == "link")
+        if former[1] not in {"", path}:
+            self._evictions.append((former[1], record))
+
+    def _evict(self, trainer: Trainer, filepath: str, because: Record | None) -> None:
+        if self._io is None:
+            super()._remove_checkpoint(trainer, filepath)
+            return
+        with self._io.caused_by(because.outcome if because is not None else None):
+            super()._remove_checkpoint(trainer, filepath)
+        outcome = self._io.claim_removal(filepath) if trainer.is_global_zero else None
+        self._ledger.add(Record("removal", filepath, outcome))
+
+    def _settle(self, trainer: Trainer, *, wait: bool = False) -> None:
+        """Agree with the other ranks on what has failed, take it back, and raise it, once."""
+        if (self._settled and not wait) or not self._ledger.records:
+            return
+        self._settled = True
+        ends = self._ledger.ended(wait=wait) if trainer.is_global_zero else []
+        agreed = trainer.strategy.broadcast([None if end is None else str(end) for end in ends])
+        self._close(trainer, agreed, next((end for end in ends if end is not None and str(end)), None))
+
+    def _finish(self, trainer: Trainer) -> None:
+        """Wait for what is pending, as far as this rank knows of it."""
+        ends = self._ledger.ended(wait=True)
+        try:
+            told = [None if end is None else str(end) for end in ends]
+            self._close(trainer, told, next((end for end in ends if end is not None and str(end)), None))
+        finally:
+            self._tell(trainer)
+
+    def _close(self, trainer: Trainer, ends: list[str | None], first: BaseException | None) -> None:
+        failed = self._ledger.close([end is not None for end in ends])
+        for record in failed:
+            self._take_back(trainer, record)
+        if reasons := [end for end in ends if end]:
+            cause = first if first is None or first.__cause__ is None else first.__cause__
+            raise SaveError("; ".join(reasons)) from cause
+
+    def _take_back(self, trainer: Trainer, record: Record) -> None:
+        """Let everything be as if this had not been saved: the file is not there, and what it was for is."""
+        if self._last_checkpoint_saved == record.path and record.kind != "removal":
+            self._last_checkpoint_saved, self._last_global_step_saved = record.before
+        heir = self._ledger.heir(record)
+        if heir is not None:
+            for path in heir.inherit(record):
+                self._evict(trainer, path, heir)
+        elif record.kind == "last" and self.last_model_path == record.path:
+            self.last_model_path = next(iter(record.displaced), "")
+        elif record.kind == "top" and self.monitor is None and self.best_model_path == record.path:
+            self.best_model_path = next(iter(record.displaced), "")
+        elif record.kind == "top" and self.monitor is not None:
+            self.best_k_models.pop(record.path, None)
+            self.best_k_models.update(record.displaced)
+            self._rank()
+        self._best = ("", self._best[1])
+
+    def _rank(self) -> None:
+        """Tell the best and the worst of the k best anew."""
+        scores = self.best_k_models
+        best, worst = (min, max) if self.mode == "min" else (max, min)
+        self.best_model_path = best(scores, key=scores.__getitem__, default="")
+        self.best_model_score = scores.get(self.best_model_path)
+        full = len(scores) == self.save_top_k
+        self.kth_best_model_path = worst(scores, key=scores.__getitem__) if full else ""
+        infinity = torch.tensor(torch.inf if self.mode == "min" else -torch.inf)
+        self.kth_value = scores.get(self.kth_best_model_path, infinity)
+
+    def _tell(self, trainer: Trainer) -> None:
+        """Tell the loggers of what has been committed since the last time."""
+        while self._untold and self._untold[0][0].committed.done():
+            save, step = self._untold.popleft()
+            if save.committed.failed():
+                continue
+            self._tell_loggers(trainer)
+            if self.log_cost:
+                stats = save.stats
+                cost = {"stall": stats.stall, "durable": stats.durable, "nbytes": stats.nbytes}
+                for logger in trainer.loggers:
+                    logger.log_metrics(
+                        {f"asyncckpt/{name}": value for name, value in cost.items()}, step=step
+                    )
+
+    def _tell_loggers(self, trainer: Trainer) -> None:
+        for logger in trainer.loggers:
+            logger.after_save_checkpoint(proxy(self))
+
+    def _install(self, trainer: Trainer) -> BackgroundIO | None:
+        """Return the AsyncCheckpointIO of a trainer; if it has none, put one before its CheckpointIO."""
+        current = trainer.strategy.checkpoint_io
+        io: Any = current
+        while io is not None and not isinstance(io, self.io_class):
+            io = getattr(io, "checkpoint_io", None)
+        if io is None:
+            if type(current).__name__ == "XLACheckpointIO":
+                rank_zero_warn(
+                    "asyncckpt saves in the foreground on XLA devices: all ranks have to take part."
+                )
+                return None
+            io = self.io_class(current)
+            io.lend(trainer.strategy, current)
+        return io  # type: ignore[no-any-return]
+
+    def _warn_if_passed_by(self, trainer: Trainer) -> None:
+        saving = next(c for c in type(trainer.strategy).__mro__ if "save_checkpoint" in vars(c))
+        if self._io is not None and saving.__name__ != "Strategy":
+            _warnings.warn(
+                f"`{saving.__name__}` writes its checkpoints itself, so asyncckpt cannot save them in the"
+                " background: training stands still until they are written."
+            )
+
+
+def _note(exception: BaseException, failure: SaveError) -> None:
+    logger.error("while %s was raised: %s", type(exception).__name__, failure)
+    if hasattr(exception, "add_note"):
+        exception.add_note(f"asyncckpt: {failure}")
+
+
+def _is_local(path: Any) -> bool:
+    return split_protocol(str(path))[0] in {None, "file", "local"}
+
+
+def _package(cls: type) -> str:
+    return cls.__module__.partition(".")[0]
+
+
+class WithLinkBest(BackgroundCheckpoint if TYPE_CHECKING else object):  # type: ignore[misc]
+    """A ModelCheckpoint whose first argument is `save_best`, for which True means a link."""
+
+    def __init__(self, save_best: bool | None = None, *args: Any, **kwargs: Any) -> None:  # noqa: FBT001
+        super().__init__(*args, save_best="link" if save_best else None, **kwargs)

@@ -1,0 +1,134 @@
+"""Where checkpoints of a Trainer go: files of our own, or whatever somebody else's CheckpointIO makes."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fsspec.core import split_protocol, url_to_fs
+
+from asyncckpt import operations
+from asyncckpt.catalog import describe
+from asyncckpt.engine import get_engine
+from asyncckpt.errors import AsyncCkptError
+from asyncckpt.layout.description import Description
+from asyncckpt.restore import load_state
+from asyncckpt.stores import open_store
+from asyncckpt.targets import FileTarget, Target
+from asyncckpt.threads import in_thread
+from asyncckpt.types import Checkpoint
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from asyncckpt.operations import Cause
+    from asyncckpt.save import Outcome
+    from asyncckpt.staging import Snapshot, Stager
+    from asyncckpt.stores.base import Store
+    from asyncckpt.types import SaveStats
+
+    OpenStore = Callable[[str], Store]
+
+
+class Place:
+    """A path that checkpoints are saved to.
+
+    Attributes:
+        path: absolute, with the links of its directory resolved, if it is local; else as given.
+        store, name: of a local path.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], open_store: OpenStore = open_store) -> None:
+        protocol, local = split_protocol(os.fspath(path))
+        self.path = os.fspath(path)
+        self.store: Store | None = None
+        self.name = ""
+        if protocol in {None, "file", "local"}:
+            full = Path(local).expanduser().absolute()
+            self.name = full.name
+            self.store = open_store(str(full.parent.resolve()))
+            self.path = self.store.path_of(self.name)
+
+    def file_target(self, step: int | None) -> FileTarget:
+        """Return what a save of ours goes to; the place is local."""
+        assert self.store is not None  # noqa: S101 - for the type checker
+        store, description = self.store, Description(0, step, {}, time.time())
+
+        async def prepared() -> Description:
+            await store.prepare()
+            return description
+
+        return FileTarget(store, self.name, prepared)
+
+    def pending(self) -> bool | None:
+        """Return whether something will be here once all is carried out; None if nothing pending tells."""
+        return get_engine().pending(self.path)
+
+    def load(self, map_location: Any = "cpu", *, weights_only: bool | None) -> Any:
+        """Load a file of ours, every byte checked."""
+        assert self.store is not None  # noqa: S101 - for the type checker
+        return load_state(get_engine(), self.store, self.name, map_location, weights_only=weights_only)
+
+    def is_ours(self) -> bool:
+        """Return whether a file that asyncckpt wrote is here: others do not say when they were made."""
+        if self.store is None:
+            return False
+        try:
+            return get_engine().call(describe, self.store, self.name).created > 0
+        except (OSError, AsyncCkptError):
+            return False
+
+    def remove(self, cause: Cause) -> Outcome[None]:
+        """Remove what is here, a directory too; the place is local."""
+        assert self.store is not None  # noqa: S101 - for the type checker
+        return operations.remove(self.store, self.name, cause=cause)
+
+    def copy(self, source: Place, cause: Cause) -> Outcome[None]:
+        """Make this an independent copy of the file at `source`."""
+        if self.store is None:
+            return operations.call(
+                partial(_copy_remote, source.path, self.path), self.path, exists=True, cause=cause
+            )
+        return operations.copy(self.store, self._relative(source), self.name, cause=cause)
+
+    def link(self, source: Place, cause: Cause) -> Outcome[None]:
+        """Make this a relative link to `source`; both are local."""
+        assert self.store is not None  # noqa: S101 - for the type checker
+        return operations.link(self.store, self._relative(source), self.name, cause=cause)
+
+    def _relative(self, source: Place) -> str:
+        return os.path.relpath(source.path, Path(self.path).parent)
+
+
+@dataclass(slots=True, eq=False)
+class StateTarget(Target):
+    """What somebody else's writer makes of the state in host memory.
+
+    Attributes:
+        path: what the user calls it.
+        save: called with the state, whose tensors are only valid until it returns.
+    """
+
+    path: str
+    save: Callable[[Any], object]
+
+    async def write(self, stager: Stager, snapshot: Snapshot, stats: SaveStats) -> Checkpoint:
+        """Wait for the copy and hand the state over."""
+        await in_thread(snapshot.filled.wait, snapshot.body.nbytes)
+        began = time.perf_counter()
+        await in_thread(self._write, stager, snapshot)
+        stats.write = time.perf_counter() - began
+        stats.nbytes = snapshot.body.nbytes
+        return Checkpoint(None, self.path, {}, snapshot.body.nbytes, time.time())
+
+    def _write(self, stager: Stager, snapshot: Snapshot) -> None:
+        self.save(stager.host_state(snapshot))
+
+
+def _copy_remote(source: str, target: str) -> None:
+    fs, inner = url_to_fs(source)
+    fs.cp_file(inner, url_to_fs(target)[1])
