@@ -1,0 +1,99 @@
+"""What the tests of the Lightning callbacks need: a small module, quiet trainers, stores that wait or fail."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import lightning
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from asyncckpt.lightning import AsyncCheckpointIO
+from asyncckpt.stores.local import LocalStore
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from asyncckpt.stores.base import Store
+
+# What Lightning says on a small CPU machine, and what its dependencies deprecate; asyncckpt's own count.
+QUIET = [
+    "ignore::lightning.fabric.utilities.warnings.PossibleUserWarning",
+    "ignore:.*LeafSpec.*:FutureWarning",
+    "ignore:.*LeafSpec.*:DeprecationWarning",
+    "ignore:Checkpoint directory .* exists and is not empty",
+    "ignore:.*does not have many workers",
+]
+
+
+class Model(lightning.LightningModule):
+    """A linear layer whose validation loss is what the test says.
+
+    Args:
+        losses: the "val_loss" of each validation in turn; the last one goes on.
+    """
+
+    def __init__(self, losses: Sequence[float] = (1.0,)) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 2)
+        self.losses = list(losses)
+        self.validations = 0
+
+    def training_step(self, batch: list[Tensor], _: int) -> Tensor:
+        return self.layer(batch[0]).square().mean()  # type: ignore[no-any-return]
+
+    def validation_step(self, batch: list[Tensor], _: int) -> None:
+        del batch
+        self.log("val_loss", self.losses[min(self.validations, len(self.losses) - 1)])
+
+    def on_validation_epoch_end(self) -> None:
+        if not self.trainer.sanity_checking:
+            self.validations += 1
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.parameters(), lr=0.01)
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return batches(4)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        return batches(1)
+
+
+def batches(count: int) -> DataLoader[Any]:
+    """Return a loader of `count` batches."""
+    data = torch.arange(count * 2 * 4, dtype=torch.float32).view(-1, 4) / 100
+    return DataLoader(TensorDataset(data), batch_size=2)
+
+
+def trainer(*callbacks: Any, package: Any = lightning, **arguments: Any) -> Any:
+    """Return a quiet Trainer on the CPU, of `lightning` or of `pytorch_lightning`."""
+    quiet = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "max_epochs": 3,
+    }
+    return package.Trainer(callbacks=list(callbacks), **(quiet | arguments))
+
+
+class StoreIO(AsyncCheckpointIO):
+    """An AsyncCheckpointIO whose stores a test wraps.
+
+    Args:
+        wrap: given the store of a directory, returns the one to use; called once for each directory.
+        max_in_flight: as in AsyncCheckpointIO.
+    """
+
+    def __init__(self, wrap: Callable[[Store], Store], **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.stores: dict[str, Store] = {}
+        self._wrap = wrap
+
+    def _open_store(self, directory: str) -> Store:
+        if directory not in self.stores:
+            self.stores[directory] = self._wrap(LocalStore(directory))
+        return self.stores[directory]
