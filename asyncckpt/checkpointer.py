@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import operator
 import os
 import time
@@ -16,7 +15,13 @@ from anyio import to_thread
 from asyncckpt.apply import apply_state
 from asyncckpt.catalog import Catalog, describe
 from asyncckpt.engine import get_engine, wait_for_pending
-from asyncckpt.errors import AsyncCkptError, CheckpointExistsError, CheckpointNotFoundError, SaveError
+from asyncckpt.errors import (
+    AsyncCkptError,
+    CheckpointExistsError,
+    CheckpointNotFoundError,
+    SaveError,
+    add_note,
+)
 from asyncckpt.layout.description import MAX_BYTES, Description
 from asyncckpt.naming import NameTemplate
 from asyncckpt.restore import load_state, locate, verify_file
@@ -36,8 +41,6 @@ if TYPE_CHECKING:
     from asyncckpt.stores.base import Store
     from asyncckpt.types import Checkpoint
     from asyncckpt.unpickle import MapLocation
-
-logger = logging.getLogger("asyncckpt")
 
 Which = Union[int, str, "os.PathLike[str]"]
 
@@ -106,10 +109,8 @@ class Checkpointer:
             return
         try:
             self.close()
-        except AsyncCkptError as failure:  # the caller's own exception matters more, and is not hidden
-            logger.error("while %s was raised: %s", type(error).__name__, failure)  # noqa: TRY400
-            if hasattr(error, "add_note"):
-                error.add_note(f"asyncckpt: {failure}")
+        except AsyncCkptError as failure:
+            add_note(error, failure)
 
     async def __aenter__(self) -> Self:
         return self

@@ -58,6 +58,7 @@ class Engine:
         self._line: deque[Operation] = deque()
         self._current: Operation | None = None
         self._closing = False
+        self.given_up = False
         self._portal: BlockingPortal | None = None
         self._portal_context: AbstractContextManager[BlockingPortal] | None = None
 
@@ -107,6 +108,13 @@ class Engine:
         """Wait until the line is empty; returns whether it is."""
         with self._changed:
             return self._changed.wait_for(lambda: not self._line and self._current is None, timeout)
+
+    def give_up(self) -> list[str]:
+        """Let the process end without what is still in the line; returns the paths that it was to make."""
+        self.given_up = True
+        with self._changed:
+            operations = [*([self._current] if self._current else []), *self._line]
+        return [path for operation in operations for path, made in operation.effects.items() if made]
 
     def close(self) -> None:
         """Finish what is in the line, and end the engine's threads."""
@@ -213,7 +221,7 @@ async def _set_file_threads() -> None:
 def _finish_at_exit() -> None:
     global _ended  # noqa: PLW0603
     _ended = True
-    if _engine is not None:
+    if _engine is not None and not _engine.given_up:
         depth = _engine.depth()
         began = time.monotonic()
         _engine.close()

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+
+logger = logging.getLogger("asyncckpt")
+
 
 class AsyncCkptError(Exception):
     """Base of every error that asyncckpt raises itself."""
@@ -41,3 +45,10 @@ class BusyError(AsyncCkptError, TimeoutError):
 
 class StoreError(AsyncCkptError, OSError):
     """A store refused or failed an operation; the cause is chained."""
+
+
+def add_note(error: BaseException, failure: AsyncCkptError) -> None:
+    """Log a failure beside an exception of the caller's, which matters more, and note it there."""
+    logger.error("while %s was raised: %s", type(error).__name__, failure)
+    if hasattr(error, "add_note"):
+        error.add_note(f"asyncckpt: {failure}")

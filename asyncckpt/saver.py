@@ -392,7 +392,7 @@ _savers: weakref.WeakSet[Saver] = weakref.WeakSet()
 def _report_at_exit() -> None:
     """Finish what is pending, and tell of failures that nobody can be told of any more."""
     engine = current_engine()
-    if engine is not None:
+    if engine is not None and not engine.given_up:
         engine.drain()
     for saver in list(_savers):
         try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections import deque
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -12,7 +11,8 @@ import torch
 from fsspec.core import split_protocol
 from lightning_utilities.core.rank_zero import WarningCache, rank_zero_warn
 
-from asyncckpt.errors import SaveError
+from asyncckpt.engine import get_engine
+from asyncckpt.errors import AsyncCkptError, SaveError, add_note
 from asyncckpt.trainer.ledger import Ledger, Record, Scores
 from asyncckpt.trainer.places import Place
 
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 else:
     Base = object
 
-logger = logging.getLogger("asyncckpt")
 _warnings = WarningCache()
 
 
@@ -138,12 +137,14 @@ class BackgroundCheckpoint(Base):
             with self._hook(trainer):
                 self._settled = True  # the other ranks may be anywhere: nothing can be agreed upon with them
                 super().on_exception(trainer, pl_module, exception)
-        except SaveError as failure:
-            _note(exception, failure)
+        except AsyncCkptError as failure:
+            add_note(exception, failure)
+        if self._io is not None:
+            self._io.finish(exception)
         try:
             self._finish(trainer)
         except SaveError as failure:
-            _note(exception, failure)
+            add_note(exception, failure)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let go of the trainer."""
@@ -183,13 +184,16 @@ class BackgroundCheckpoint(Base):
             super()._update_best_and_save(current, trainer, monitor_candidates)
 
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
-        before = (self._last_checkpoint_saved, self._last_global_step_saved)
-        trainer.save_checkpoint(filepath, self.save_weights_only)
+        record = self._new_record(filepath)
+        try:
+            trainer.save_checkpoint(filepath, self.save_weights_only)
+        except SaveError:
+            self._take_back(trainer, record)
+            raise
+        self._ledger.add(record)
         self._last_global_step_saved = trainer.global_step
         self._last_checkpoint_saved = filepath
         save = None if self._io is None else self._io.claim_save(filepath)
-        record = self._record(filepath)
-        record.before = before
         if self._best[0] == filepath:
             self._best = ("", self._best[1])  # what it leads to is another one now
         if save is not None:
@@ -202,7 +206,7 @@ class BackgroundCheckpoint(Base):
     def _link_checkpoint(  # type: ignore[override] # in Lightning it is static
         self, trainer: Trainer, filepath: str, linkpath: str
     ) -> None:
-        self._refer(trainer, self._record(linkpath), filepath, link=True)
+        self._refer(trainer, self._ledger.add(self._new_record(linkpath)), filepath, link=True)
 
     def _should_remove_checkpoint(self, trainer: Trainer, previous: str, current: str) -> bool:
         if _is_local(previous):
@@ -241,10 +245,11 @@ class BackgroundCheckpoint(Base):
         finally:
             self._kind, self._before = "other", {}
 
-    def _record(self, path: str) -> Record:
+    def _new_record(self, path: str) -> Record:
         kept = set(self.best_k_models) - {path, ""}
         displaced = {p: score for p, score in self._before.items() if p and p not in kept}
-        return self._ledger.add(Record(self._kind, path, displaced=displaced))
+        before = (self._last_checkpoint_saved, self._last_global_step_saved)
+        return Record(self._kind, path, displaced=displaced, before=before)
 
     def _place(self, path: Any) -> Place:
         return Place(path) if self._io is None else self._io.place(path)
@@ -289,8 +294,8 @@ class BackgroundCheckpoint(Base):
         self._close(trainer, agreed, next((end for end in ends if end is not None and str(end)), None))
 
     def _finish(self, trainer: Trainer) -> None:
-        """Wait for what is pending, as far as this rank knows of it."""
-        ends = self._ledger.ended(wait=True)
+        """Wait for what is pending, as far as this rank knows of it, unless it was given up."""
+        ends = self._ledger.ended(wait=not get_engine().given_up)
         try:
             told = [None if end is None else str(end) for end in ends]
             self._close(trainer, told, next((end for end in ends if end is not None and str(end)), None))
@@ -298,8 +303,8 @@ class BackgroundCheckpoint(Base):
             self._tell(trainer)
 
     def _close(self, trainer: Trainer, ends: list[str | None], first: BaseException | None) -> None:
-        failed = self._ledger.close([end is not None for end in ends])
-        for record in failed:
+        # Backwards, so that what a save replaced is back before that is taken back in its turn.
+        for record in reversed(self._ledger.close([end is not None for end in ends])):
             self._take_back(trainer, record)
         if reasons := [end for end in ends if end]:
             cause = first if first is None or first.__cause__ is None else first.__cause__
@@ -376,12 +381,6 @@ class BackgroundCheckpoint(Base):
                 f"`{saving.__name__}` writes its checkpoints itself, so asyncckpt cannot save them in the"
                 " background: training stands still until they are written."
             )
-
-
-def _note(exception: BaseException, failure: SaveError) -> None:
-    logger.error("while %s was raised: %s", type(exception).__name__, failure)
-    if hasattr(exception, "add_note"):
-        exception.add_note(f"asyncckpt: {failure}")
 
 
 def _is_local(path: Any) -> bool:

@@ -6,17 +6,18 @@ import logging
 import sys
 import threading
 import time
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from asyncckpt import operations
-from asyncckpt.engine import wait_for_pending
-from asyncckpt.errors import AsyncCkptError, SaveError
+from asyncckpt.engine import get_engine, wait_for_pending
+from asyncckpt.errors import AsyncCkptError, BusyError, SaveError, add_note
 from asyncckpt.saver import Saver
 from asyncckpt.stores import open_store
 from asyncckpt.trainer.places import Place, StateTarget
-from asyncckpt.trainer.stack import is_interrupted, must_be_complete
+from asyncckpt.trainer.stack import is_interrupted, is_preemption, is_requeued, must_be_complete
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -47,17 +48,27 @@ class BackgroundIO(Base):
             replaced by a writer that makes the same files; any other is given the state in host memory, on a
             background thread, and must be done with it when it returns.
         max_in_flight: snapshots held in host memory at once; a save that finds as many waits for the oldest.
+        preemption_timeout: seconds that a job which is told to go (SIGTERM, or SLURM's requeue signal) waits
+            for pending saves; what is not durable by then is given up. None waits until whoever sent the
+            signal loses patience.
     """
 
     torch_io: ClassVar[type[CheckpointIO]]
     stock_async: ClassVar[type[Base]]
 
-    def __init__(self, checkpoint_io: CheckpointIO | None = None, *, max_in_flight: int = 2) -> None:
+    def __init__(
+        self,
+        checkpoint_io: CheckpointIO | None = None,
+        *,
+        max_in_flight: int = 2,
+        preemption_timeout: float | None = None,
+    ) -> None:
         if isinstance(checkpoint_io, self.stock_async):
             checkpoint_io = checkpoint_io.checkpoint_io  # two of a kind: ours takes its place
         super().__init__(checkpoint_io)
         self._saver = Saver(max_in_flight)
         self._max_in_flight = max_in_flight
+        self._preemption_timeout = preemption_timeout
         self._lender: tuple[Any, CheckpointIO] | None = None
         self._forget()
 
@@ -123,7 +134,7 @@ class BackgroundIO(Base):
                 place.path: save
             }
         if must_be_complete():
-            save.committed.result()
+            self._complete(save)
 
     def load_checkpoint(
         self,
@@ -169,9 +180,13 @@ class BackgroundIO(Base):
             SaveError: what failed since the last time.
             BusyError: the time, in seconds, was too short; the saves go on.
         """
+        end = None if timeout is None else time.monotonic() + timeout
         self._saver.drain(timeout)
-        for change in list(self._changes.values()):
-            change.exception(timeout)
+        for path, change in list(self._changes.items()):
+            try:
+                change.exception(None if end is None else max(end - time.monotonic(), 0))
+            except FutureTimeoutError:
+                raise BusyError(f"{path} was still to be removed after {timeout} s; that goes on") from None
         self._raise_changes()
         self._saver.raise_failures()
 
@@ -181,14 +196,15 @@ class BackgroundIO(Base):
             self.wait()
             return
         try:
-            self.wait()
+            if not get_engine().given_up:
+                self.wait(self._preemption_timeout if is_preemption(error) else None)
+        except BusyError:
+            self._give_up()
         except AsyncCkptError as failure:
-            logger.error("while %s was raised: %s", type(error).__name__, failure)  # noqa: TRY400
-            if hasattr(error, "add_note"):
-                error.add_note(f"asyncckpt: {failure}")
+            add_note(error, failure)
 
     def teardown(self) -> None:
-        """Finish what is pending, and give the strategy back the CheckpointIO that this one was put before."""
+        """Finish what is pending, and give the strategy back the CheckpointIO that it had before."""
         try:
             self.finish(sys.exc_info()[1] if is_interrupted() else None)
         finally:
@@ -232,6 +248,19 @@ class BackgroundIO(Base):
         """Copy, in this context, what is saved twice only once; see `Saver.instant`."""
         with self._saver.instant():
             yield
+
+    def _complete(self, save: Save) -> None:
+        try:
+            save.committed.result(self._preemption_timeout if is_requeued() else None)
+        except FutureTimeoutError:
+            self._give_up()
+
+    def _give_up(self) -> None:
+        logger.error(
+            "the job is to go and %s s are over: given up are %s",
+            self._preemption_timeout,
+            ", ".join(get_engine().give_up()),
+        )
 
     def _open_store(self, directory: str) -> Store:
         return open_store(directory)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ class Record:
         displaced: what stood in the place that it took: the worst of the k best, the former last.
         evicted: of those, and of theirs, the files that are removed once this one is there.
         before: `_last_checkpoint_saved` and `_last_global_step_saved` as they were.
+        number: its place in the order.
     """
 
     kind: str
@@ -35,6 +37,7 @@ class Record:
     displaced: Scores = field(default_factory=dict)
     evicted: list[str] = field(default_factory=list)
     before: tuple[str, int] = ("", 0)
+    number: int = 0
 
     def inherit(self, failed: Record) -> list[str]:
         """Displace what `failed` would have, which this one has displaced; returns what to evict for that."""
@@ -49,9 +52,12 @@ class Ledger:
 
     def __init__(self) -> None:
         self.records: list[Record] = []
+        self._numbers = itertools.count(1)
+        self._succeeded: list[Record] = []  # of those that were closed last
 
     def add(self, record: Record) -> Record:
         """Note what was submitted last."""
+        record.number = next(self._numbers)
         self.records.append(record)
         return record
 
@@ -78,13 +84,15 @@ class Ledger:
         """Strike off the first records, and return those of them that failed, in order."""
         count = len(failed)
         closed, self.records = self.records[:count], self.records[count:]
-        for earlier, record in (
-            (e, r) for e, bad in zip(closed, failed, strict=True) if bad for r in self.records
-        ):
-            if record.before[0] == earlier.path:
-                record.before = earlier.before
-        return [record for record, bad in zip(closed, failed, strict=True) if bad]
+        lost = [record for record, bad in zip(closed, failed, strict=True) if bad]
+        self._succeeded = [record for record in closed if record not in lost]
+        for record in self.records:
+            for earlier in reversed(lost):
+                if record.before[0] == earlier.path:
+                    record.before = earlier.before
+        return lost
 
     def heir(self, record: Record) -> Record | None:
         """Return the later record that has displaced `record`, if one has."""
-        return next((r for r in self.records if r.kind == record.kind and record.path in r.displaced), None)
+        later = (r for r in (*self._succeeded, *self.records) if r.number > record.number)
+        return next((r for r in later if r.kind == record.kind and record.path in r.displaced), None)

@@ -28,9 +28,19 @@ def must_be_complete() -> bool:
     return inside
 
 
+def is_requeued() -> bool:
+    """Return whether SLURM is told to requeue the job as soon as the save that is being made is done."""
+    return "_slurm_sigusr_handler_fn" in _callers()
+
+
 def is_interrupted() -> bool:
     """Return whether a Trainer is cleaning up behind an exception, which matters more than a failed save."""
     return next((f == "_call_and_handle_interrupt" for f in _callers() if f in _RUNS), False)
+
+
+def is_preemption(error: BaseException) -> bool:
+    """Return whether this is what a Trainer raises in its loop after a SIGTERM."""
+    return type(error).__name__ == "SIGTERMException"
 
 
 _RUNS = {"_run", "_call_and_handle_interrupt"}
