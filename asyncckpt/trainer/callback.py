@@ -2,36 +2,30 @@
 
 from __future__ import annotations
 
-from collections import deque
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from weakref import proxy
 
-import torch
 from fsspec.core import split_protocol
 from lightning_utilities.core.rank_zero import WarningCache, rank_zero_warn
 
-from asyncckpt.engine import get_engine
 from asyncckpt.errors import AsyncCkptError, SaveError, add_note
-from asyncckpt.trainer.ledger import Ledger, Record, Scores
+from asyncckpt.trainer.ledger import Record
 from asyncckpt.trainer.places import Place
+from asyncckpt.trainer.settling import Settling
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from lightning.pytorch import LightningModule, Trainer
-    from lightning.pytorch.callbacks import ModelCheckpoint as Base
     from torch import Tensor
 
-    from asyncckpt.save import Save
     from asyncckpt.trainer.checkpoint_io import BackgroundIO
-else:
-    Base = object
 
 _warnings = WarningCache()
 
 
-class BackgroundCheckpoint(Base):
+class BackgroundCheckpoint(Settling):
     """Lightning's ModelCheckpoint, except that its saves go on in the background while training does.
 
     Checkpoints of either restore into the other.
@@ -62,24 +56,6 @@ class BackgroundCheckpoint(Base):
             raise ValueError(f'save_best must be None, True, False or "link", not {save_best!r}')
         self.save_best = save_best
         self.log_cost = log_cost
-        self._forget()
-
-    def _forget(self) -> None:
-        self._io: BackgroundIO | None = None
-        self._ledger = Ledger()
-        self._untold: deque[tuple[Save, int]] = deque()
-        self._settled = False
-        self._kind, self._before = "other", Scores()
-        self._evictions: list[tuple[str, Record | None]] = []
-        self._best = ("", "")  # which checkpoint the best one is, and its name
-
-    def __getstate__(self) -> dict[str, Any]:
-        # A process that gets it has nothing pending: that stays with this one.
-        gone = {"_io", "_ledger", "_untold", "_settled", "_kind", "_before", "_evictions", "_best"}
-        return {name: value for name, value in self.__dict__.items() if name not in gone}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
         self._forget()
 
     # Lightning's hooks
@@ -145,12 +121,17 @@ class BackgroundCheckpoint(Base):
             self._finish(trainer)
         except SaveError as failure:
             add_note(exception, failure)
+        finally:
+            self._tell(trainer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let go of the trainer."""
         super().teardown(trainer, pl_module, stage)
-        self._finish(trainer)
-        self._io = None
+        try:
+            self._finish(trainer)
+        finally:
+            self._tell(trainer)
+            self._io = None
 
     # What Lightning's own hooks call
 
@@ -236,21 +217,6 @@ class BackgroundCheckpoint(Base):
             for path, cause in evictions:
                 self._evict(trainer, path, cause)
 
-    @contextmanager
-    def _saving(self, kind: str, before: Scores) -> Iterator[None]:
-        """Tell what is saved in this context, and what stood in its place."""
-        self._kind, self._before = kind, before
-        try:
-            yield
-        finally:
-            self._kind, self._before = "other", {}
-
-    def _new_record(self, path: str) -> Record:
-        kept = set(self.best_k_models) - {path, ""}
-        displaced = {p: score for p, score in self._before.items() if p and p not in kept}
-        before = (self._last_checkpoint_saved, self._last_global_step_saved)
-        return Record(self._kind, path, displaced=displaced, before=before)
-
     def _place(self, path: Any) -> Place:
         return Place(path) if self._io is None else self._io.place(path)
 
@@ -274,70 +240,6 @@ class BackgroundCheckpoint(Base):
         self._refer(trainer, record, self.best_model_path, link=self.save_best == "link")
         if former[1] not in {"", path}:
             self._evictions.append((former[1], record))
-
-    def _evict(self, trainer: Trainer, filepath: str, because: Record | None) -> None:
-        if self._io is None:
-            super()._remove_checkpoint(trainer, filepath)
-            return
-        with self._io.caused_by(because.outcome if because is not None else None):
-            super()._remove_checkpoint(trainer, filepath)
-        outcome = self._io.claim_removal(filepath) if trainer.is_global_zero else None
-        self._ledger.add(Record("removal", filepath, outcome))
-
-    def _settle(self, trainer: Trainer, *, wait: bool = False) -> None:
-        """Agree with the other ranks on what has failed, take it back, and raise it, once."""
-        if (self._settled and not wait) or not self._ledger.records:
-            return
-        self._settled = True
-        ends = self._ledger.ended(wait=wait) if trainer.is_global_zero else []
-        agreed = trainer.strategy.broadcast([None if end is None else str(end) for end in ends])
-        self._close(trainer, agreed, next((end for end in ends if end is not None and str(end)), None))
-
-    def _finish(self, trainer: Trainer) -> None:
-        """Wait for what is pending, as far as this rank knows of it, unless it was given up."""
-        ends = self._ledger.ended(wait=not get_engine().given_up)
-        try:
-            told = [None if end is None else str(end) for end in ends]
-            self._close(trainer, told, next((end for end in ends if end is not None and str(end)), None))
-        finally:
-            self._tell(trainer)
-
-    def _close(self, trainer: Trainer, ends: list[str | None], first: BaseException | None) -> None:
-        # Backwards, so that what a save replaced is back before that is taken back in its turn.
-        for record in reversed(self._ledger.close([end is not None for end in ends])):
-            self._take_back(trainer, record)
-        if reasons := [end for end in ends if end]:
-            cause = first if first is None or first.__cause__ is None else first.__cause__
-            raise SaveError("; ".join(reasons)) from cause
-
-    def _take_back(self, trainer: Trainer, record: Record) -> None:
-        """Let everything be as if this had not been saved: the file is not there, and what it was for is."""
-        if self._last_checkpoint_saved == record.path and record.kind != "removal":
-            self._last_checkpoint_saved, self._last_global_step_saved = record.before
-        heir = self._ledger.heir(record)
-        if heir is not None:
-            for path in heir.inherit(record):
-                self._evict(trainer, path, heir)
-        elif record.kind == "last" and self.last_model_path == record.path:
-            self.last_model_path = next(iter(record.displaced), "")
-        elif record.kind == "top" and self.monitor is None and self.best_model_path == record.path:
-            self.best_model_path = next(iter(record.displaced), "")
-        elif record.kind == "top" and self.monitor is not None:
-            self.best_k_models.pop(record.path, None)
-            self.best_k_models.update(record.displaced)
-            self._rank()
-        self._best = ("", self._best[1])
-
-    def _rank(self) -> None:
-        """Tell the best and the worst of the k best anew."""
-        scores = self.best_k_models
-        best, worst = (min, max) if self.mode == "min" else (max, min)
-        self.best_model_path = best(scores, key=scores.__getitem__, default="")
-        self.best_model_score = scores.get(self.best_model_path)
-        full = len(scores) == self.save_top_k
-        self.kth_best_model_path = worst(scores, key=scores.__getitem__) if full else ""
-        infinity = torch.tensor(torch.inf if self.mode == "min" else -torch.inf)
-        self.kth_value = scores.get(self.kth_best_model_path, infinity)
 
     def _tell(self, trainer: Trainer) -> None:
         """Tell the loggers of what has been committed since the last time."""
