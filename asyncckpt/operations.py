@@ -6,56 +6,60 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from asyncckpt.engine import Operation, get_engine
+from asyncckpt.errors import SaveSkipped
 from asyncckpt.save import Outcome
 from asyncckpt.threads import in_thread
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Sequence
 
     from asyncckpt.stores.base import Store
     from asyncckpt.types import Checkpoint
 
-    # A save or an operation that was submitted before: where that has failed, what follows it is left undone.
-    Cause = Outcome[Checkpoint] | Outcome[None] | None
+    # Saves and operations that were submitted before: if one has failed, what follows is left undone.
+    Causes = Sequence[Outcome[Checkpoint] | Outcome[None]]
 
 
-def remove(store: Store, name: str, *, cause: Cause = None) -> Outcome[None]:
+def remove(store: Store, name: str, *, causes: Causes = ()) -> Outcome[None]:
     """Remove a file once everything submitted before is carried out; done when that is durable."""
-    return submit(partial(store.remove, name), store.path_of(name), exists=False, cause=cause)
+    return submit(partial(store.remove, name), store.path_of(name), exists=False, causes=causes)
 
 
-def copy(store: Store, source: str, target: str, *, cause: Cause = None) -> Outcome[None]:
+def copy(store: Store, source: str, target: str, *, causes: Causes = ()) -> Outcome[None]:
     """Make `target` a second name for the bytes of `source`, which may be a save that is still pending."""
-    return submit(partial(store.copy, source, target), store.path_of(target), exists=True, cause=cause)
+    return submit(partial(store.copy, source, target), store.path_of(target), exists=True, causes=causes)
 
 
-def link(store: Store, source: str, target: str, *, cause: Cause = None) -> Outcome[None]:
+def link(store: Store, source: str, target: str, *, causes: Causes = ()) -> Outcome[None]:
     """Make `target` refer to `source`, which may be a save that is still pending."""
-    return submit(partial(store.link, source, target), store.path_of(target), exists=True, cause=cause)
+    return submit(partial(store.link, source, target), store.path_of(target), exists=True, causes=causes)
 
 
-def call(func: Callable[[], object], path: str, *, exists: bool, cause: Cause = None) -> Outcome[None]:
+def call(func: Callable[[], object], path: str, *, exists: bool, causes: Causes = ()) -> Outcome[None]:
     """Call a blocking function in its turn, on a worker thread.
 
     Args:
         func: what to call.
         path: the file that it makes or removes.
         exists: which of the two.
-        cause: an earlier save or operation; where that has failed, nothing is called.
+        causes: earlier saves and operations; if one has failed, nothing is called, and the outcome is
+            `SaveSkipped`.
     """
-    return submit(partial(in_thread, func), path, exists=exists, cause=cause)
+    return submit(partial(in_thread, func), path, exists=exists, causes=causes)
 
 
 def submit(
-    action: Callable[[], Awaitable[object]], path: str, *, exists: bool, cause: Cause = None
+    action: Callable[[], Awaitable[object]], path: str, *, exists: bool, causes: Causes = ()
 ) -> Outcome[None]:
     """Carry `action` out in its turn, on the engine's event loop; for the arguments see `call`."""
     outcome: Outcome[None] = Outcome()
 
     async def run() -> None:
+        if any(cause.failed() for cause in causes):
+            outcome.set_exception(SaveSkipped(f"{path} was left as it was: what it follows has failed"))
+            return
         try:
-            if cause is None or not cause.failed():
-                await action()
+            await action()
         except Exception as error:  # noqa: BLE001 - the caller holds the outcome
             outcome.set_exception(error)
         else:

@@ -10,8 +10,8 @@ try:
     from pytorch_lightning.plugins.io.wrapper import _WrappingCheckpointIO
 except ImportError as error:
     raise ImportError(
-        'asyncckpt.lightning needs the package lightning: pip install "asyncckpt[lightning]". For'
-        " pytorch_lightning, import asyncckpt.pytorch_lightning."
+        "asyncckpt.pytorch_lightning needs the package pytorch_lightning: pip install pytorch-lightning. For"
+        " the package lightning, import asyncckpt.lightning."
     ) from error
 
 from asyncckpt.trainer.callback import BackgroundCheckpoint, WithLinkBest

@@ -23,8 +23,6 @@ from asyncckpt.threads import in_thread
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
 
-    from torch.storage import UntypedStorage
-
     from asyncckpt.engine import Engine
     from asyncckpt.staging import Snapshot
     from asyncckpt.targets import Target
@@ -42,24 +40,23 @@ _OVERLAP_FROM = 32 << 20
 
 @dataclass(slots=True, eq=False)
 class _Job:
-    """A save on its way. One that has no snapshot is a copy of the file of another."""
+    """A save on its way."""
 
     save: Save
     target: Target
     began: float
     write: Callable[[], Awaitable[Checkpoint]]
-    snapshot: Snapshot | None = None
+    snapshot: Snapshot
     operation: Operation = field(init=False)
 
 
 @dataclass(slots=True, eq=False)
 class _Instant:
-    """What was saved first in an instant: its storages are held, so that none can be mistaken for another."""
+    """What was saved last in an instant, and a hold on the copy that was made in it."""
 
     job: _Job
     stager: Stager
     snapshot: Snapshot
-    storages: list[UntypedStorage]
 
 
 class Saver:
@@ -109,12 +106,13 @@ class Saver:
         engine = get_engine()
         if self._instant is not None and self._save_again(engine, self._instant, state, save, target, began):
             return save
+        self._end_instant()  # what it holds may be what there has to be room for
         if not self._admit(engine):
             return _skipped(save, f"{self._max_in_flight} saves are still being written")
         admitted = time.perf_counter()
         try:
             stager = self._stager_of(engine)
-            snapshot = stager.stage(state, wait=self._when_busy != "skip", versions=self._in_instant)
+            snapshot = stager.stage(state, wait=self._when_busy != "skip")
         except BusyError as error:
             self._leave()
             return _skipped(save, str(error))
@@ -125,58 +123,67 @@ class Saver:
         stats.freeze = snapshot.freeze_seconds
         stats.wait = admitted - entered + snapshot.wait_seconds
         job = self._job(save, target, began, partial(target.write, stager, snapshot, stats), snapshot)
-        instant = _Instant(job, stager, snapshot, snapshot.storages)
-        if snapshot.body.nbytes >= _OVERLAP_FROM:
-            try:
-                self._submit(engine, job)
-                self._copy(job, snapshot)
-            finally:
-                snapshot.end_copy()
-        else:
-            try:
-                self._copy(job, snapshot)
-            except BaseException:
-                self._give_back(snapshot)
-                raise
-            stats.stall = time.perf_counter() - began
-            self._submit(engine, job)
-        self._instant = instant if self._in_instant else None
+        if self._in_instant:
+            self._instant = _Instant(job, stager, snapshot.share(snapshot.frozen))
+        try:
+            self._copy_and_submit(engine, job)
+        except BaseException:
+            self._end_instant()
+            raise
         stats.stall = time.perf_counter() - began
         return save
 
+    def _copy_and_submit(self, engine: Engine, job: _Job) -> None:
+        if job.snapshot.body.nbytes >= _OVERLAP_FROM:
+            try:
+                self._submit(engine, job)
+                self._copy(job)
+            finally:
+                job.snapshot.end_copy()
+            return
+        try:
+            self._copy(job)
+        except BaseException:
+            self._give_back(job.snapshot)
+            raise
+        job.save.stats.stall = time.perf_counter() - job.began
+        self._submit(engine, job)
+
     def _save_again(  # noqa: PLR0913, PLR0917 - what a save consists of
-        self, engine: Engine, first: _Instant, state: object, save: Save, target: Target, began: float
+        self, engine: Engine, last: _Instant, state: object, save: Save, target: Target, began: float
     ) -> bool:
         """Save what has been copied in this instant already; returns false if it has changed."""
-        frozen = first.stager.freeze_again(state, first.snapshot.frozen, first.storages)
-        if frozen is None:
+        snapshot = last.stager.stage_again(state, last.snapshot)
+        if snapshot is None:
             return False
-        copy = target.copying(first.job.target) if frozen == first.snapshot.frozen else None
-        if copy is not None:
-            job = self._job(save, target, began, partial(_copied, first.job.save, copy))
-        elif (snapshot := first.snapshot.share(frozen)) is not None:
-            write = partial(target.write, first.stager, snapshot, save.stats)
-            job = self._job(save, target, began, write, snapshot)
-        else:
-            return False
+        write = partial(target.write, last.stager, snapshot, save.stats)
+        if snapshot.frozen == last.job.snapshot.frozen and save.path != last.job.save.path:
+            copy = target.copying(last.job.target)
+            write = write if copy is None else partial(_copy_or_write, last.job.save, copy, write)
         save.snapshotted.set_result(None)
         save.stats.freeze = save.stats.stall = time.perf_counter() - began
-        self._submit(engine, job)
+        last.job = self._job(save, target, began, write, snapshot)
+        self._submit(engine, last.job)
         return True
 
     @contextmanager
     def instant(self) -> Iterator[None]:
-        """Hold that no training happens in this context: what is saved twice in it is copied once.
+        """Compare what is saved in this context with what was saved in it before; copy only what differs.
 
-        A tensor is taken as unchanged if it has the storage and the version counter that it had. Writes that
-        torch does not count (through `.data` or numpy) are not seen between two saves of one instant.
+        Where all is equal, the store copies the file; where only the tensors are, they are written from the
+        snapshot that is there.
         """
         self._in_instant = True
         try:
             yield
         finally:
             self._in_instant = False
-            self._instant = None
+            self._end_instant()
+
+    def _end_instant(self) -> None:
+        instant, self._instant = self._instant, None
+        if instant is not None:
+            self._give_back(instant.snapshot)
 
     def reserve(self, state: object) -> int:
         """Make host memory for the snapshots of `state` ready; returns the bytes of one."""
@@ -212,19 +219,19 @@ class Saver:
         target: Target,
         began: float,
         write: Callable[[], Awaitable[Checkpoint]],
-        snapshot: Snapshot | None = None,
+        snapshot: Snapshot,
     ) -> _Job:
         job = _Job(save, target, began, write, snapshot)
         job.operation = Operation(partial(self._carry_out, job), {save.path: True})
         return job
 
-    def _copy(self, job: _Job, snapshot: Snapshot) -> None:
+    def _copy(self, job: _Job) -> None:
         try:
-            snapshot.copy()
+            job.snapshot.copy()
         except SaveError:
             job.save.committed.heard = True  # the caller is told here
             raise
-        job.save.stats.copy = snapshot.copy_seconds
+        job.save.stats.copy = job.snapshot.copy_seconds
         job.save.snapshotted.set_result(None)
 
     def _submit(self, engine: Engine, job: _Job) -> None:
@@ -254,7 +261,7 @@ class Saver:
         return True
 
     def _withdrawn(self, job: _Job) -> None:
-        if job.snapshot is not None and job.snapshot.lease.release():
+        if job.snapshot.lease.release():
             self._in_flight -= 1
         self._pending -= 1
         self._open.remove(job.save)
@@ -278,10 +285,9 @@ class Saver:
             try:
                 checkpoint = await job.write()
             finally:
-                if snapshot is not None:
-                    # A save may fail while its state is still being copied: only then is the buffer free.
-                    await in_thread(snapshot.copy_ended.wait)
-                    self._give_back(snapshot)
+                # A save may fail while its state is still being copied: only then is the buffer free.
+                await in_thread(snapshot.copy_ended.wait)
+                self._give_back(snapshot)
         except Exception as error:  # noqa: BLE001 - told to the caller, whatever it is
             get_engine().settle(job.operation)
             # Callbacks run on a worker thread, from which they may use the engine.
@@ -347,11 +353,18 @@ class Saver:
         self._failures: list[tuple[Outcome[Checkpoint] | None, SaveError]] = []
 
 
-async def _copied(source: Save, copy: Callable[[], Awaitable[Checkpoint]]) -> Checkpoint:
-    """Copy the file of a save that was carried out before."""
+async def _copy_or_write(
+    source: Save,
+    copy: Callable[[], Awaitable[Checkpoint]],
+    write: Callable[[], Awaitable[Checkpoint]],
+) -> Checkpoint:
+    """Copy the file of a save that was carried out before, or write it anew if that is not there."""
     if source.committed.failed():
-        raise SaveError(f"it was to be a copy of {source.path}, which was not saved")
-    return await copy()
+        return await write()
+    try:
+        return await copy()
+    except FileNotFoundError:
+        return await write()
 
 
 def _guarded(tell: Callable[..., object], *args: object) -> None:

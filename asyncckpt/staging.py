@@ -13,6 +13,7 @@ import torch
 
 from asyncckpt.errors import SaveError
 from asyncckpt.layout.torch_zip import lay_out, plan
+from asyncckpt.snapshot.compare import holds
 from asyncckpt.snapshot.copy import Watermark, copy_storages
 from asyncckpt.snapshot.data_pickle import DataPickler
 from asyncckpt.snapshot.freeze import Freezer
@@ -54,10 +55,9 @@ class Snapshot:
     copy_seconds: float = 0.0
     storages: list[UntypedStorage] = field(default_factory=list, repr=False)
 
-    def share(self, frozen: FrozenState) -> Snapshot | None:
-        """Return a second snapshot whose storages are these; None if the lease has been given back."""
-        lease = self.lease.share()
-        return None if lease is None else Snapshot(frozen, self.body, lease, self.filled, self.copy_ended)
+    def share(self, frozen: FrozenState) -> Snapshot:
+        """Return a second snapshot whose storages have the same bytes, with a lease of its own."""
+        return Snapshot(frozen, self.body, self.lease.share(), self.filled, self.copy_ended)
 
     def copy(self) -> None:
         """Copy the storages into the lease. The state may change once this has returned.
@@ -96,17 +96,15 @@ class Stager:
     _body: Body | None = field(default=None, init=False)
     _warned: bool = field(default=False, init=False)
 
-    def stage(self, state: object, *, wait: bool = True, versions: bool = False) -> Snapshot:
+    def stage(self, state: object, *, wait: bool = True) -> Snapshot:
         """Freeze `state` and lease room for it; the copy is left to `Snapshot.copy`.
-
-        With `versions` it can be compared with the state later, see `freeze_again`.
 
         Raises:
             SaveError: the state cannot be saved; the message says which entry.
             BusyError: there is no room in host memory, and `wait` is false.
         """
         began = time.perf_counter()
-        frozen, storages = self._freezer.freeze(state, versions=versions)
+        frozen, storages = self._freezer.freeze(state)
         body = self._lay_out(frozen.sizes)
         self._warn_of_inline(len(frozen.pickled))
         froze = time.perf_counter()
@@ -116,21 +114,17 @@ class Stager:
         snapshot.wait_seconds = time.perf_counter() - froze
         return snapshot
 
-    def freeze_again(
-        self, state: object, before: FrozenState, storages: list[UntypedStorage]
-    ) -> FrozenState | None:
-        """Freeze `state` another time; None unless its storages are those of `before`, and unchanged.
+    def stage_again(self, state: object, snapshot: Snapshot) -> Snapshot | None:
+        """Return a snapshot of `state` that shares the copy of an earlier one; None if a byte of it differs.
 
-        Everything else may differ.
+        Everything else than the bytes of storages may differ.
         """
-        frozen, found = self._freezer.freeze(state, versions=True)
-        unchanged = (
-            frozen.versions is not None
-            and frozen.versions == before.versions
-            and frozen.sizes == before.sizes
-            and [s._cdata for s in found] == [s._cdata for s in storages]
-        )
-        return frozen if unchanged else None
+        frozen, storages = self._freezer.freeze(state)
+        if frozen.sizes == snapshot.frozen.sizes and holds(
+            snapshot.lease, storages, frozen.sizes, snapshot.body.starts.tolist()
+        ):
+            return snapshot.share(frozen)
+        return None
 
     def reserve(self, state: object, count: int) -> int:
         """Make room for `count` snapshots of `state` ready; returns the bytes of one."""

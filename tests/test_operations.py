@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from asyncckpt import SaveError, StoreError, operations, staging
+from asyncckpt import SaveError, SaveSkipped, StoreError, operations, staging
 from asyncckpt.engine import get_engine
 from asyncckpt.layout.description import Description
 from asyncckpt.saver import Saver
@@ -69,11 +69,14 @@ def test_what_follows_a_failed_operation_is_left_undone(tmp_path: Path) -> None:
     store = LocalStore(str(tmp_path))
     (tmp_path / "old.pt").write_bytes(b"old")
     failed = operations.copy(store, "absent.pt", "new.pt")
-    undone = operations.remove(store, "old.pt", cause=failed)
+    other = operations.remove(store, "other.pt")
+    undone = operations.remove(store, "old.pt", causes=[other, failed])
     called: list[str] = []
-    operations.call(lambda: called.append("undone"), "x", exists=True, cause=failed).result(60)
-    operations.call(lambda: called.append("done"), "x", exists=True, cause=undone).result(60)
-    assert undone.result(60) is None
+    chained = operations.call(lambda: called.append("chained"), "x", exists=True, causes=[undone])
+    operations.call(lambda: called.append("done"), "x", exists=True, causes=[other]).result(60)
+    for left in (undone, chained):
+        with pytest.raises(SaveSkipped, match="left as it was"):
+            left.result(60)
     assert (tmp_path / "old.pt").read_bytes() == b"old"
     assert called == ["done"]
     assert not failed.heard

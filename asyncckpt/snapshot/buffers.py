@@ -62,9 +62,10 @@ class Lease:
         """The memfd behind it, at offset 0; -1 where the system has none."""
         return self._buffer.mapping.fd
 
-    def share(self) -> Lease | None:
-        """Return a second lease of the same buffer, or None if it has been given back."""
-        return Lease(self._arena, self._buffer) if self._arena._hold(self) else None
+    def share(self) -> Lease:
+        """Return a second lease of the same buffer; this one is not given back yet."""
+        self._arena._hold(self._buffer)
+        return Lease(self._arena, self._buffer)
 
     def release(self) -> bool:
         """Give the buffer back; what it holds may be overwritten once all who share it have done so.
@@ -226,10 +227,9 @@ class Arena:
             self._buffers.append(buffer)
         return buffer
 
-    def _hold(self, lease: Lease) -> bool:
+    def _hold(self, buffer: _Buffer) -> None:
         with self._changed:
-            lease._buffer.holders += not lease._released
-            return not lease._released
+            buffer.holders += 1
 
     def _release(self, buffer: _Buffer) -> bool:
         with self._changed:

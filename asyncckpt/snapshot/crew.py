@@ -1,16 +1,18 @@
-"""A few threads that copy memory together, kept from one snapshot to the next."""
+"""A few threads that copy or compare memory together, kept from one snapshot to the next."""
 
 from __future__ import annotations
 
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from asyncckpt.snapshot.memory import memmove
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+
+P = TypeVar("P")
 
 # More than this do not copy faster: the memory is the limit.
 _MOST = 4
@@ -33,6 +35,30 @@ def copy_pieces(pieces: Sequence[tuple[int, int, int]], report: Callable[[int], 
         work.stop()
         for helper in started:
             helper.result()
+
+
+def all_of(test: Callable[[P], bool], pieces: Sequence[P]) -> bool:
+    """Return whether every piece passes a test, this thread and its helpers sharing the work."""
+    left = iter(pieces)
+    taking = threading.Lock()
+    failed = threading.Event()
+
+    def carry_on() -> None:
+        while not failed.is_set():
+            with taking:
+                piece = next(left, None)
+            if piece is None:
+                return
+            if not test(piece):
+                failed.set()
+
+    helpers = [_helpers().submit(carry_on) for _ in range(min(_MOST, _cores(), len(pieces)) - 1)]
+    try:
+        carry_on()
+    finally:
+        for helper in helpers:
+            helper.result()
+    return not failed.is_set()
 
 
 class _Work:

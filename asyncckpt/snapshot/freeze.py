@@ -62,14 +62,12 @@ class FrozenState:
         tensors: what those arguments are, by the index in the mark.
         sizes: bytes of each storage of the state, once, by the key that names its record.
         locations: where each storage lives, as torch.load names it: "cpu", "cuda:0".
-        versions: how often each plain tensor had been written to, if that was asked for and counts for all.
     """
 
     pickled: bytes
     tensors: list[TensorMeta]
     sizes: list[int]
     locations: list[str]
-    versions: list[object] | None = None
 
 
 class _NeedsStorageIdsError(Exception):
@@ -98,7 +96,7 @@ class Freezer:
     last: FrozenState | None = None
     _exact: bool = field(default=False, init=False)
 
-    def freeze(self, state: object, *, versions: bool = False) -> tuple[FrozenState, list[UntypedStorage]]:
+    def freeze(self, state: object) -> tuple[FrozenState, list[UntypedStorage]]:
         """Decide what a checkpoint of `state` will hold, except for the bytes of its storages.
 
         This is one pass of the C pickler over the whole state, so objects, numpy arrays, RNG states and
@@ -115,20 +113,19 @@ class Freezer:
         # Thousands of new tuples would set off full collections in the middle of the stall.
         gc.disable()
         try:
-            frozen, storages = self._freeze(state, versions=versions)
+            frozen, storages = self._freeze(state)
         except _NeedsStorageIdsError:
             self._exact = True
-            frozen, storages = self._freeze(state, versions=versions)
+            frozen, storages = self._freeze(state)
         finally:
             if collecting:
                 gc.enable()
         self.last = frozen
         return frozen, storages
 
-    def _freeze(self, state: object, *, versions: bool) -> tuple[FrozenState, list[UntypedStorage]]:
+    def _freeze(self, state: object) -> tuple[FrozenState, list[UntypedStorage]]:
         out = io.BytesIO()
-        # What torch itself reduces is not seen here, so nothing can be said of its versions.
-        table = _Table(self.last.tensors if self.last else [], versions=versions and not self._exact)
+        table = _Table(self.last.tensors if self.last else [])
         try:
             _pickler(out, table, exact=self._exact).dump(state)
         except (SaveError, _NeedsStorageIdsError):
@@ -139,18 +136,16 @@ class Freezer:
                 f"{path}: cannot pickle ({type(error).__name__}: {error}); make it picklable or leave it out"
             )
             raise UnpicklableStateError(msg) from error
-        frozen = FrozenState(out.getvalue(), table.tensors, table.sizes, table.locations, table.versions)
-        return frozen, table.storages
+        return FrozenState(out.getvalue(), table.tensors, table.sizes, table.locations), table.storages
 
 
 class _Table:
     """The storages and plain tensors that one pass has met."""
 
-    __slots__ = ("dtypes", "keys", "known", "locations", "sizes", "storages", "tensors", "versions")
+    __slots__ = ("dtypes", "keys", "known", "locations", "sizes", "storages", "tensors")
 
-    def __init__(self, known: list[TensorMeta], *, versions: bool = False) -> None:
+    def __init__(self, known: list[TensorMeta]) -> None:
         self.known = known
-        self.versions: list[object] | None = [] if versions else None
         self.tensors: list[TensorMeta] = []
         self.storages: list[UntypedStorage] = []
         self.sizes: list[int] = []
@@ -192,7 +187,6 @@ def _tensor_reducer(table: _Table, *, exact: bool) -> Callable[[Any], Any]:
     plain, strided, cpu_or_plain = torch.Tensor, torch.strided, _PLAIN_DEVICES
     tensors, keys, find, dtypes = table.tensors, table.keys, table.keys.get, table.dtypes
     storages, sizes, locations = table.storages, table.sizes, table.locations
-    versions = table.versions
     marks, known = itertools.count(_FIRST_MARK), iter(table.known)
 
     def reduce(obj: Any) -> Any:
@@ -225,9 +219,6 @@ def _tensor_reducer(table: _Table, *, exact: bool) -> Callable[[Any], Any]:
         elif dtypes[key] is not dtype:
             table.check_dtype(key, dtype)
         meta = (key, dtype, obj.storage_offset(), obj.shape, obj.stride(), obj.requires_grad)
-        if versions is not None:
-            # An inference tensor has no counter: it equals nothing, not even itself another time.
-            versions.append(object() if obj.is_inference() else obj._version)
         before = next(known, None)
         # The equal tuple of last time is kept: an unchanged state costs no memory and compares at once.
         tensors.append(before if before == meta else meta)  # type: ignore[arg-type]

@@ -200,7 +200,7 @@ class BackgroundCheckpoint(Settling):
         newest = next((r for r in reversed(self._ledger.records) if r.kind != "removal"), None)
         if newest is not None:
             newest.evicted.append(filepath)
-        self._evictions.append((filepath, newest))
+        self._evictions.append(filepath)
 
     # Files that are not there yet
 
@@ -209,13 +209,15 @@ class BackgroundCheckpoint(Settling):
         """Hold that no training goes on in a hook, and agree on what has failed at most once in it."""
         self._tell(trainer)
         self._settled = False
+        before = self._ledger.count
         try:
             with nullcontext() if self._io is None else self._io.instant():
                 yield
         finally:
             evictions, self._evictions = self._evictions, []
-            for path, cause in evictions:
-                self._evict(trainer, path, cause)
+            made = self._ledger.since(before)
+            for path in evictions:
+                self._evict(trainer, path, made)
 
     def _place(self, path: Any) -> Place:
         return Place(path) if self._io is None else self._io.place(path)
@@ -224,13 +226,16 @@ class BackgroundCheckpoint(Settling):
         """Let the path of a record lead to a file, which may be pending, or have its content."""
         target, source = self._place(record.path), self._place(filepath)
         if trainer.is_global_zero and target.path != source.path:
-            record.follows = self._ledger.outcome_of(filepath)
             refer = target.link if link else target.copy
-            record.outcome = refer(source, record.follows)
+            outcome = self._ledger.outcome_of(filepath)
+            record.outcome = refer(source, () if outcome is None else (outcome,))
         trainer.strategy.barrier()
 
     def _refresh_best(self, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
         if not self.save_best or not self.best_model_path:
+            return
+        if not self.file_exists(self.best_model_path, trainer):
+            _warnings.warn(f"{self.best_model_path} is gone, so there is no link or copy of it.")
             return
         path = self.format_checkpoint_name(monitor_candidates, self.CHECKPOINT_NAME_BEST)
         former, self._best = self._best, (self.best_model_path, path)
@@ -239,7 +244,7 @@ class BackgroundCheckpoint(Settling):
         record = self._ledger.add(Record("best", path))
         self._refer(trainer, record, self.best_model_path, link=self.save_best == "link")
         if former[1] not in {"", path}:
-            self._evictions.append((former[1], record))
+            self._evictions.append(former[1])
 
     def _tell(self, trainer: Trainer) -> None:
         """Tell the loggers of what has been committed since the last time."""

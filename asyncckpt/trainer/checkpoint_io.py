@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO as Base
     from typing_extensions import Self
 
-    from asyncckpt.operations import Cause
+    from asyncckpt.operations import Causes
     from asyncckpt.save import Outcome, Save
     from asyncckpt.stores.base import Store
 else:
@@ -75,12 +75,12 @@ class BackgroundIO(Base):
     def _forget(self) -> None:
         self._saves: dict[str, Save] = {}
         self._changes: dict[str, Outcome[None]] = {}
-        self._cause: Cause = None
+        self._causes: Causes = ()
         self._thread: int | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         # A process that gets it has nothing pending: that stays with this one.
-        gone = {"_saver", "_lender", "_saves", "_changes", "_cause", "_thread"}
+        gone = {"_saver", "_lender", "_saves", "_changes", "_causes", "_thread"}
         return {name: value for name, value in self.__dict__.items() if name not in gone}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -163,10 +163,13 @@ class BackgroundIO(Base):
         with self._entered():
             place = self.place(path)
             if self._writes_itself() and place.store is not None:
-                outcome = place.remove(self._cause)
+                outcome = place.remove(self._causes)
             else:
                 outcome = operations.call(
-                    partial(self._base().remove_checkpoint, path), place.path, exists=False, cause=self._cause
+                    partial(self._base().remove_checkpoint, path),
+                    place.path,
+                    exists=False,
+                    causes=self._causes,
                 )
             kept = {p: c for p, c in self._changes.items() if not c.done() or c.failed()}
             self._changes = kept | {place.path: outcome}
@@ -235,13 +238,13 @@ class BackgroundIO(Base):
         return self._changes.pop(self.place(path).path, None)
 
     @contextmanager
-    def caused_by(self, cause: Cause) -> Iterator[None]:
-        """Leave undone what is removed in this context if `cause` fails."""
-        self._cause = cause
+    def caused_by(self, causes: Causes) -> Iterator[None]:
+        """Leave undone what is removed in this context if one of `causes` fails."""
+        self._causes = causes
         try:
             yield
         finally:
-            self._cause = None
+            self._causes = ()
 
     @contextmanager
     def instant(self) -> Iterator[None]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from asyncckpt.errors import SaveError
+from asyncckpt.errors import SaveError, SaveSkipped
 
 if TYPE_CHECKING:
-    from asyncckpt.operations import Cause
+    from asyncckpt.save import Outcome
 
 # Path -> score, None where checkpoints have none.
 Scores = dict[str, Any]
@@ -23,7 +22,6 @@ class Record:
         kind: "top" for one of the k best, "last", "best", "other", or "removal".
         path: the file.
         outcome: what tells how it ended; None on a rank that does not write, or if it ended at once.
-        follows: the save that a link or copy is of: where that has failed, nothing was made.
         displaced: what stood in the place that it took: the worst of the k best, the former last.
         evicted: of those, and of theirs, the files that are removed once this one is there.
         before: `_last_checkpoint_saved` and `_last_global_step_saved` as they were.
@@ -32,8 +30,7 @@ class Record:
 
     kind: str
     path: str
-    outcome: Cause = None
-    follows: Cause = None
+    outcome: Outcome[Any] | None = None
     displaced: Scores = field(default_factory=dict)
     evicted: list[str] = field(default_factory=list)
     before: tuple[str, int] = ("", 0)
@@ -47,37 +44,51 @@ class Record:
         return failed.evicted
 
 
+class Failure(NamedTuple):
+    """How a record failed.
+
+    Attributes:
+        message: empty if it was left undone because of the failure of another.
+        cause: what made it fail, on the rank where it did.
+    """
+
+    message: str
+    cause: BaseException | None
+
+
 class Ledger:
     """The records of one callback, in the order in which they are carried out; the same on every rank."""
 
     def __init__(self) -> None:
         self.records: list[Record] = []
-        self._numbers = itertools.count(1)
+        self.count = 0
         self._succeeded: list[Record] = []  # of those that were closed last
 
     def add(self, record: Record) -> Record:
         """Note what was submitted last."""
-        record.number = next(self._numbers)
+        self.count += 1
+        record.number = self.count
         self.records.append(record)
         return record
 
-    def outcome_of(self, path: str) -> Cause:
+    def since(self, count: int) -> list[Record]:
+        """Return what was saved, linked or copied when there were more than `count` records."""
+        return [r for r in self.records if r.number > count and r.kind != "removal"]
+
+    def outcome_of(self, path: str) -> Outcome[Any] | None:
         """Return what tells how the last save of `path` ends, if it is not known yet."""
         return next(
             (r.outcome for r in reversed(self.records) if r.path == path and r.kind != "removal"), None
         )
 
-    def ended(self, *, wait: bool) -> list[BaseException | None]:
-        """Return what each of the first records failed with, as far as they have ended, or of all.
-
-        One that was left undone, since what it follows has failed, has an exception without a message.
-        """
-        ends: list[BaseException | None] = []
+    def ended(self, *, wait: bool) -> list[Failure | None]:
+        """Return what each of the first records failed with, as far as they have ended, or of all."""
+        ends: list[Failure | None] = []
         for record in self.records:
             if record.outcome is not None and not wait and not record.outcome.done():
                 break
-            end = None if record.outcome is None else record.outcome.exception()
-            ends.append(SaveError() if record.follows is not None and record.follows.failed() else end)
+            error = None if record.outcome is None else record.outcome.exception()
+            ends.append(None if error is None else _failure(record, error))
         return ends
 
     def close(self, failed: list[bool]) -> list[Record]:
@@ -96,3 +107,12 @@ class Ledger:
         """Return the later record that has displaced `record`, if one has."""
         later = (r for r in (*self._succeeded, *self.records) if r.number > record.number)
         return next((r for r in later if r.kind == record.kind and record.path in r.displaced), None)
+
+
+def _failure(record: Record, error: BaseException) -> Failure:
+    if isinstance(error, SaveSkipped):
+        return Failure("", None)
+    if isinstance(error, SaveError):
+        return Failure(str(error), error.__cause__ or error)
+    what = "removed" if record.kind == "removal" else "made"
+    return Failure(f"{record.path} could not be {what}: {str(error) or repr(error)}", error)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import posixpath
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -23,9 +24,9 @@ from asyncckpt.threads import in_thread
 from asyncckpt.types import Checkpoint
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable
 
-    from asyncckpt.operations import Cause
+    from asyncckpt.operations import Causes
     from asyncckpt.save import Outcome
     from asyncckpt.staging import Snapshot, Stager
     from asyncckpt.stores.base import Store
@@ -82,26 +83,29 @@ class Place:
         except (OSError, AsyncCkptError):
             return False
 
-    def remove(self, cause: Cause) -> Outcome[None]:
+    def remove(self, causes: Causes) -> Outcome[None]:
         """Remove what is here, a directory too; the place is local."""
         assert self.store is not None  # noqa: S101 - for the type checker
-        return operations.remove(self.store, self.name, cause=cause)
+        return operations.remove(self.store, self.name, causes=causes)
 
-    def copy(self, source: Place, cause: Cause) -> Outcome[None]:
+    def copy(self, source: Place, causes: Causes) -> Outcome[None]:
         """Make this an independent copy of the file at `source`."""
         if self.store is None:
-            return operations.call(
-                partial(_copy_remote, source.path, self.path), self.path, exists=True, cause=cause
-            )
-        return operations.copy(self.store, self._relative(source), self.name, cause=cause)
+            make = partial(in_thread, _copy_remote, source.path, self.path)
+        else:
+            make = partial(self._prepared, self.store.copy, source)
+        return operations.submit(make, self.path, exists=True, causes=causes)
 
-    def link(self, source: Place, cause: Cause) -> Outcome[None]:
+    def link(self, source: Place, causes: Causes) -> Outcome[None]:
         """Make this a relative link to `source`; both are local."""
         assert self.store is not None  # noqa: S101 - for the type checker
-        return operations.link(self.store, self._relative(source), self.name, cause=cause)
+        make = partial(self._prepared, self.store.link, source)
+        return operations.submit(make, self.path, exists=True, causes=causes)
 
-    def _relative(self, source: Place) -> str:
-        return os.path.relpath(source.path, Path(self.path).parent)
+    async def _prepared(self, make: Callable[[str, str], Awaitable[None]], source: Place) -> None:
+        assert self.store is not None  # noqa: S101 - for the type checker
+        await self.store.prepare()
+        await make(posixpath.relpath(source.path, posixpath.dirname(self.path)), self.name)
 
 
 @dataclass(slots=True, eq=False)

@@ -10,10 +10,10 @@ import torch
 
 from asyncckpt.engine import get_engine
 from asyncckpt.errors import SaveError
-from asyncckpt.trainer.ledger import Ledger, Record, Scores
+from asyncckpt.trainer.ledger import Failure, Ledger, Record, Scores
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from lightning.pytorch import Trainer
     from lightning.pytorch.callbacks import ModelCheckpoint as Base
@@ -33,7 +33,7 @@ class Settling(Base):
         self._untold: deque[tuple[Save, int]] = deque()
         self._settled = False
         self._kind, self._before = "other", Scores()  # of what is being saved
-        self._evictions: list[tuple[str, Record | None]] = []
+        self._evictions: list[str] = []
         self._best = ("", "")  # which checkpoint the best one is, and its name
 
     def __getstate__(self) -> dict[str, Any]:
@@ -60,11 +60,12 @@ class Settling(Base):
         before = (self._last_checkpoint_saved, self._last_global_step_saved)
         return Record(self._kind, path, displaced=displaced, before=before)
 
-    def _evict(self, trainer: Trainer, filepath: str, because: Record | None) -> None:
+    def _evict(self, trainer: Trainer, filepath: str, because: Sequence[Record]) -> None:
+        """Remove a file once what it makes room for is there, and every link that is to be moved."""
         if self._io is None:
             super()._remove_checkpoint(trainer, filepath)
             return
-        with self._io.caused_by(because.outcome if because is not None else None):
+        with self._io.caused_by([record.outcome for record in because if record.outcome is not None]):
             super()._remove_checkpoint(trainer, filepath)
         outcome = self._io.claim_removal(filepath) if trainer.is_global_zero else None
         self._ledger.add(Record("removal", filepath, outcome))
@@ -75,21 +76,22 @@ class Settling(Base):
             return
         self._settled = True
         ends = self._ledger.ended(wait=wait) if trainer.is_global_zero else []
-        agreed = trainer.strategy.broadcast([None if end is None else str(end) for end in ends])
-        self._close(trainer, agreed, next((end for end in ends if end is not None and str(end)), None))
+        agreed = trainer.strategy.broadcast([None if end is None else end.message for end in ends])
+        self._close(trainer, agreed, ends)
 
     def _finish(self, trainer: Trainer) -> None:
         """Wait for what is pending, as far as this rank knows of it, unless it was given up."""
         ends = self._ledger.ended(wait=not get_engine().given_up)
-        told = [None if end is None else str(end) for end in ends]
-        self._close(trainer, told, next((end for end in ends if end is not None and str(end)), None))
+        self._close(trainer, [None if end is None else end.message for end in ends], ends)
 
-    def _close(self, trainer: Trainer, ends: list[str | None], first: BaseException | None) -> None:
+    def _close(
+        self, trainer: Trainer, messages: Sequence[str | None], ends: Sequence[Failure | None]
+    ) -> None:
         # Backwards, so that what a save replaced is back before that is taken back in its turn.
-        for record in reversed(self._ledger.close([end is not None for end in ends])):
+        for record in reversed(self._ledger.close([message is not None for message in messages])):
             self._take_back(trainer, record)
-        if reasons := [end for end in ends if end]:
-            cause = first if first is None or first.__cause__ is None else first.__cause__
+        if reasons := [message for message in messages if message]:
+            cause = next((end.cause for end in ends if end is not None and end.cause is not None), None)
             raise SaveError("; ".join(reasons)) from cause
 
     def _take_back(self, trainer: Trainer, record: Record) -> None:
@@ -99,7 +101,7 @@ class Settling(Base):
         heir = self._ledger.heir(record)
         if heir is not None:
             for path in heir.inherit(record):
-                self._evict(trainer, path, heir)
+                self._evict(trainer, path, [heir])
         elif record.kind == "last" and self.last_model_path == record.path:
             self.last_model_path = next(iter(record.displaced), "")
         elif record.kind == "top" and self.monitor is None and self.best_model_path == record.path:

@@ -1,0 +1,182 @@
+"""Two processes that train together: one of them writes, and both know how it ended."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+# Each process writes down what it knows: at the end of a run, or when the callback raises. The barrier there
+# is needed as the launchers end all processes once one of them has failed.
+SCRIPT = """\
+import json
+import os
+import sys
+import warnings
+from contextlib import contextmanager
+
+warnings.simplefilter("ignore")
+
+import torch
+from trainers import Model, StoreIO, trainer
+
+from asyncckpt import SaveError
+from asyncckpt.engine import get_engine
+from asyncckpt.lightning import ModelCheckpoint
+from asyncckpt.testing import FaultyStore
+
+DIRECTORY, STRATEGY, *FITS = sys.argv[1:]
+
+
+def tell(trainer, error):
+    callback, rank = trainer.checkpoint_callback, trainer.global_rank
+    scores = {os.path.basename(path): score.item() for path, score in callback.best_k_models.items()}
+    asked = [os.path.join(callback.dirpath, name) for name in ("0.ckpt", "1.ckpt")]
+    known = {
+        "error": error,
+        "step": trainer.global_step,
+        "files": sorted(os.listdir(callback.dirpath)),
+        "best_k_models": scores,
+        "best": os.path.basename(callback.best_model_path),
+        "last": os.path.basename(callback.last_model_path),
+        "worst": [os.path.basename(callback.kth_best_model_path), float(callback.kth_value)],
+        "exist": [callback.file_exists(path, trainer) for path in asked],
+    }
+    with open(f"{callback.dirpath}-{rank}.json", "w") as file:
+        json.dump(known, file)
+
+
+class Told(Model):
+    # It comes after that of the callbacks.
+    def teardown(self, stage):
+        tell(self.trainer, None)
+
+    def on_train_epoch_start(self):
+        if self.trainer.checkpoint_callback.dirpath.endswith("next"):
+            get_engine().drain()  # what has failed is known by the next save
+
+
+class Watched(ModelCheckpoint):
+    @contextmanager
+    def telling(self, trainer):
+        try:
+            yield
+        except SaveError as error:
+            tell(trainer, str(error))
+            trainer.strategy.barrier()
+            raise
+
+    def on_train_epoch_end(self, trainer, module):
+        with self.telling(trainer):
+            super().on_train_epoch_end(trainer, module)
+
+    def on_train_end(self, trainer, module):
+        with self.telling(trainer):
+            super().on_train_end(trainer, module)
+
+
+def fail_second(store):
+    double = FaultyStore(store)
+    double.fail("commit", OSError(28, "No space left on device"), where="1.ckpt".__eq__)
+    return double
+
+
+def fit(name):
+    callback = Watched(
+        os.path.join(DIRECTORY, name), "{epoch}", "val_loss", save_top_k=2, save_last=True, save_best="link",
+        auto_insert_metric_name=False,
+    )
+    model = Told([3.0, 2.0, 1.0])
+    plugins = [] if name == "good" else [StoreIO(fail_second)]
+    epochs = 2 if name == "end" else 3
+    run = trainer(callback, strategy=STRATEGY, devices=2, max_epochs=epochs, plugins=plugins)
+    try:
+        run.fit(model)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    state = torch.load(os.path.join(callback.dirpath, "last.ckpt"))["state_dict"]
+    weights = all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    return [os.path.basename(callback.best_model_path), weights, type(run.strategy.checkpoint_io).__name__]
+
+
+if __name__ == "__main__":
+    ends = {name: fit(name) for name in FITS}
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        with open(os.path.join(DIRECTORY, "ends.json"), "w") as file:
+            json.dump(ends, file)
+"""
+
+
+def run_in_two_processes(directory: Path, strategy: str, fits: list[str]) -> Any:
+    script = directory / "script.py"
+    script.write_text(SCRIPT)
+    process = subprocess.Popen(
+        [sys.executable, str(script), str(directory), strategy, *fits],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=100)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        output, _ = process.communicate()
+        pytest.fail(f"it hangs:\n{output}")
+    assert process.returncode == 0, output
+    return json.loads((directory / "ends.json").read_text())
+
+
+def known_to_both(directory: Path, name: str) -> Any:
+    first, second = (json.loads((directory / f"{name}-{rank}.json").read_text()) for rank in range(2))
+    assert first == second
+    return first
+
+
+# One run of the program for each: to start its processes takes most of the time.
+@pytest.mark.parametrize(
+    ("strategy", "failing"), [("ddp", "at the next save"), ("ddp_fork", "at the end"), ("ddp_spawn", None)]
+)
+def test_all_ranks_know_what_was_saved_and_what_failed(
+    tmp_path: Path, strategy: str, failing: str | None
+) -> None:
+    bad = {"at the next save": ["next"], "at the end": ["end"], None: []}[failing]
+    ends = run_in_two_processes(tmp_path, strategy, ["good", *bad])
+    assert known_to_both(tmp_path, "good") == {
+        "error": None,
+        "step": 6,
+        "files": ["1.ckpt", "2.ckpt", "best.ckpt", "last.ckpt"],
+        "best_k_models": {"1.ckpt": 2.0, "2.ckpt": 1.0},
+        "best": "2.ckpt",
+        "last": "last.ckpt",
+        "worst": ["1.ckpt", 2.0],
+        "exist": [False, True],
+    }
+    assert ends.pop("good") == ["2.ckpt", True, "TorchCheckpointIO"]
+    assert (tmp_path / "good" / "2.ckpt").samefile(tmp_path / "good" / "best.ckpt")
+    for name in bad:
+        known = known_to_both(tmp_path, name)
+        assert "No space left" in known.pop("error")
+        assert known == {
+            "step": 6 if name == "next" else 4,
+            "files": ["0.ckpt", "best.ckpt", "last.ckpt"],
+            "best_k_models": {"0.ckpt": 3.0},
+            "best": "0.ckpt",
+            "last": "last.ckpt",
+            "worst": ["", torch.inf],
+            "exist": [True, False],
+        }
+        assert "SaveError: saving step 4" in ends[name]
+        assert sorted(path.name for path in (tmp_path / name).iterdir()) == known["files"]
+        for link in ("best.ckpt", "last.ckpt"):
+            assert torch.load(tmp_path / name / link)["global_step"] == 2
