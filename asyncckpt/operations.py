@@ -53,17 +53,23 @@ def submit(
 ) -> Outcome[None]:
     """Carry `action` out in its turn, on the engine's event loop; for the arguments see `call`."""
     outcome: Outcome[None] = Outcome()
+    engine = get_engine()
 
     async def run() -> None:
+        failure: Exception | None = None
         if any(cause.failed() for cause in causes):
-            outcome.set_exception(SaveSkipped(f"{path} was left as it was: what it follows has failed"))
-            return
-        try:
-            await action()
-        except Exception as error:  # noqa: BLE001 - the caller holds the outcome
-            outcome.set_exception(error)
+            failure = SaveSkipped(f"{path} was left as it was: what it follows has failed")
         else:
+            try:
+                await action()
+            except Exception as error:  # noqa: BLE001 - the caller holds the outcome
+                failure = error
+        engine.settle(operation)
+        if failure is None:
             outcome.set_result(None)
+        else:
+            outcome.set_exception(failure)
 
-    get_engine().submit(Operation(run, {path: exists}))
+    operation = Operation(run, {path: exists})
+    engine.submit(operation)
     return outcome

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
-from weakref import proxy
 
 from fsspec.core import split_protocol
 from lightning_utilities.core.rank_zero import WarningCache, rank_zero_warn
@@ -13,6 +12,7 @@ from asyncckpt.errors import AsyncCkptError, SaveError, add_note
 from asyncckpt.trainer.ledger import Record
 from asyncckpt.trainer.places import Place
 from asyncckpt.trainer.settling import Settling
+from asyncckpt.trainer.telling import AsOf
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -52,7 +52,7 @@ class BackgroundCheckpoint(Settling):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        if save_best not in {None, True, False, "link"}:
+        if save_best not in (None, True, False, "link"):
             raise ValueError(f'save_best must be None, True, False or "link", not {save_best!r}')
         self.save_best = save_best
         self.log_cost = log_cost
@@ -102,10 +102,12 @@ class BackgroundCheckpoint(Settling):
         """Wait until everything is on disk, on every rank."""
         with self._hook(trainer):
             super().on_train_end(trainer, pl_module)
-        try:
+        self._settle(trainer, wait=True)
+        if self._failure is not None:  # the best may be another one again
+            self._refresh_best(trainer, self._monitor_candidates(trainer))
             self._settle(trainer, wait=True)
-        finally:
-            self._tell(trainer)
+        self._tell(trainer)
+        self._raise()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Save if that was asked for, and finish what is pending; nothing of it hides the exception."""
@@ -141,6 +143,7 @@ class BackgroundCheckpoint(Settling):
         if trainer.is_global_zero:
             pending = self._place(filepath).pending()
             exists = self._fs.exists(filepath) if pending is None else pending
+            exists = exists and str(filepath) not in self._evictions
         agreed: bool = trainer.strategy.reduce_boolean_decision(exists, all=False)
         return agreed
 
@@ -169,7 +172,7 @@ class BackgroundCheckpoint(Settling):
         try:
             trainer.save_checkpoint(filepath, self.save_weights_only)
         except SaveError:
-            self._take_back(trainer, record)
+            self._take_back(record)
             raise
         self._ledger.add(record)
         self._last_global_step_saved = trainer.global_step
@@ -179,10 +182,10 @@ class BackgroundCheckpoint(Settling):
             self._best = ("", self._best[1])  # what it leads to is another one now
         if save is not None:
             record.outcome = save.committed
-            self._untold.append((save, trainer.global_step))
+            self._untold.append((save, AsOf(self, trainer.global_step)))
         elif trainer.is_global_zero:
             self._warn_if_passed_by(trainer)
-            self._tell_loggers(trainer)
+            AsOf(self, trainer.global_step).tell(trainer)
 
     def _link_checkpoint(  # type: ignore[override] # in Lightning it is static
         self, trainer: Trainer, filepath: str, linkpath: str
@@ -197,9 +200,6 @@ class BackgroundCheckpoint(Settling):
 
     def _remove_checkpoint(self, trainer: Trainer, filepath: str) -> None:  # noqa: ARG002 - Lightning's
         # Links to it may have to be moved first: it goes at the end of the hook.
-        newest = next((r for r in reversed(self._ledger.records) if r.kind != "removal"), None)
-        if newest is not None:
-            newest.evicted.append(filepath)
         self._evictions.append(filepath)
 
     # Files that are not there yet
@@ -209,15 +209,14 @@ class BackgroundCheckpoint(Settling):
         """Hold that no training goes on in a hook, and agree on what has failed at most once in it."""
         self._tell(trainer)
         self._settled = False
-        before = self._ledger.count
         try:
             with nullcontext() if self._io is None else self._io.instant():
                 yield
         finally:
             evictions, self._evictions = self._evictions, []
-            made = self._ledger.since(before)
             for path in evictions:
-                self._evict(trainer, path, made)
+                self._evict(trainer, path)
+        self._raise()
 
     def _place(self, path: Any) -> Place:
         return Place(path) if self._io is None else self._io.place(path)
@@ -249,21 +248,12 @@ class BackgroundCheckpoint(Settling):
     def _tell(self, trainer: Trainer) -> None:
         """Tell the loggers of what has been committed since the last time."""
         while self._untold and self._untold[0][0].committed.done():
-            save, step = self._untold.popleft()
+            save, then = self._untold.popleft()
             if save.committed.failed():
                 continue
-            self._tell_loggers(trainer)
+            then.tell(trainer)
             if self.log_cost:
-                stats = save.stats
-                cost = {"stall": stats.stall, "durable": stats.durable, "nbytes": stats.nbytes}
-                for logger in trainer.loggers:
-                    logger.log_metrics(
-                        {f"asyncckpt/{name}": value for name, value in cost.items()}, step=step
-                    )
-
-    def _tell_loggers(self, trainer: Trainer) -> None:
-        for logger in trainer.loggers:
-            logger.after_save_checkpoint(proxy(self))
+                then.log_cost(trainer, save.stats)
 
     def _install(self, trainer: Trainer) -> BackgroundIO | None:
         """Return the AsyncCheckpointIO of a trainer; if it has none, put one before its CheckpointIO."""

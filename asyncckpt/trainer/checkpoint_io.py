@@ -174,7 +174,8 @@ class BackgroundIO(Base):
             kept = {p: c for p, c in self._changes.items() if not c.done() or c.failed()}
             self._changes = kept | {place.path: outcome}
         if must_be_complete():
-            self._changes.pop(place.path).result()
+            outcome.exception()
+            self._raise_changes()
 
     def wait(self, timeout: float | None = None) -> None:
         """Wait until all that was saved is durable, and all that was to be removed is gone.

@@ -22,8 +22,8 @@ class Record:
         kind: "top" for one of the k best, "last", "best", "other", or "removal".
         path: the file.
         outcome: what tells how it ended; None on a rank that does not write, or if it ended at once.
-        displaced: what stood in the place that it took: the worst of the k best, the former last.
-        evicted: of those, and of theirs, the files that are removed once this one is there.
+        displaced: what stood in the place that it took: the worst of the k best, the former last. Of a
+            removal: what it removes.
         before: `_last_checkpoint_saved` and `_last_global_step_saved` as they were.
         number: its place in the order.
     """
@@ -32,16 +32,13 @@ class Record:
     path: str
     outcome: Outcome[Any] | None = None
     displaced: Scores = field(default_factory=dict)
-    evicted: list[str] = field(default_factory=list)
     before: tuple[str, int] = ("", 0)
     number: int = 0
 
-    def inherit(self, failed: Record) -> list[str]:
-        """Displace what `failed` would have, which this one has displaced; returns what to evict for that."""
+    def inherit(self, failed: Record) -> None:
+        """Displace what `failed` would have, which this one has displaced."""
         del self.displaced[failed.path]
         self.displaced.update(failed.displaced)
-        self.evicted += failed.evicted
-        return failed.evicted
 
 
 class Failure(NamedTuple):
@@ -61,19 +58,23 @@ class Ledger:
 
     def __init__(self) -> None:
         self.records: list[Record] = []
-        self.count = 0
+        self._count = 0
         self._succeeded: list[Record] = []  # of those that were closed last
 
     def add(self, record: Record) -> Record:
         """Note what was submitted last."""
-        self.count += 1
-        record.number = self.count
+        self._count += 1
+        record.number = self._count
         self.records.append(record)
         return record
 
-    def since(self, count: int) -> list[Record]:
-        """Return what was saved, linked or copied when there were more than `count` records."""
-        return [r for r in self.records if r.number > count and r.kind != "removal"]
+    def pending(self) -> list[Outcome[Any]]:
+        """Return what tells how all that is not known to be made will end."""
+        return [r.outcome for r in self.records if r.outcome is not None and r.kind != "removal"]
+
+    def score_of(self, path: str) -> Any:
+        """Return the score of what was displaced, None if it has none."""
+        return next((r.displaced[path] for r in reversed(self.records) if path in r.displaced), None)
 
     def outcome_of(self, path: str) -> Outcome[Any] | None:
         """Return what tells how the last save of `path` ends, if it is not known yet."""
