@@ -11,15 +11,16 @@ DONE := $(VENV)/.done
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format bench-targets clean
+.PHONY: help demo test lint format bench-targets bench-lightning clean
 
 help:
-	@echo 'make demo           train a small GPT, kill it, resume it, and show what its saves cost (2 minutes)'
-	@echo 'make test           run the tests'
-	@echo 'make lint           run ruff, mypy and import-linter'
-	@echo 'make format         let ruff format and fix what it can'
-	@echo 'make bench-targets  measure the figures that asyncckpt is to reach, and say which are met'
-	@echo 'make clean          remove the virtual environment and whatever was made'
+	@echo 'make demo             train a small GPT, kill it, resume it, and show what its saves cost (2 minutes)'
+	@echo 'make test             run the tests'
+	@echo 'make lint             run ruff, mypy and import-linter'
+	@echo 'make format           let ruff format and fix what it can'
+	@echo 'make bench-targets    measure the figures that asyncckpt is to reach, and say which are met'
+	@echo 'make bench-lightning  measure what a save costs a Lightning Trainer, and see what a slow disk does to it'
+	@echo 'make clean            remove the virtual environment and whatever was made'
 	@echo
 	@echo 'Each one makes $(VENV) and installs what it needs when that has changed. Variables:'
 	@echo '  PYTHON       the Python, 3.10 or newer, to make it with    now: $(PYTHON)'
@@ -51,6 +52,10 @@ format: $(DONE)/lint
 
 bench-targets: $(DONE)/test
 	$(BIN)/python benchmarks/targets.py $(ARGS)
+
+bench-lightning: $(DONE)/test
+	$(BIN)/python benchmarks/lightning_overhead.py $(ARGS)
+	$(BIN)/python benchmarks/lightning_scenarios.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) runs build dist *.egg-info .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache

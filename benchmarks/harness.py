@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import select
+import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -157,3 +159,50 @@ def forget_cached(path: Path) -> None:
     os.fsync(fd)
     os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
     os.close(fd)
+
+
+def forget_peak() -> None:
+    """Let the peak of this process's memory count from now on."""
+    # Where it cannot be reset, what came before counts as well: never less than the truth.
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+def status(field: str) -> float:
+    """Return a figure of this process in bytes. Both resident ones count shared memory as well."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(float(line.split()[1]) for line in lines if line.startswith(field + ":")) * 1024
+
+
+def run_apart(*arguments: str, **environment: str) -> Any:
+    """Run a Python program in a process of its own; returns the JSON in the last line of its output.
+
+    If this process is interrupted, the program and all that it has started are killed.
+    """
+    with subprocess.Popen(
+        [sys.executable, *arguments],
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        try:
+            output, _ = process.communicate()
+        except BaseException:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            raise
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, process.args)
+    return json.loads(output.splitlines()[-1])
+
+
+def clear_up_when_told_to_go() -> None:
+    """Let SIGTERM and SIGHUP raise, as Ctrl-C does: what was started ends, what was written goes."""
+
+    def leave(number: int, _: object) -> None:
+        sys.exit(128 + number)
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_DFL:  # and not ignored, as under nohup
+            signal.signal(number, leave)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from contextlib import suppress
-from pathlib import Path
 from statistics import mean, median
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +11,7 @@ import torch
 
 import states
 from asyncckpt import Checkpointer, LastN
-from harness import Bare, Options, Samples
+from harness import Bare, Options, Samples, forget_peak, status
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -103,23 +101,15 @@ def memory(options: Options) -> Samples:
     torch.set_num_threads(1)
     state: Any = options.training().state()
     nbytes = states.bytes_of(state)
-    before = _status("VmRSS")
-    # Where the peak cannot be reset, that of making the state counts as well: never less than the truth.
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    before = status("VmRSS")
+    forget_peak()
     with Checkpointer(options.directory, keep=LastN(1), max_in_flight=1) as ckpt:
         for step in range(SAVES):
             ckpt.save(step, state)
         ckpt.wait()
-        after = _status("VmRSS")
+        after = status("VmRSS")
     return {
-        "peak_bytes": [_status("VmHWM") - before],
+        "peak_bytes": [status("VmHWM") - before],
         "held_bytes": [after - before],
         "state_bytes": [float(nbytes)],
     }
-
-
-def _status(field: str) -> float:
-    """Return a figure of this process in bytes. Both resident ones count shared memory as well."""
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return next(float(line.split()[1]) for line in lines if line.startswith(field + ":")) * 1024

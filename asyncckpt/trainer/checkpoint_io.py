@@ -41,7 +41,8 @@ class BackgroundIO(Base):
     """Makes the saves of `Trainer(plugins=[…])` and `Fabric(plugins=[…])` asynchronous.
 
     A Trainer waits for its saves by itself. Fabric does not: use this as a context manager, or call `wait`;
-    what is still pending at the end of the program is finished then.
+    what is still pending when the program ends is finished then, unless a
+    signal ends it.
 
     Args:
         checkpoint_io: whose files they are. Lightning's own `TorchCheckpointIO`, which is the default, is
@@ -49,7 +50,7 @@ class BackgroundIO(Base):
             background thread, and must be done with it when it returns.
         max_in_flight: snapshots held in host memory at once; a save that finds as many waits for the oldest.
         preemption_timeout: seconds that a job which is told to go (SIGTERM, or SLURM's requeue signal) waits
-            for pending saves; what is not durable by then is given up. None waits until whoever sent the
+            for pending saves; what has not begun by then is given up. None waits until whoever sent the
             signal loses patience.
     """
 
