@@ -127,10 +127,10 @@ def assert_true(callback: Any) -> None:
         assert there[best] == there[callback.best_model_path]
     if callback.monitor is None:
         return
-    assert len(scores) <= callback.save_top_k
+    assert len(scores) <= callback.save_top_k or callback.save_top_k == -1
     assert callback.best_model_path == min(scores, key=scores.get, default="")
     assert callback.best_model_score == (min(scores.values()) if scores else None)
-    full = len(scores) == callback.save_top_k
+    full = len(scores) == callback.save_top_k or (callback.save_top_k == -1 and scores)
     assert callback.kth_best_model_path == (max(scores, key=scores.get) if full else "")
     assert not full or callback.kth_value == max(scores.values())
 
@@ -153,6 +153,7 @@ MONITORED = {"monitor": "score"}
         (3, MONITORED | {"save_top_k": 2, "save_last": True, "save_best": "link"}),
         (2, MONITORED | {"save_top_k": 3, "save_last": True}),
         (4, MONITORED | {"save_top_k": 3, "save_best": "link"}),
+        (2, MONITORED | {"save_top_k": -1}),
     ],
 )
 def test_a_failed_save_is_raised_once_and_everything_listed_exists(
@@ -196,6 +197,27 @@ def test_nothing_is_evicted_because_of_saves_that_failed(
     assert str(caught.value).count("the disk is full") == times
     assert names(tmp_path) == [f"step={step}.ckpt" for step in kept]
     assert callback.best_model_path == (f"{tmp_path}/run/step={kept[0]}.ckpt" if kept else "")
+    assert_true(callback)
+
+
+@pytest.mark.parametrize("save_best", [None, True, "link"])
+def test_what_a_failed_save_was_to_evict_goes_with_the_next_one(tmp_path: Path, save_best: Any) -> None:
+    gate = Gate()
+    callback = checkpoints(tmp_path, save_best=save_best)
+    run: Any = None
+
+    def let_all_but_the_third_through() -> None:
+        if run.global_step == 4:
+            for count in (1, 2):
+                gate.wait_for_arrival(count)
+                gate.open()
+                gate.close()
+            gate.wait_for_arrival(3)
+
+    watch = AtBatchEnd(let_all_but_the_third_through)
+    run = run_of(callback, watch, AtTheEnd(gate), failing("commit", gate=gate, at=2), steps=5)
+    with pytest.raises(SaveError, match="step 2"):
+        run.fit(Scored())
     assert_true(callback)
 
 
