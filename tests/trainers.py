@@ -1,4 +1,4 @@
-"""What the tests of the Lightning callbacks need: a small module, quiet trainers, stores that wait or fail."""
+"""What tests of the Lightning callbacks need: a small module, quiet trainers, stores that wait or fail."""
 
 from __future__ import annotations
 

@@ -12,10 +12,7 @@ from dataclasses import dataclass, field
 PAGE = 4096
 # Pages are touched in pieces of this size, so that several threads share the work.
 _PIECE = 32 << 20
-_HUGE = 2 << 20
 _MADV_POPULATE_WRITE = 23  # Linux 5.14; the mmap module does not name it
-_MADV_COLLAPSE = 25  # Linux 6.1
-_MAP_FIXED = 0x10
 _FAILED = ctypes.c_void_p(-1).value
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -72,17 +69,6 @@ class Mapping:
         with ThreadPoolExecutor(min(4, os.cpu_count() or 1, len(offsets))) as pool:
             list(pool.map(self._populate, offsets))
 
-    def consolidate(self) -> None:
-        """Move what is populated into huge pages, which a memfd does not get by itself; takes a copy's time.
-
-        Copies then miss the TLB less, and a direct write is one piece of physical memory, not hundreds: both
-        are faster by far. Where the system cannot, nothing happens.
-        """
-        if self.fd >= 0 and sys.platform == "linux":
-            whole = self.nbytes // _HUGE * _HUGE
-            for offset in range(0, whole, _PIECE):
-                _libc.madvise(self.address + offset, min(_PIECE, whole - offset), _MADV_COLLAPSE)
-
     def _populate(self, offset: int) -> None:
         length = min(_PIECE, self.nbytes - offset)
         if sys.platform != "linux" or _libc.madvise(self.address + offset, length, _MADV_POPULATE_WRITE):
@@ -114,7 +100,7 @@ def map_shared(nbytes: int) -> Mapping:
     fd = os.memfd_create("asyncckpt")
     try:
         os.ftruncate(fd, size)
-        address = _map_aligned(size, fd)
+        address = _map(size, mmap.MAP_SHARED, fd)
     except OSError:
         os.close(fd)
         raise
@@ -135,20 +121,8 @@ def _pages(nbytes: int) -> int:
     return max(-(-nbytes // PAGE), 1) * PAGE
 
 
-def _map_aligned(size: int, fd: int) -> int:
-    """Map a file where huge pages can lie: a larger range is taken, and what sticks out is given back."""
-    taken = _map(size + _HUGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1)
-    start = -(-taken // _HUGE) * _HUGE
-    try:
-        return _map(size, mmap.MAP_SHARED | _MAP_FIXED, fd, start)
-    finally:
-        if start > taken:
-            _libc.munmap(taken, start - taken)
-        _libc.munmap(start + size, taken + _HUGE - start)
-
-
-def _map(size: int, flags: int, fd: int, at: int | None = None) -> int:
-    address = _libc.mmap(at, size, mmap.PROT_READ | mmap.PROT_WRITE, flags, fd, 0)
+def _map(size: int, flags: int, fd: int) -> int:
+    address = _libc.mmap(None, size, mmap.PROT_READ | mmap.PROT_WRITE, flags, fd, 0)
     if address is None or address == _FAILED:
         number = ctypes.get_errno()
         raise MemoryError(f"cannot map {size} bytes of host memory: {os.strerror(number)}")
