@@ -293,6 +293,7 @@ class Saver:
             # Callbacks run on a worker thread, from which they may use the engine.
             await in_thread(_guarded, self._fail, save, error)
         else:
+            save.stats.nbytes = checkpoint.nbytes
             save.stats.durable = time.perf_counter() - job.began
             get_engine().settle(job.operation)
             await in_thread(_guarded, save.committed.set_result, checkpoint)

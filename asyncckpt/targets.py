@@ -73,11 +73,7 @@ class FileTarget(Target):
             await draft.commit()
         stats.commit = time.perf_counter() - written
         stats.sync = draft.sync_seconds
-        stats.checksum, stats.write, stats.nbytes = (
-            transfer.checksum_seconds,
-            transfer.write_seconds,
-            plan.size,
-        )
+        stats.checksum, stats.write = transfer.checksum_seconds, transfer.write_seconds
         return checkpoint_of(self.store, self.name, description, plan.size)
 
     def copying(self, earlier: Target) -> Callable[[], Awaitable[Checkpoint]] | None:

@@ -497,7 +497,8 @@ def test_a_signal_handler_may_save_while_a_save_is_being_made(tmp_path: Path) ->
 
 
 PREPARE = """
-import asyncio, os, sys, time, warnings
+import asyncio, logging, os, sys, time, warnings
+logging.basicConfig()
 warnings.simplefilter("ignore")
 import lightning, torch
 from asyncckpt.lightning import AsyncCheckpointIO, ModelCheckpoint

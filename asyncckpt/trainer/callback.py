@@ -233,7 +233,10 @@ class BackgroundCheckpoint(Settling):
     def _refresh_best(self, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
         if not self.save_best or not self.best_model_path:
             return
-        if not self.file_exists(self.best_model_path, trainer):
+        # What was saved in this run is there, or is known to have failed in a moment.
+        if not self._ledger.knows(self.best_model_path) and not self.file_exists(
+            self.best_model_path, trainer
+        ):
             _warnings.warn(f"{self.best_model_path} is gone, so there is no link or copy of it.")
             return
         path = self.format_checkpoint_name(monitor_candidates, self.CHECKPOINT_NAME_BEST)

@@ -41,8 +41,7 @@ class BackgroundIO(Base):
     """Makes the saves of `Trainer(plugins=[…])` and `Fabric(plugins=[…])` asynchronous.
 
     A Trainer waits for its saves by itself. Fabric does not: use this as a context manager, or call `wait`;
-    what is still pending when the program ends is finished then, unless a
-    signal ends it.
+    what is still pending when the program ends is finished then, unless a signal ends it.
 
     Args:
         checkpoint_io: whose files they are. Lightning's own `TorchCheckpointIO`, which is the default, is
@@ -261,11 +260,10 @@ class BackgroundIO(Base):
             self._give_up()
 
     def _give_up(self) -> None:
-        logger.error(
-            "the job is to go and %s s are over: given up are %s",
-            self._preemption_timeout,
-            ", ".join(get_engine().give_up()),
-        )
+        paths = ", ".join(get_engine().give_up())
+        told = f"the job is to go and {self._preemption_timeout} s are over: given up are {paths}"
+        logger.error(told)
+        sys.stderr.write(f"asyncckpt: {told}\n")  # a job's log has it, too, where no logging is set up
 
     def _open_store(self, directory: str) -> Store:
         return open_store(directory)

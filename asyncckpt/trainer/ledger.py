@@ -24,7 +24,7 @@ class Record:
         outcome: what tells how it ended; None on a rank that does not write, or if it ended at once.
         displaced: what stood in the place that it took: the worst of the k best, the former last. Of a
             removal: what it removes.
-        before: `_last_checkpoint_saved` and `_last_global_step_saved` as they were.
+        before: `_last_checkpoint_saved`, `_last_global_step_saved` and `current_score` as they were.
         number: its place in the order.
     """
 
@@ -32,7 +32,7 @@ class Record:
     path: str
     outcome: Outcome[Any] | None = None
     displaced: Scores = field(default_factory=dict)
-    before: tuple[str, int] = ("", 0)
+    before: tuple[str, int, Any] = ("", 0, None)
     number: int = 0
 
     def inherit(self, failed: Record) -> None:
@@ -67,6 +67,10 @@ class Ledger:
         record.number = self._count
         self.records.append(record)
         return record
+
+    def knows(self, path: str) -> bool:
+        """Return whether it is still open how a save of `path` ends."""
+        return any(r.path == path and r.kind != "removal" for r in self.records)
 
     def pending(self) -> list[Outcome[Any]]:
         """Return what tells how all that is not known to be made will end."""

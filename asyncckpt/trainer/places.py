@@ -126,7 +126,6 @@ class StateTarget(Target):
         began = time.perf_counter()
         await in_thread(self._write, stager, snapshot)
         stats.write = time.perf_counter() - began
-        stats.nbytes = snapshot.body.nbytes
         return Checkpoint(None, self.path, {}, snapshot.body.nbytes, time.time())
 
     def _write(self, stager: Stager, snapshot: Snapshot) -> None:

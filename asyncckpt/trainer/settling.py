@@ -27,7 +27,19 @@ else:
 
 
 _TRANSIENT = frozenset(
-    {"_io", "_ledger", "_untold", "_failure", "_lost", "_settled", "_kind", "_before", "_evictions", "_best"}
+    {
+        "_io",
+        "_ledger",
+        "_untold",
+        "_failure",
+        "_lost",
+        "_settled",
+        "_kind",
+        "_before",
+        "_score",
+        "_evictions",
+        "_best",
+    }
 )
 _LINKS = frozenset({"last", "best"})
 
@@ -43,6 +55,7 @@ class Settling(Base):
         self._lost: set[str] = set()  # what could not be saved
         self._settled = False
         self._kind, self._before = "other", Scores()  # of what is being saved
+        self._score: Any = None  # what was `current_score` before
         self._evictions: list[str] = []
         self._best = ("", "")  # which checkpoint the best one is, and its name
 
@@ -57,11 +70,11 @@ class Settling(Base):
     @contextmanager
     def _saving(self, kind: str, before: Scores) -> Iterator[None]:
         """Tell what is saved in this context, and what stood in its place."""
-        self._kind, self._before = kind, before
+        self._kind, self._before, self._score = kind, before, self.current_score
         try:
             yield
         finally:
-            self._kind, self._before = "other", {}
+            self._kind, self._before, self._score = "other", {}, self.current_score
 
     def _new_record(self, path: str) -> Record:
         self._lost.discard(path)
@@ -69,7 +82,7 @@ class Settling(Base):
             self._evictions.remove(path)
         kept = set(self.best_k_models) - {path, ""}
         displaced = {p: score for p, score in self._before.items() if p and p not in kept}
-        before = (self._last_checkpoint_saved, self._last_global_step_saved)
+        before = (self._last_checkpoint_saved, self._last_global_step_saved, self._score)
         return Record(self._kind, path, displaced=displaced, before=before)
 
     def _evict(self, trainer: Trainer, filepath: str, score: Any = None) -> None:
@@ -133,7 +146,7 @@ class Settling(Base):
         if record.kind == "removal":
             return
         if self._last_checkpoint_saved == record.path:
-            self._last_checkpoint_saved, self._last_global_step_saved = record.before
+            self._last_checkpoint_saved, self._last_global_step_saved, _ = record.before
         heir = self._ledger.heir(record)
         if heir is not None:
             heir.inherit(record)
@@ -142,7 +155,8 @@ class Settling(Base):
         elif record.kind == "top" and self.monitor is None and self.best_model_path == record.path:
             self.best_model_path = next(iter(record.displaced), "")
         elif record.kind == "top" and self.monitor is not None:
-            self.best_k_models.pop(record.path, None)
+            if self.best_k_models.pop(record.path, None) is self.current_score:
+                self.current_score = record.before[2]
             self.best_k_models.update(record.displaced)
             self._rank()
         self._best = ("", self._best[1])
@@ -155,7 +169,9 @@ class Settling(Base):
         if score is not None and len(self.best_k_models) < self.save_top_k:
             self.best_k_models[path] = score
             self._rank()
-        elif trainer.is_global_zero and any(_leads_to(link, path) for link in links):
+        elif trainer.is_global_zero and any(
+            _leads_to(link, path) for link in links if not self._ledger.knows(link)
+        ):
             self._ledger.add(Record("removal", path))  # it stays; the ledgers of all ranks keep step
         else:
             self._evict(trainer, path, score)
@@ -166,7 +182,7 @@ class Settling(Base):
         best, worst = (min, max) if self.mode == "min" else (max, min)
         self.best_model_path = best(scores, key=scores.__getitem__, default="")
         self.best_model_score = scores.get(self.best_model_path)
-        full = len(scores) == self.save_top_k
+        full = bool(scores) and self.save_top_k in {-1, len(scores)}
         self.kth_best_model_path = worst(scores, key=scores.__getitem__) if full else ""
         infinity = torch.tensor(torch.inf if self.mode == "min" else -torch.inf)
         self.kth_value = scores.get(self.kth_best_model_path, infinity)
