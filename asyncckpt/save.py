@@ -8,6 +8,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
+from asyncckpt.errors import SaveSkipped
 from asyncckpt.types import Checkpoint, SaveStats
 
 if TYPE_CHECKING:
@@ -75,3 +76,13 @@ class Save:
 
     def __await__(self) -> Generator[object, None, Checkpoint]:
         return asyncio.wrap_future(self.committed).__await__()
+
+
+def skipped(save: Save, why: str) -> Save:
+    """Say that a save is not made, which is no failure."""
+    save.skipped = True
+    save.committed.heard = True
+    if not save.snapshotted.done():
+        save.snapshotted.set_result(None)
+    save.committed.set_exception(SaveSkipped(f"{save.path} was not saved: {why}"))
+    return save

@@ -15,9 +15,11 @@ from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from asyncckpt.engine import Operation, current_engine, get_engine, refuse_to_wait_in_callback
-from asyncckpt.errors import AsyncCkptError, BusyError, CheckpointExistsError, SaveError, SaveSkipped
-from asyncckpt.save import Outcome, Save
+from asyncckpt.errors import AsyncCkptError, BusyError, SaveError
+from asyncckpt.failures import Failures, eviction_failure, failure_of
+from asyncckpt.save import Save, skipped
 from asyncckpt.staging import Stager
+from asyncckpt.targets import copy_or_write
 from asyncckpt.threads import in_thread
 
 if TYPE_CHECKING:
@@ -108,14 +110,14 @@ class Saver:
             return save
         self._end_instant()  # what it holds may be what there has to be room for
         if not self._admit(engine):
-            return _skipped(save, f"{self._max_in_flight} saves are still being written")
+            return skipped(save, f"{self._max_in_flight} saves are still being written")
         admitted = time.perf_counter()
         try:
             stager = self._stager_of(engine)
             snapshot = stager.stage(state, wait=self._when_busy != "skip")
         except BusyError as error:
             self._leave()
-            return _skipped(save, str(error))
+            return skipped(save, str(error))
         except BaseException:
             self._leave()
             raise
@@ -159,7 +161,7 @@ class Saver:
         write = partial(target.write, last.stager, snapshot, save.stats)
         if snapshot.frozen == last.job.snapshot.frozen and save.path != last.job.save.path:
             copy = target.copying(last.job.target)
-            write = write if copy is None else partial(_copy_or_write, last.job.save, copy, write)
+            write = write if copy is None else partial(copy_or_write, last.job.save, copy, write)
         save.snapshotted.set_result(None)
         save.stats.freeze = save.stats.stall = time.perf_counter() - began
         last.job = self._job(save, target, began, write, snapshot)
@@ -206,12 +208,7 @@ class Saver:
         Raises:
             SaveError: with the first failure as its cause; the message tells of all.
         """
-        with self._changed:
-            failures = [error for outcome, error in self._failures if outcome is None or not outcome.heard]
-            self._failures.clear()
-        if failures:
-            told = "; ".join(map(str, failures))
-            raise SaveError(told + hint) from failures[0]
+        self._failures.raise_unheard(hint)
 
     def _job(
         self,
@@ -265,7 +262,7 @@ class Saver:
             self._in_flight -= 1
         self._pending -= 1
         self._open.remove(job.save)
-        _skipped(job.save, "a newer save took its place while it was queued")
+        skipped(job.save, "a newer save took its place while it was queued")
 
     def _give_back(self, snapshot: Snapshot) -> None:
         if snapshot.lease.release():
@@ -311,29 +308,17 @@ class Saver:
             await target.after(checkpoint)
         except Exception as error:
             logger.exception("%s is saved, but what follows a commit failed", checkpoint.path)
-            failure = SaveError(
-                f"{checkpoint.path} is saved, but older checkpoints were not evicted: {error}"
-            )
-            failure.__cause__ = error
-            with self._changed:
-                self._failures.append((None, failure))
+            self._failures.add(eviction_failure(checkpoint, error))
 
     def _fail(self, save: Save, error: Exception) -> None:
-        what = save.path if save.step is None else f"step {save.step} to {save.path}"
-        failure: SaveError
-        if isinstance(error, CheckpointExistsError):
-            failure = error
-        else:
-            failure = SaveError(f"saving {what} failed: {error}")
-            failure.__cause__ = error
+        failure = failure_of(save, error)
         logger.error("%s", failure, exc_info=error)
         if callable(self._on_error):
             save.committed.heard = True
             save.committed.set_exception(failure)
             self._on_error(save, failure)
             return
-        with self._changed:
-            self._failures.append((save.committed, failure))
+        self._failures.add(failure, save.committed)
         save.committed.set_exception(failure)
 
     def _stager_of(self, engine: Engine) -> Stager:
@@ -351,21 +336,7 @@ class Saver:
         self._pending = 0
         self._queued: deque[_Job] = deque()
         self._open: list[Save] = []
-        self._failures: list[tuple[Outcome[Checkpoint] | None, SaveError]] = []
-
-
-async def _copy_or_write(
-    source: Save,
-    copy: Callable[[], Awaitable[Checkpoint]],
-    write: Callable[[], Awaitable[Checkpoint]],
-) -> Checkpoint:
-    """Copy the file of a save that was carried out before, or write it anew if that is not there."""
-    if source.committed.failed():
-        return await write()
-    try:
-        return await copy()
-    except FileNotFoundError:
-        return await write()
+        self._failures = Failures()
 
 
 def _guarded(tell: Callable[..., object], *args: object) -> None:
@@ -374,15 +345,6 @@ def _guarded(tell: Callable[..., object], *args: object) -> None:
         tell(*args)
     except BaseException:
         logger.exception("a callback of a save failed")
-
-
-def _skipped(save: Save, why: str) -> Save:
-    save.skipped = True
-    save.committed.heard = True
-    if not save.snapshotted.done():
-        save.snapshotted.set_result(None)
-    save.committed.set_exception(SaveSkipped(f"{save.path} was not saved: {why}"))
-    return save
 
 
 def _validate(max_in_flight: int, when_busy: str, on_error: object) -> None:

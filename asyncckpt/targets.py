@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from asyncckpt.layout.description import Description
+    from asyncckpt.save import Save
     from asyncckpt.staging import Snapshot, Stager
     from asyncckpt.stores.base import Store
     from asyncckpt.types import Checkpoint, SaveStats
@@ -89,3 +90,17 @@ class FileTarget(Target):
             return checkpoint_of(self.store, self.name, description, nbytes)
 
         return copy
+
+
+async def copy_or_write(
+    source: Save,
+    copy: Callable[[], Awaitable[Checkpoint]],
+    write: Callable[[], Awaitable[Checkpoint]],
+) -> Checkpoint:
+    """Copy the file of a save that was carried out before, or write it anew if that is not there."""
+    if source.committed.failed():
+        return await write()
+    try:
+        return await copy()
+    except FileNotFoundError:
+        return await write()
