@@ -49,7 +49,7 @@ class Checkpointer:
     """Saves the checkpoints of one run into a directory, in the background, and finds them again.
 
     Args:
-        directory: a local path or a `file://` URL; made if it is not there.
+        directory: a local path, or the URL of one of any fsspec file system; made if it is not there.
         filename: template of the file names over `step` and the metrics, see `NameTemplate`.
         keep: which checkpoints stay after a commit: `BestK`, `LastN`, `EveryN`, `KeepAll`, several of them
             combined with `|`, or any object with their `keep` method. The newest always stays. Only files
@@ -59,11 +59,11 @@ class Checkpointer:
             one, or, from `max_in_flight=2`, "replace" the one that is still queued.
         on_error: "raise" what failed from the next call, or a callable given the `Save` and its error, on a
             background thread.
-        storage_options: for stores behind a URL; a local path takes none.
+        storage_options: for the file system behind a URL, as fsspec takes them; a local path takes none.
         overwrite: whether a checkpoint of another step may be replaced by one of the same name.
 
     Raises:
-        StoreError: the directory cannot be made or read.
+        StoreError: the directory cannot be made, read or written to.
     """
 
     def __init__(  # noqa: PLR0913 - each is one decision of the user's

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import anyio
 
-from asyncckpt.layout.checksum import crc32
+from asyncckpt.checksum import crc32
 from asyncckpt.threads import in_thread, tasks
 
 if TYPE_CHECKING:

@@ -6,8 +6,8 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
+from asyncckpt.checksum import crc32, crc32_combine
 from asyncckpt.errors import CorruptCheckpointError
-from asyncckpt.layout.checksum import crc32, crc32_combine
 from asyncckpt.layout.zip_reader import payload_start, read_directory
 from asyncckpt.snapshot.memory import map_private
 from asyncckpt.threads import in_thread, tasks

@@ -37,9 +37,12 @@ def load_state(
 
 
 def locate(path: str | os.PathLike[str], home: Store) -> tuple[Store, str]:
-    """Return the store and the name of a path; a bare name is one of `home`."""
-    directory, _, name = os.fspath(path).rpartition("/")
-    return (open_store(directory or "/") if "/" in os.fspath(path) else home), name
+    """Return the store and the name of a path; a bare name is one of `home`, and so is what `home` lists."""
+    given = os.fspath(path)
+    directory, _, name = given.rpartition("/")
+    if "/" not in given or given == home.path_of(name):
+        return home, name
+    return open_store(directory or "/"), name
 
 
 async def verify_file(store: Store, name: str) -> None:

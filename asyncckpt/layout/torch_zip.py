@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from asyncckpt.layout.checksum import crc32
+from asyncckpt.checksum import crc32
 from asyncckpt.types import FilePlan
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from asyncckpt.checksum import crc32
 from asyncckpt.errors import CorruptCheckpointError
-from asyncckpt.layout.checksum import crc32
 from asyncckpt.layout.torch_zip import (
     CENTRAL,
     CENTRAL_MAGIC,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from fsspec.core import split_protocol
 from lightning_utilities.core.rank_zero import WarningCache, rank_zero_warn
 
+from asyncckpt.engine import wait_for_pending
 from asyncckpt.errors import AsyncCkptError, SaveError, add_note
 from asyncckpt.trainer.ledger import Record
 from asyncckpt.trainer.places import Place
@@ -141,11 +142,17 @@ class BackgroundCheckpoint(Settling):
         """Return whether a file exists, or will once what is pending is carried out; equal on all ranks."""
         exists = False
         if trainer.is_global_zero:
-            pending = self._place(filepath).pending()
-            exists = self._fs.exists(filepath) if pending is None else pending
-            exists = exists and str(filepath) not in self._evictions
+            exists = str(filepath) not in self._evictions and self._place(filepath).exists()
         agreed: bool = trainer.strategy.reduce_boolean_decision(exists, all=False)
         return agreed
+
+    def _find_last_checkpoints(self, trainer: Trainer) -> set[str]:
+        wait_for_pending()
+        self._fs.invalidate_cache()
+        found = super()._find_last_checkpoints(trainer)
+        if _is_local(self.dirpath or ""):
+            return found
+        return {f"{self.dirpath}/{path.rpartition('/')[2]}" for path in found}
 
     def _save_topk_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
         self._settle(trainer)

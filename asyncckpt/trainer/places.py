@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fsspec.core import split_protocol, url_to_fs
+from fsspec.core import split_protocol
 
 from asyncckpt import operations
 from asyncckpt.catalog import describe
@@ -40,22 +40,25 @@ class Place:
 
     Attributes:
         path: absolute, with the links of its directory resolved, if it is local; else as given.
-        store, name: of a local path.
+        store, name: of the file; no store for addresses that can only be read (http).
     """
 
     def __init__(self, path: str | os.PathLike[str], open_store: OpenStore = open_store) -> None:
         protocol, local = split_protocol(os.fspath(path))
         self.path = os.fspath(path)
         self.store: Store | None = None
-        self.name = ""
-        if protocol in {None, "file", "local"}:
+        self.is_local = protocol in {None, "file", "local"}
+        if self.is_local:
             full = Path(local).expanduser().absolute()
-            self.name = full.name
-            self.store = open_store(str(full.parent.resolve()))
+            directory, self.name = str(full.parent.resolve()), full.name
+        else:
+            directory, _, self.name = self.path.rpartition("/")
+        if protocol not in {"http", "https"}:
+            self.store = open_store(directory)
             self.path = self.store.path_of(self.name)
 
     def file_target(self, step: int | None) -> FileTarget:
-        """Return what a save of ours goes to; the place is local."""
+        """Return what a save of ours goes to."""
         assert self.store is not None  # noqa: S101 - for the type checker
         store, description = self.store, Description(0, step, {}, time.time())
 
@@ -64,10 +67,6 @@ class Place:
             return description
 
         return FileTarget(store, self.name, prepared)
-
-    def pending(self) -> bool | None:
-        """Return whether something will be here once all is carried out; None if nothing pending tells."""
-        return get_engine().pending(self.path)
 
     def load(self, map_location: Any = "cpu", *, weights_only: bool | None) -> Any:
         """Load a file of ours, every byte checked."""
@@ -84,20 +83,32 @@ class Place:
             return False
 
     def remove(self, causes: Causes) -> Outcome[None]:
-        """Remove what is here, a directory too; the place is local."""
+        """Remove what is here, a directory too."""
         assert self.store is not None  # noqa: S101 - for the type checker
         return operations.remove(self.store, self.name, causes=causes)
 
+    def exists(self) -> bool:
+        """Return whether something is here, or will be once all is carried out."""
+        pending = get_engine().pending(self.path)
+        if pending is not None or self.is_local or self.store is None:
+            return Path(self.path).exists() if pending is None else pending
+        return get_engine().call(self._is_there, self.store)
+
+    async def _is_there(self, store: Store) -> bool:
+        try:
+            await store.stat(self.name)
+        except FileNotFoundError:
+            return False
+        return True
+
     def copy(self, source: Place, causes: Causes) -> Outcome[None]:
         """Make this an independent copy of the file at `source`."""
-        if self.store is None:
-            make = partial(in_thread, _copy_remote, source.path, self.path)
-        else:
-            make = partial(self._prepared, self.store.copy, source)
+        assert self.store is not None  # noqa: S101 - for the type checker
+        make = partial(self._prepared, self.store.copy, source)
         return operations.submit(make, self.path, exists=True, causes=causes)
 
     def link(self, source: Place, causes: Causes) -> Outcome[None]:
-        """Make this a relative link to `source`; both are local."""
+        """Make this a relative link to `source`, or a copy where there are none."""
         assert self.store is not None  # noqa: S101 - for the type checker
         make = partial(self._prepared, self.store.link, source)
         return operations.submit(make, self.path, exists=True, causes=causes)
@@ -130,8 +141,3 @@ class StateTarget(Target):
 
     def _write(self, stager: Stager, snapshot: Snapshot) -> None:
         self.save(stager.host_state(snapshot))
-
-
-def _copy_remote(source: str, target: str) -> None:
-    fs, inner = url_to_fs(source)
-    fs.cp_file(inner, url_to_fs(target)[1])

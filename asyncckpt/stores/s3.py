@@ -1,0 +1,214 @@
+"""A directory of an S3 bucket: one object a checkpoint, uploaded in parallel parts, visible when complete."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import errno
+import logging
+import random
+import secrets
+import time
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+from anyio import CancelScope, fail_after
+
+from asyncckpt.checksum import crc32
+from asyncckpt.errors import StoreError
+from asyncckpt.stores.base import Draft
+from asyncckpt.stores.remote import ABANDONED_AFTER, RemoteStore
+from asyncckpt.stores.remote_errors import told
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+logger = logging.getLogger("asyncckpt")
+
+# How often a request is made at most, with jitter between: the client's own "standard" retries.
+ATTEMPTS = 6
+_PART = 8 << 20
+_PARTS = 10_000  # the most that an upload may have
+_PAGE = 4096
+_CUT_SHORT = frozenset({"ClientPayloadError", "IncompleteRead", "ServerDisconnectedError", "ClientOSError"})
+# Seconds for a part: no timeout of the client's covers a server that stops reading.
+_DEADLINE = 300.0
+_MARK = "asyncckpt-save"
+
+
+class S3Store(RemoteStore):
+    """A prefix of a bucket, through s3fs's client."""
+
+    async def call(self, method: str, key: str | None = None, **arguments: Any) -> Any:
+        """Call an operation of the S3 client on the bucket."""
+        bucket, _, _ = self._root.partition("/")
+        if key is not None:
+            arguments["Key"] = key
+        coroutine = self._fs._call_s3(method, Bucket=bucket, **arguments)
+        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(coroutine, self._fs.loop))
+
+    @asynccontextmanager
+    async def draft(self, name: str, size: int) -> AsyncIterator[Draft]:
+        """Open a draft of `size` bytes that will replace `name`; leaving drops what is not committed."""
+        _, _, key = self._full(name).partition("/")
+        draft = S3Draft(self, key, size, self.path_of(name))
+        try:
+            with told(f"writing {name}", self._given):
+                await draft.open()
+            yield draft
+        finally:
+            with CancelScope(shield=True):
+                await draft.drop()
+
+    async def read(self, name: str, offset: int, into: memoryview) -> None:
+        """Fill `into` with the bytes from `offset` on; an answer that is cut short is asked for again."""
+        for attempt in range(ATTEMPTS):
+            try:
+                await super().read(name, offset, into)
+            except StoreError as error:
+                # The client's own retries end where the body of an answer begins.
+                if attempt + 1 == ATTEMPTS or type(error.__cause__).__name__ not in _CUT_SHORT:
+                    raise
+                await asyncio.sleep(random.random() * min(2**attempt, 20))  # noqa: S311 - jitter
+            else:
+                return
+
+    async def _prepare(self) -> None:
+        _, _, prefix = self._root.partition("/")
+        try:
+            await self.call("head_bucket")
+        except FileNotFoundError as error:
+            bucket, _, _ = self._root.partition("/")
+            msg = f"there is no bucket {bucket!r}; make it, or correct the URL or the endpoint"
+            raise StoreError(errno.ENOENT, msg, self._given) from error
+        # The right to write is asked for now, not an hour later: by an upload that is given up at once.
+        probe = f"{prefix}/.{secrets.token_hex(8)}.asyncckpt-probe".lstrip("/")
+        upload = await self.call("create_multipart_upload", probe)
+        await self.call("abort_multipart_upload", probe, UploadId=upload["UploadId"])
+        try:
+            await self._abort_abandoned(f"{prefix}/".lstrip("/"))
+        except PermissionError as error:
+            logger.warning("%s: uploads that dead runs left cannot be listed: %s", self._given, error)
+
+    async def _abort_abandoned(self, prefix: str) -> None:
+        """Give up what dead runs have begun to upload, which is paid for and not listed anywhere else."""
+        page: dict[str, Any] = {}
+        while True:
+            answer = await self.call("list_multipart_uploads", Prefix=prefix, **page)
+            for upload in answer.get("Uploads") or []:
+                if time.time() - upload["Initiated"].timestamp() > ABANDONED_AFTER:
+                    logger.info("aborting the upload of %s, which a dead writer left", upload["Key"])
+                    await self.call("abort_multipart_upload", upload["Key"], UploadId=upload["UploadId"])
+            if not answer.get("IsTruncated"):
+                return
+            page = {
+                "KeyMarker": answer["NextKeyMarker"],
+                "UploadIdMarker": answer["NextUploadIdMarker"],
+            }
+
+
+class S3Draft(Draft):
+    """A multipart upload, or a single request where one part is all."""
+
+    writers = 4
+
+    def __init__(self, store: S3Store, key: str, size: int, path: str) -> None:
+        self._store = store
+        self._key = key
+        self._path = path
+        self._token = secrets.token_hex(16)
+        # A part is copied to be sent, so at most `writers` parts of memory are taken beside the snapshot.
+        self.chunk = max(_PART, -(-size // _PARTS // _PAGE) * _PAGE + _PAGE if size > _PART * _PARTS else 0)
+        self._multipart = size > self.chunk
+        self._upload: str | None = None
+        self._whole = memoryview(b"")
+        self._parts: dict[int, dict[str, Any]] = {}
+        self._size = size
+        self._sync = 0.0
+
+    async def open(self) -> None:
+        """Begin the upload."""
+        if self._multipart:
+            answer = await self._store.call(
+                "create_multipart_upload",
+                self._key,
+                ChecksumAlgorithm="CRC32",
+                Metadata={_MARK: self._token},
+            )
+            self._upload = answer["UploadId"]
+
+    async def write(self, offset: int, data: memoryview) -> None:
+        """Upload a part."""
+        if self._upload is None:
+            self._whole = data
+            return
+        number, checksum = offset // self.chunk + 1, _checksum(data)
+        with told(f"uploading part {number}", self._path), fail_after(_DEADLINE):
+            answer = await self._store.call(
+                "upload_part",
+                self._key,
+                UploadId=self._upload,
+                PartNumber=number,
+                Body=bytes(data),
+                ChecksumCRC32=checksum,
+            )
+        part = {"PartNumber": number, "ETag": answer["ETag"], "ChecksumCRC32": checksum}
+        self._parts[number] = part
+
+    async def commit(self) -> None:
+        """Complete the upload: from then on the object is there, whole and durable."""
+        began = time.perf_counter()
+        with told("completing the upload", self._path):
+            if self._upload is None:
+                await self._put()
+            else:
+                await self._complete(self._upload)
+        self._upload = None
+        self._store.changed()
+        self._sync = time.perf_counter() - began
+
+    @property
+    def sync_seconds(self) -> float:
+        """What completing took."""
+        return self._sync
+
+    async def drop(self) -> None:
+        """Abort what is not committed."""
+        if self._upload is None:
+            return
+        upload, self._upload = self._upload, None
+        try:
+            await self._store.call("abort_multipart_upload", self._key, UploadId=upload)
+        except FileNotFoundError:
+            return  # it is gone
+        except Exception as error:  # noqa: BLE001 - what made it fail matters more, and it is not visible
+            logger.warning("%s: the broken upload could not be aborted: %s", self._path, error)
+
+    async def _put(self) -> None:
+        if len(self._whole) != self._size:
+            raise _incomplete(self._path, len(self._whole), self._size)
+        await self._store.call(
+            "put_object", self._key, Body=bytes(self._whole), ChecksumCRC32=_checksum(self._whole)
+        )
+
+    async def _complete(self, upload: str) -> None:
+        parts = [self._parts[number] for number in sorted(self._parts)]
+        if len(parts) != -(-self._size // self.chunk):
+            raise _incomplete(self._path, len(parts) * self.chunk, self._size)
+        try:
+            await self._store.call(
+                "complete_multipart_upload", self._key, UploadId=upload, MultipartUpload={"Parts": parts}
+            )
+        except FileNotFoundError:
+            # The answer to an earlier attempt was lost: it may have been done. The object tells.
+            there = await self._store.call("head_object", self._key)
+            if there["Metadata"].get(_MARK) != self._token:
+                raise
+
+
+def _checksum(data: memoryview) -> str:
+    return base64.b64encode(crc32(data).to_bytes(4, "big")).decode()
+
+
+def _incomplete(path: str, written: int, size: int) -> StoreError:
+    return StoreError(errno.EINVAL, f"{written} of {size} bytes were written; it is not committed", path)
