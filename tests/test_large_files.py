@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.serialization import config as _config
 
-from asyncckpt.layout.checksum import crc32, crc32_combine
+from asyncckpt.checksum import crc32, crc32_combine
 from asyncckpt.layout.description import Description
 from asyncckpt.layout.torch_zip import STORAGES, lay_out, plan
 from asyncckpt.layout.zip_reader import read_description, read_directory
