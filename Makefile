@@ -35,7 +35,7 @@ demo: $(DONE)/demo
 	$(BIN)/python examples/demo.py
 
 test: $(DONE)/test
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal $(ARGS)
 
 # mypy runs once for each directory of scripts: their modules may have the same names.
 lint: $(DONE)/demo $(DONE)/test $(DONE)/lint

@@ -161,7 +161,8 @@ def main() -> None:
     options = parser.parse_args()
     nbytes = options.megabytes << 20
     if options.measure:
-        sys.stdout.write(json.dumps(measure(*options.measure, nbytes)) + "\n")
+        way, url = options.measure
+        sys.stdout.write(json.dumps(measure(way, url, nbytes)) + "\n")
         return
     clear_up_when_told_to_go()
     samples: dict[str, dict[str, list[float]]] = {way: defaultdict(list) for way in WAYS}

@@ -88,7 +88,7 @@ def test_a_run_is_saved_listed_evicted_and_resumed(url: str, options: dict[str, 
         assert best is not None
         assert best.path == f"{url}/step-00000001.pt"
         again.verify("latest")
-        state = {"x": torch.zeros(100), "n": 0.0}
+        state: dict[str, Any] = {"x": torch.zeros(100), "n": 0.0}
         found = again.restore(state)
         assert found is not None
         assert (found.step, state["n"], state["x"][0].item()) == (3, 3.0, 3.0)
@@ -156,7 +156,7 @@ def test_a_save_that_fails_for_good_leaves_nothing_and_says_how_often_it_was_tri
         with pytest.raises(SaveError, match=rf"uploading part \d+.*tried {s3.ATTEMPTS} times"):
             ckpt.wait()
         assert set(moto.objects("bucket")) == before
-        assert moto.uploads("bucket") == []
+        assert [key for key in moto.uploads("bucket") if key.startswith(url[12:])] == []
         numbers = [request.query.get("partNumber") for request in proxy.seen("UploadPart")]
         assert all(numbers.count(number) <= s3.ATTEMPTS for number in numbers)
         proxy.reset()

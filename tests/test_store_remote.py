@@ -7,11 +7,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-pytest.register_assert_rewrite("asyncckpt.testing.store_contract")
-
-from asyncckpt.stores import open_store  # noqa: E402
-from asyncckpt.testing.store_contract import StoreContract  # noqa: E402
-from object_servers import MotoServer  # noqa: E402
+from asyncckpt.stores import open_store
+from asyncckpt.testing.store_contract import StoreContract
+from object_servers import MotoServer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

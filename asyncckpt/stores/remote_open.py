@@ -30,6 +30,8 @@ _EXTRAS = {
     "az": "azure",
 }
 
+_ENVIRONMENT = ("AWS_", "AZURE_", "GOOGLE_", "GCSFS_", "FSSPEC_")
+
 _opened: dict[tuple[int, str, str], AbstractFileSystem] = {}
 _opening = threading.Lock()
 
@@ -47,7 +49,9 @@ def open_remote(url: str, protocol: str, options: dict[str, Any]) -> RemoteStore
     """
     if protocol in _S3:
         options = _s3_options(options)
-    key = (os.getpid(), url.partition("://")[0], json.dumps(options, sort_keys=True, default=repr))
+    # Clients take what is not in the options from the environment, once.
+    surroundings = {name: value for name, value in os.environ.items() if name.startswith(_ENVIRONMENT)}
+    key = (os.getpid(), protocol, json.dumps([options, surroundings], sort_keys=True, default=repr))
     try:
         with _opening, told("opening it", url):
             fs = _opened.get(key)
