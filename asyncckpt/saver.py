@@ -136,7 +136,7 @@ class Saver:
         return save
 
     def _copy_and_submit(self, engine: Engine, job: _Job) -> None:
-        if job.snapshot.body.nbytes >= _OVERLAP_FROM:
+        if job.target.overlaps and job.snapshot.body.nbytes >= _OVERLAP_FROM:
             try:
                 self._submit(engine, job)
                 self._copy(job)

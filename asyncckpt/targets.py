@@ -28,9 +28,11 @@ class Target(ABC):
     Attributes:
         path: what the user calls it.
         after: awaited after the commit, once the caller has been told; for evictions.
+        overlaps: whether writing may begin while the snapshot is still being copied.
     """
 
     path: str
+    overlaps: bool = False
     after: Callable[[Checkpoint], Awaitable[None]] | None = None
 
     @abstractmethod
@@ -62,6 +64,11 @@ class FileTarget(Target):
     def path(self) -> str:  # type: ignore[override]
         """The path or URL of the file."""
         return self.store.path_of(self.name)
+
+    @property
+    def overlaps(self) -> bool:  # type: ignore[override]
+        """Whether the store's writes leave the training thread alone."""
+        return self.store.overlaps
 
     async def write(self, stager: Stager, snapshot: Snapshot, stats: SaveStats) -> Checkpoint:
         """Plan the file and carry the plan out."""

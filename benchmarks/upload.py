@@ -18,6 +18,7 @@ from collections import defaultdict
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -55,14 +56,24 @@ def ours(state: dict[str, torch.Tensor], url: str, options: dict[str, Any]) -> d
 
     with Checkpointer(url, storage_options=options) as ckpt:
         snapshot = ckpt.reserve(state)
-        ckpt.save(0, state).committed.result()
         forget_peak()
         before = status("VmRSS")
+        ckpt.save(0, state).committed.result()
         save = ckpt.save(1, state)
         save.committed.result()
         peak = status("VmHWM") - before + snapshot
         stats = save.stats
-        return {"seconds": stats.durable, "stall": stats.stall, "peak": peak, "snapshot": snapshot}
+    with TemporaryDirectory(dir=Path.cwd()) as directory, Checkpointer(directory) as local:
+        for step in range(2):
+            on_disk = local.save(step, state)
+            on_disk.committed.result()
+    return {
+        "seconds": stats.durable,
+        "stall": stats.stall,
+        "local": on_disk.stats.stall,
+        "peak": peak,
+        "snapshot": snapshot,
+    }
 
 
 def pipe(state: dict[str, torch.Tensor], url: str, options: dict[str, Any]) -> dict[str, float]:
@@ -144,7 +155,8 @@ def draw(data: dict[str, Any]) -> str:
     for way, row in data["ways"].items():
         rate = data["bytes"] / 1e6 / row["seconds"]
         snapshot = f", of that the snapshot {row['snapshot'] / 1e6:.0f} MB" if row["snapshot"] else ""
-        stall, peak = f"{row['stall'] * 1e3:.0f} ms", f"{row['peak'] / 1e6:.0f} MB"
+        local = f" (to a disk: {row['local'] * 1e3:.0f} ms)" if "local" in row else ""
+        stall, peak = f"{row['stall'] * 1e3:.0f} ms{local}", f"{row['peak'] / 1e6:.0f} MB"
         lines.append(f"| {way} | {rate:.0f} | {stall} | {peak}{snapshot} |")
     over = data["ways"]["asyncckpt"]["peak"] - data["ways"]["asyncckpt"]["snapshot"]
     verdict = "met" if over <= LIMIT else "MISSED"

@@ -70,7 +70,13 @@ class Store(ABC):
 
     All methods may be called from several tasks at once. Failures are `StoreError`, or the
     built-in `FileNotFoundError` where a named file is not there.
+
+    Attributes:
+        overlaps: whether a draft may be written while the snapshot is still being copied. That is for stores
+            whose writes take neither the interpreter nor the processor from the training thread.
     """
+
+    overlaps: bool = False
 
     @abstractmethod
     def path_of(self, name: str) -> str:

@@ -54,6 +54,8 @@ class LocalStore(Store):
         StoreError: on Windows, where files in use cannot be replaced.
     """
 
+    overlaps = True
+
     def __init__(self, directory: str, ops: FileOps | None = None) -> None:
         if sys.platform == "win32":
             raise StoreError(

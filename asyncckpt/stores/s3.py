@@ -27,7 +27,7 @@ logger = logging.getLogger("asyncckpt")
 
 # How often a request is made at most, with jitter between: the client's own "standard" retries.
 ATTEMPTS = 6
-_PART = 8 << 20
+_PART = 5 << 20  # the least that a part may have: what is under way is in memory a second time, and a third
 _PARTS = 10_000  # the most that an upload may have
 _PAGE = 4096
 _CUT_SHORT = frozenset({"ClientPayloadError", "IncompleteRead", "ServerDisconnectedError", "ClientOSError"})
@@ -110,14 +110,14 @@ class S3Store(RemoteStore):
 class S3Draft(Draft):
     """A multipart upload, or a single request where one part is all."""
 
-    writers = 4
+    writers = 5
 
     def __init__(self, store: S3Store, key: str, size: int, path: str) -> None:
         self._store = store
         self._key = key
         self._path = path
         self._token = secrets.token_hex(16)
-        # A part is copied to be sent, so at most `writers` parts of memory are taken beside the snapshot.
+        # A part is copied to be sent, and again by the socket: that is what is taken beside the snapshot.
         self.chunk = max(_PART, -(-size // _PARTS // _PAGE) * _PAGE + _PAGE if size > _PART * _PARTS else 0)
         self._multipart = size > self.chunk
         self._upload: str | None = None

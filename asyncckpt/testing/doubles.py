@@ -95,6 +95,7 @@ class WrapperStore(Store):
 
     def __init__(self, inner: Store) -> None:
         self._inner = inner
+        self.overlaps = inner.overlaps
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._inner!r})"
