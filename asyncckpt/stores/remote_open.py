@@ -32,7 +32,7 @@ _EXTRAS = {
 
 _ENVIRONMENT = ("AWS_", "AZURE_", "GOOGLE_", "GCSFS_", "FSSPEC_")
 
-_opened: dict[tuple[int, str, str], AbstractFileSystem] = {}
+_opened: dict[tuple[str, str], AbstractFileSystem] = {}
 _opening = threading.Lock()
 
 
@@ -51,7 +51,7 @@ def open_remote(url: str, protocol: str, options: dict[str, Any]) -> RemoteStore
         options = _s3_options(options)
     # Clients take what is not in the options from the environment, once.
     surroundings = {name: value for name, value in os.environ.items() if name.startswith(_ENVIRONMENT)}
-    key = (os.getpid(), protocol, json.dumps([options, surroundings], sort_keys=True, default=repr))
+    key = (protocol, json.dumps([options, surroundings], sort_keys=True, default=repr))
     try:
         with _opening, told("opening it", url):
             fs = _opened.get(key)
@@ -79,3 +79,13 @@ def _s3_options(options: dict[str, Any]) -> dict[str, Any]:
         "s3": {"payload_signing_enabled": False},
     }
     return options | {"config_kwargs": config | options.get("config_kwargs", {}), "use_listings_cache": False}
+
+
+def _forget_in_child() -> None:
+    """Begin anew in a forked child: connections and the thread that serves them are the parent's."""
+    global _opening  # noqa: PLW0603
+    _opening = threading.Lock()
+    _opened.clear()
+
+
+os.register_at_fork(after_in_child=_forget_in_child)
