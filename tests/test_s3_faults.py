@@ -151,7 +151,7 @@ def test_a_save_that_fails_for_good_leaves_nothing_and_says_how_often_it_was_tri
 ) -> None:
     before = set(moto.objects("bucket"))
     with Checkpointer(url, storage_options=options) as ckpt:
-        proxy.fail(is_("UploadPart"), status(500), times=99)
+        proxy.fail(is_("UploadPart"), status(503, "SlowDown"), times=99)
         ckpt.save(1, state_of(1.0))
         with pytest.raises(SaveError, match=rf"uploading part \d+.*tried {s3.ATTEMPTS} times"):
             ckpt.wait()
