@@ -79,6 +79,12 @@ async def describe(store: Store, name: str) -> Checkpoint:
     return await _read_checkpoint(store, file) or Checkpoint(None, store.path_of(name), {}, file.nbytes)
 
 
+async def is_described(store: Store, name: str) -> bool:
+    """Return whether a file was written by asyncckpt: whether it says so itself."""
+    file = await store.stat(name)
+    return await answer(read_description(file.nbytes), store, file.name) is not None
+
+
 async def _read_checkpoint(store: Store, file: StoredFile) -> Checkpoint | None:
     record = await answer(read_description(file.nbytes), store, file.name)
     return (

@@ -27,12 +27,14 @@ def remove(store: Store, name: str, *, causes: Causes = ()) -> Outcome[None]:
 
 def copy(store: Store, source: str, target: str, *, causes: Causes = ()) -> Outcome[None]:
     """Make `target` a second name for the bytes of `source`, which may be a save that is still pending."""
-    return submit(partial(store.copy, source, target), store.path_of(target), exists=True, causes=causes)
+    make = partial(_prepared, store, partial(store.copy, source, target))
+    return submit(make, store.path_of(target), exists=True, causes=causes)
 
 
 def link(store: Store, source: str, target: str, *, causes: Causes = ()) -> Outcome[None]:
     """Make `target` refer to `source`, which may be a save that is still pending."""
-    return submit(partial(store.link, source, target), store.path_of(target), exists=True, causes=causes)
+    make = partial(_prepared, store, partial(store.link, source, target))
+    return submit(make, store.path_of(target), exists=True, causes=causes)
 
 
 def call(func: Callable[[], object], path: str, *, exists: bool, causes: Causes = ()) -> Outcome[None]:
@@ -73,3 +75,9 @@ def submit(
     operation = Operation(run, {path: exists})
     engine.submit(operation)
     return outcome
+
+
+async def _prepared(store: Store, make: Callable[[], Awaitable[None]]) -> None:
+    """Make something in a directory that may not be there yet."""
+    await store.prepare()
+    await make()

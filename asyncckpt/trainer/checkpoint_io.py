@@ -21,6 +21,7 @@ from asyncckpt.trainer.stack import is_interrupted, is_preemption, is_requeued, 
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from contextlib import AbstractContextManager
     from pathlib import Path
     from types import TracebackType
 
@@ -119,7 +120,7 @@ class BackgroundIO(Base):
             place = self.place(path)
             step = checkpoint.get("global_step")
             step = step if isinstance(step, int) else None
-            if not self._writes_itself() or place.store is None:
+            if not self._writes_itself():
                 save_state = partial(self._base().save_checkpoint, path=path, storage_options=storage_options)
                 target: Any = StateTarget(place.path, save_state)
             elif storage_options is not None:
@@ -162,7 +163,7 @@ class BackgroundIO(Base):
         """Remove a checkpoint once what was saved before is durable."""
         with self._entered():
             place = self.place(path)
-            if self._writes_itself() and place.store is not None:
+            if self._writes_itself():
                 outcome = place.remove(self._causes)
             else:
                 outcome = operations.call(
@@ -247,11 +248,9 @@ class BackgroundIO(Base):
         finally:
             self._causes = ()
 
-    @contextmanager
-    def instant(self) -> Iterator[None]:
+    def instant(self) -> AbstractContextManager[None]:
         """Copy, in this context, what is saved twice only once; see `Saver.instant`."""
-        with self._saver.instant():
-            yield
+        return self._saver.instant()
 
     def _complete(self, save: Save) -> None:
         try:

@@ -6,14 +6,14 @@ import os
 import posixpath
 import time
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fsspec.core import split_protocol
 
 from asyncckpt import operations
-from asyncckpt.catalog import describe
+from asyncckpt.catalog import is_described
 from asyncckpt.engine import get_engine
 from asyncckpt.errors import AsyncCkptError
 from asyncckpt.layout.description import Description
@@ -24,7 +24,7 @@ from asyncckpt.threads import in_thread
 from asyncckpt.types import Checkpoint
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Callable
 
     from asyncckpt.operations import Causes
     from asyncckpt.save import Outcome
@@ -40,26 +40,33 @@ class Place:
 
     Attributes:
         path: absolute, with the links of its directory resolved, if it is local; else as given.
-        store, name: of the file; no store for addresses that can only be read (http).
+        name: of the file in its directory.
+        is_local: whether it is a path of a mounted file system.
     """
 
     def __init__(self, path: str | os.PathLike[str], open_store: OpenStore = open_store) -> None:
         protocol, local = split_protocol(os.fspath(path))
-        self.path = os.fspath(path)
-        self.store: Store | None = None
+        self._open_store = open_store
         self.is_local = protocol in {None, "file", "local"}
+        self._is_address = protocol in {"http", "https"}
         if self.is_local:
             full = Path(local).expanduser().absolute()
-            directory, self.name = str(full.parent.resolve()), full.name
+            self._directory, self.name = str(full.parent.resolve()), full.name
         else:
-            directory, _, self.name = self.path.rpartition("/")
-        if protocol not in {"http", "https"}:
-            self.store = open_store(directory)
-            self.path = self.store.path_of(self.name)
+            self._directory, _, self.name = os.fspath(path).rpartition("/")
+        self.path = posixpath.join(self._directory, self.name)
+
+    @cached_property
+    def store(self) -> Store:
+        """The store of the directory.
+
+        Raises:
+            StoreError: the protocol is not known, or its package is not installed.
+        """
+        return self._open_store(self._directory)
 
     def file_target(self, step: int | None) -> FileTarget:
         """Return what a save of ours goes to."""
-        assert self.store is not None  # noqa: S101 - for the type checker
         store, description = self.store, Description(0, step, {}, time.time())
 
         async def prepared() -> Description:
@@ -70,53 +77,45 @@ class Place:
 
     def load(self, map_location: Any = "cpu", *, weights_only: bool | None) -> Any:
         """Load a file of ours, every byte checked."""
-        assert self.store is not None  # noqa: S101 - for the type checker
         return load_state(get_engine(), self.store, self.name, map_location, weights_only=weights_only)
 
     def is_ours(self) -> bool:
-        """Return whether a file that asyncckpt wrote is here: others do not say when they were made."""
-        if self.store is None:
+        """Return whether a file that asyncckpt wrote is here; what a web server has is left to others."""
+        if self._is_address:
             return False
         try:
-            return get_engine().call(describe, self.store, self.name).created > 0
+            return get_engine().call(is_described, self.store, self.name)
         except (OSError, AsyncCkptError):
             return False
-
-    def remove(self, causes: Causes) -> Outcome[None]:
-        """Remove what is here, a directory too."""
-        assert self.store is not None  # noqa: S101 - for the type checker
-        return operations.remove(self.store, self.name, causes=causes)
 
     def exists(self) -> bool:
         """Return whether something is here, or will be once all is carried out."""
         pending = get_engine().pending(self.path)
-        if pending is not None or self.is_local or self.store is None:
-            return Path(self.path).exists() if pending is None else pending
-        return get_engine().call(self._is_there, self.store)
+        if pending is not None:
+            return pending
+        return Path(self.path).exists() if self.is_local else get_engine().call(self._is_there)
 
-    async def _is_there(self, store: Store) -> bool:
+    def remove(self, causes: Causes) -> Outcome[None]:
+        """Remove what is here, a directory too."""
+        return operations.remove(self.store, self.name, causes=causes)
+
+    def copy(self, source: Place, causes: Causes) -> Outcome[None]:
+        """Make this an independent copy of the file at `source`."""
+        return operations.copy(self.store, self._relative(source), self.name, causes=causes)
+
+    def link(self, source: Place, causes: Causes) -> Outcome[None]:
+        """Make this a relative link to `source`, or a copy where there are none."""
+        return operations.link(self.store, self._relative(source), self.name, causes=causes)
+
+    async def _is_there(self) -> bool:
         try:
-            await store.stat(self.name)
+            await self.store.stat(self.name)
         except FileNotFoundError:
             return False
         return True
 
-    def copy(self, source: Place, causes: Causes) -> Outcome[None]:
-        """Make this an independent copy of the file at `source`."""
-        assert self.store is not None  # noqa: S101 - for the type checker
-        make = partial(self._prepared, self.store.copy, source)
-        return operations.submit(make, self.path, exists=True, causes=causes)
-
-    def link(self, source: Place, causes: Causes) -> Outcome[None]:
-        """Make this a relative link to `source`, or a copy where there are none."""
-        assert self.store is not None  # noqa: S101 - for the type checker
-        make = partial(self._prepared, self.store.link, source)
-        return operations.submit(make, self.path, exists=True, causes=causes)
-
-    async def _prepared(self, make: Callable[[str, str], Awaitable[None]], source: Place) -> None:
-        assert self.store is not None  # noqa: S101 - for the type checker
-        await self.store.prepare()
-        await make(posixpath.relpath(source.path, posixpath.dirname(self.path)), self.name)
+    def _relative(self, source: Place) -> str:
+        return posixpath.relpath(source.path, self._directory)
 
 
 @dataclass(slots=True, eq=False)
