@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
 
     from asyncckpt.engine import Engine
-    from asyncckpt.staging import Snapshot
+    from asyncckpt.staging import Frozen, Snapshot
     from asyncckpt.targets import Target
     from asyncckpt.types import Checkpoint
 
@@ -104,17 +104,20 @@ class Saver:
     def _save(self, state: object, target: Target, step: int | None, began: float) -> Save:
         self.raise_failures("; the save that is told of it was not taken")
         save = Save(step, target.path)
-        entered = time.perf_counter()
         engine = get_engine()
-        if self._instant is not None and self._save_again(engine, self._instant, state, save, target, began):
-            return save
+        entered, frozen = time.perf_counter(), None
+        if self._instant is not None:
+            frozen = self._instant.stager.freeze(state)
+            if self._save_again(engine, self._instant, frozen, save, target, began):
+                return save
         self._end_instant()  # what it holds may be what there has to be room for
+        compared = time.perf_counter()
         if not self._admit(engine):
             return skipped(save, f"{self._max_in_flight} saves are still being written")
         admitted = time.perf_counter()
         try:
             stager = self._stager_of(engine)
-            snapshot = stager.stage(state, wait=self._when_busy != "skip")
+            snapshot = stager.stage(state, wait=self._when_busy != "skip", frozen=frozen)
         except BusyError as error:
             self._leave()
             return skipped(save, str(error))
@@ -122,8 +125,8 @@ class Saver:
             self._leave()
             raise
         stats = save.stats
-        stats.freeze = snapshot.freeze_seconds
-        stats.wait = admitted - entered + snapshot.wait_seconds
+        stats.freeze = compared - entered + snapshot.freeze_seconds
+        stats.wait = admitted - compared + snapshot.wait_seconds
         job = self._job(save, target, began, partial(target.write, stager, snapshot, stats), snapshot)
         if self._in_instant:
             self._instant = _Instant(job, stager, snapshot.share(snapshot.frozen))
@@ -152,10 +155,10 @@ class Saver:
         self._submit(engine, job)
 
     def _save_again(  # noqa: PLR0913, PLR0917 - what a save consists of
-        self, engine: Engine, last: _Instant, state: object, save: Save, target: Target, began: float
+        self, engine: Engine, last: _Instant, frozen: Frozen, save: Save, target: Target, began: float
     ) -> bool:
         """Save what has been copied in this instant already; returns false if it has changed."""
-        snapshot = last.stager.stage_again(state, last.snapshot)
+        snapshot = last.stager.stage_again(frozen, last.snapshot)
         if snapshot is None:
             return False
         write = partial(target.write, last.stager, snapshot, save.stats)

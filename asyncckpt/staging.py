@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from asyncckpt.snapshot.freeze import FrozenState
     from asyncckpt.types import FilePlan
 
+    Frozen = tuple[FrozenState, list[UntypedStorage]]
+
 # Objects and numpy arrays are pickled on the training thread; from this size on that is worth a word.
 INLINE_WARNING = 64 << 20
 
@@ -96,35 +98,45 @@ class Stager:
     _body: Body | None = field(default=None, init=False)
     _warned: bool = field(default=False, init=False)
 
-    def stage(self, state: object, *, wait: bool = True) -> Snapshot:
-        """Freeze `state` and lease room for it; the copy is left to `Snapshot.copy`.
+    def freeze(self, state: object) -> Frozen:
+        """Decide what a checkpoint of `state` will hold; returns that, and its live storages.
+
+        Raises:
+            SaveError: the state cannot be saved; the message says which entry.
+        """
+        return self._freezer.freeze(state)
+
+    def stage(self, state: object, *, wait: bool = True, frozen: Frozen | None = None) -> Snapshot:
+        """Freeze `state`, unless it has just been, and lease room; the copy is left to `Snapshot.copy`.
 
         Raises:
             SaveError: the state cannot be saved; the message says which entry.
             BusyError: there is no room in host memory, and `wait` is false.
         """
         began = time.perf_counter()
-        frozen, storages = self._freezer.freeze(state)
-        body = self._lay_out(frozen.sizes)
-        self._warn_of_inline(len(frozen.pickled))
+        decided, storages = frozen or self.freeze(state)
+        body = self._lay_out(decided.sizes)
+        self._warn_of_inline(len(decided.pickled))
         froze = time.perf_counter()
-        lease = self.arena.lease(body.nbytes, pinned=_on_cuda(frozen), wait=wait)
-        snapshot = Snapshot(frozen, body, lease, storages=storages)
+        lease = self.arena.lease(body.nbytes, pinned=_on_cuda(decided), wait=wait)
+        snapshot = Snapshot(decided, body, lease, storages=storages)
         snapshot.freeze_seconds = froze - began
         snapshot.wait_seconds = time.perf_counter() - froze
         return snapshot
 
-    def stage_again(self, state: object, snapshot: Snapshot) -> Snapshot | None:
-        """Return a snapshot of `state` that shares the copy of an earlier one; None if a byte of it differs.
+    def stage_again(self, frozen: Frozen, snapshot: Snapshot) -> Snapshot | None:
+        """Return a snapshot that shares the copy of an earlier one; None if a byte of it differs.
 
         Everything else than the bytes of storages may differ.
         """
-        frozen, storages = self._freezer.freeze(state)
-        if frozen.sizes == snapshot.frozen.sizes and holds(
-            snapshot.lease, storages, frozen.sizes, snapshot.body.starts.tolist()
-        ):
-            return snapshot.share(frozen)
-        return None
+        decided, storages = frozen
+        starts = snapshot.body.starts.tolist()
+        same = decided.sizes == snapshot.frozen.sizes
+        return (
+            snapshot.share(decided)
+            if same and holds(snapshot.lease, storages, decided.sizes, starts)
+            else None
+        )
 
     def reserve(self, state: object, count: int) -> int:
         """Make room for `count` snapshots of `state` ready; returns the bytes of one."""

@@ -26,39 +26,41 @@ def copy_pieces(pieces: Sequence[tuple[int, int, int]], report: Callable[[int], 
         report: called, under a lock, with the end of the last piece before which all are there.
     """
     work = _Work(pieces, report)
-    helpers = min(_MOST, _cores(), len(pieces)) - 1
-    started = [_helpers().submit(work.carry_on) for _ in range(helpers)]
-    try:
-        work.carry_on()
-    finally:
-        # Helpers write into a buffer of the caller's: nothing may return before they have stopped.
-        work.stop()
-        for helper in started:
-            helper.result()
+    _together(work.carry_on, work.stop, len(pieces))
 
 
 def all_of(test: Callable[[P], bool], pieces: Sequence[P]) -> bool:
     """Return whether every piece passes a test, this thread and its helpers sharing the work."""
     left = iter(pieces)
     taking = threading.Lock()
-    failed = threading.Event()
+    stopped = threading.Event()
+    passed = True
 
     def carry_on() -> None:
-        while not failed.is_set():
+        nonlocal passed
+        while not stopped.is_set():
             with taking:
                 piece = next(left, None)
             if piece is None:
                 return
             if not test(piece):
-                failed.set()
+                passed = False
+                stopped.set()
 
-    helpers = [_helpers().submit(carry_on) for _ in range(min(_MOST, _cores(), len(pieces)) - 1)]
+    _together(carry_on, stopped.set, len(pieces))
+    return passed
+
+
+def _together(carry_on: Callable[[], None], stop: Callable[[], None], count: int) -> None:
+    """Do `count` pieces of work on this thread and its helpers; all have stopped when this returns."""
+    helpers = [_helpers().submit(carry_on) for _ in range(min(_MOST, _cores(), count) - 1)]
     try:
         carry_on()
     finally:
+        # Helpers use a buffer of the caller's: nothing may return before they have stopped.
+        stop()
         for helper in helpers:
             helper.result()
-    return not failed.is_set()
 
 
 class _Work:
