@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from asyncckpt.errors import StoreError
 from asyncckpt.stores.base import Draft
+from asyncckpt.stores.remote_errors import told
 from asyncckpt.threads import in_thread
 
 if TYPE_CHECKING:
@@ -56,12 +57,14 @@ class StreamDraft(Draft):
         if offset != self._written:
             raise StoreError(errno.ESPIPE, f"byte {offset} cannot be written before byte {self._written}")
         self._written += len(data)
-        await in_thread(self._write, data)
+        with told(f"writing from byte {offset}", self._target):
+            await in_thread(self._write, data)
 
     async def commit(self) -> None:
         """Close the stream, see that all has arrived, and give it its name."""
         began = time.perf_counter()
-        await in_thread(self._commit)
+        with told("committing it", self._target):
+            await in_thread(self._commit)
         self._sync = time.perf_counter() - began
 
     @property

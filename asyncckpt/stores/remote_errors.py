@@ -45,7 +45,8 @@ def told(doing: str, where: str, *, absent_ok: bool = False) -> Iterator[None]:
 def store_error(error: Exception, doing: str, where: str) -> StoreError:
     """Return the error that a user is told, in one line."""
     hint = _HINTS.get(type(error).__name__)
-    text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    said = (error.strerror if isinstance(error, OSError) else None) or str(error)
+    text = said.strip().partition("\n")[0] or type(error).__name__
     attempts = _attempts(error)
     text = f"{text} (tried {attempts} times)" if attempts > 1 else text
     number = error.errno if isinstance(error, OSError) and error.errno else errno.EIO

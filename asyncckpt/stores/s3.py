@@ -118,7 +118,7 @@ class S3Draft(Draft):
         self._path = path
         self._token = secrets.token_hex(16)
         # A part is copied to be sent, and again by the socket: that is what is taken beside the snapshot.
-        self.chunk = max(_PART, -(-size // _PARTS // _PAGE) * _PAGE + _PAGE if size > _PART * _PARTS else 0)
+        self.chunk = max(_PART, -(-size // (_PARTS * _PAGE)) * _PAGE)
         self._multipart = size > self.chunk
         self._upload: str | None = None
         self._whole = memoryview(b"")
