@@ -1,5 +1,40 @@
-"""What pytest has to know before it imports the tests."""
+"""What pytest has to know before it imports the tests, and what many of them share."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import pytest
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from object_servers import FaultyProxy, MotoServer
+
 pytest.register_assert_rewrite("asyncckpt.testing.store_contract")
+
+
+@pytest.fixture(scope="session")
+def moto() -> Iterator[MotoServer]:
+    """An S3 server with a bucket; each test has a prefix of its own in it."""
+    from object_servers import MotoServer  # noqa: PLC0415 - most tests do without its clients
+
+    with MotoServer() as server:
+        server.make_bucket("bucket")
+        yield server
+
+
+@pytest.fixture(scope="session")
+def shared_proxy(moto: MotoServer) -> Iterator[FaultyProxy]:
+    """The way to that server, which a test can disturb."""
+    from object_servers import FaultyProxy  # noqa: PLC0415
+
+    with FaultyProxy(moto.url) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def proxy(shared_proxy: FaultyProxy) -> FaultyProxy:
+    """The same, undisturbed at first."""
+    shared_proxy.reset()
+    return shared_proxy

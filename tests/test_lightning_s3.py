@@ -11,20 +11,12 @@ pytest.importorskip("moto")
 import torch
 
 from asyncckpt.lightning import ModelCheckpoint
-from object_servers import MotoServer
 from trainers import QUIET, Model, trainer
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from object_servers import MotoServer
 
 pytestmark = [pytest.mark.filterwarnings(f) for f in QUIET]
-
-
-@pytest.fixture(scope="module")
-def moto() -> Iterator[MotoServer]:
-    with MotoServer() as server:
-        server.make_bucket("bucket")
-        yield server
 
 
 @pytest.fixture(autouse=True)
@@ -44,9 +36,8 @@ def test_a_run_is_saved_and_resumed_from_a_bucket(moto: MotoServer) -> None:
 
     first = callback()
     trainer(first, max_epochs=3).fit(Model([3.0, 1.0, 2.0]))
-    assert sorted(moto.objects("bucket")) == [
-        f"lightning/{name}.ckpt" for name in ("best", "epoch=1", "epoch=2", "last")
-    ]
+    there = sorted(key for key in moto.objects("bucket") if key.startswith("lightning/"))
+    assert there == [f"lightning/{name}.ckpt" for name in ("best", "epoch=1", "epoch=2", "last")]
     assert first.best_model_path == f"{directory}/epoch=1.ckpt"
     again = trainer(callback(), max_epochs=4)
     model = Model([0.5])

@@ -17,37 +17,18 @@ import asyncckpt
 from asyncckpt import BestK, Checkpointer, CorruptCheckpointError, LastN, SaveError, StoreError
 from asyncckpt.engine import get_engine
 from asyncckpt.stores import s3
-from object_servers import FaultyProxy, MotoServer, delay, drop, drop_answer, status, truncate
+from object_servers import delay, drop, drop_answer, status, truncate
 from support import run_python
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
     from pathlib import Path
 
-    from object_servers import Request
+    from object_servers import FaultyProxy, MotoServer, Request
 
 count = itertools.count()
 # Parts of 5 MiB: a state of some of them.
 LARGE = 5 << 20
-
-
-@pytest.fixture(scope="module")
-def moto() -> Iterator[MotoServer]:
-    with MotoServer() as server:
-        server.make_bucket("bucket")
-        yield server
-
-
-@pytest.fixture(scope="module")
-def shared_proxy(moto: MotoServer) -> Iterator[FaultyProxy]:
-    with FaultyProxy(moto.url) as proxy:
-        yield proxy
-
-
-@pytest.fixture
-def proxy(shared_proxy: FaultyProxy) -> FaultyProxy:
-    shared_proxy.reset()
-    return shared_proxy
 
 
 @pytest.fixture
