@@ -28,12 +28,12 @@ from torch.utils.data import DataLoader
 import asyncckpt.lightning as ours
 import machine
 import states
+from asyncckpt.bench.limits import PlainCopy, bring_in_memory
 from harness import (
     Options,
-    PlainCopy,
-    bring_in_memory,
     clear_up_when_told_to_go,
     forget_peak,
+    order,
     run_apart,
     status,
 )
@@ -371,13 +371,6 @@ def compare(ways: Sequence[str], directory: Path, repeat: int, saves: int, size:
         "rows": [row(key, found) for key, found in samples.items()],
         "samples": samples,
     }
-
-
-def order(keys: Sequence[str], turn: int) -> Sequence[str]:
-    """Return another order for each turn: forwards and backwards, beginning with another one each time."""
-    start = turn // 2 % len(keys)
-    turned = [*keys[start:], *keys[:start]]
-    return turned[::-1] if turn % 2 else turned
 
 
 def main() -> None:

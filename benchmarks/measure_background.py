@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
+from functools import partial
 from statistics import mean, median
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,9 @@ import torch
 
 import states
 from asyncckpt import Checkpointer, LastN
-from harness import Bare, Options, Samples, forget_peak, status
+from asyncckpt.bench.limits import Bare
+from asyncckpt.bench.loop import Loop
+from harness import Options, Samples, forget_peak, status
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -22,39 +25,24 @@ STEP = 2e-3
 SAVES = 4
 
 
-class Loop:
-    """A training loop of one thread, as that of a GPU job is: short calls, each of which yields the GIL."""
+def host_step() -> Callable[[], None]:
+    """Return a training step as the host thread of a GPU job takes it: short calls, each yields the GIL."""
+    a, b, c = (torch.rand(96, 96) for _ in range(3))
 
-    def __init__(self) -> None:
-        torch.set_num_threads(1)
-        self._a, self._b, self._c = (torch.rand(96, 96) for _ in range(3))
-        self._calls = 1
-        self._calls = max(1, round(STEP / median(self.run(0.3))))
+    def multiply(calls: int) -> None:
+        for _ in range(calls):
+            torch.mm(a, b, out=c)
 
-    def run(self, seconds: float) -> list[float]:
-        """Take steps for some time; returns what each took."""
-        end = time.perf_counter() + seconds
-        return self.run_while(lambda: time.perf_counter() < end)
-
-    def run_while(self, going: Callable[[], bool]) -> list[float]:
-        """Take steps, at least one, while `going` says so; returns what each took."""
-        times = []
-        last = time.perf_counter()
-        while True:
-            for _ in range(self._calls):
-                torch.mm(self._a, self._b, out=self._c)
-            now = time.perf_counter()
-            times.append(now - last)
-            last = now
-            if not going():
-                return times
+    single = median(Loop(partial(multiply, 1)).run(0.3))
+    return partial(multiply, max(1, round(STEP / single)))
 
 
 def steps(options: Options) -> Samples:
     """Take training steps by turns undisturbed, beside a save, and beside a bare process that writes."""
     samples: defaultdict[str, list[float]] = defaultdict(list)
     state = options.training().state()
-    loop = Loop()
+    torch.set_num_threads(1)
+    loop = Loop(host_step())
     path = options.directory / "bare"
     with Checkpointer(options.directory, keep=LastN(1)) as ckpt:
         nbytes = ckpt.save(0, state).committed.result().nbytes

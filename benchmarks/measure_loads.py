@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from asyncckpt import Checkpointer
-from harness import Bare, Options, Samples, bring_in_memory, forget_cached
+from asyncckpt.bench.limits import Bare, bring_in_memory
+from harness import Options, Samples, forget_cached
 from states import tensors_of
 
 if TYPE_CHECKING:

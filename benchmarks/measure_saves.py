@@ -10,12 +10,13 @@ import torch
 
 import states
 from asyncckpt import Checkpointer, LastN
-from harness import Bare, Options, PlainCopy, Samples, bring_in_memory
+from asyncckpt.bench.limits import Bare, PlainCopy, bring_in_memory
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from asyncckpt import Save
+    from harness import Options, Samples
 
 WARMING = 3
 

@@ -1,100 +1,43 @@
-"""The states that are saved and loaded: GPT-2 with Adam, many small tensors, and a small one."""
+"""The states that are saved and loaded."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import nn
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
+from asyncckpt.bench.states import (
+    GPT2,
+    QUICK,
+    RandomTensors,
+    Size,
+    Training,
+    bytes_of,
+    device,
+    distinct_tensors,
+    on_device,
+    tensors_of,
+    training,
+)
 
-
-class Size(NamedTuple):
-    """The numbers that the shapes of a GPT-2 follow from."""
-
-    layers: int
-    width: int
-    vocabulary: int
-    context: int
-
-
-GPT2 = Size(layers=12, width=768, vocabulary=50257, context=1024)
-QUICK = Size(layers=2, width=256, vocabulary=8192, context=256)
-
-TIED = "lm_head.weight", "transformer.wte.weight"
-
-
-class Training(NamedTuple):
-    """What a training loop holds: a model, and an optimizer that has taken steps."""
-
-    model: nn.Module
-    optimizer: torch.optim.Adam
-
-    def state(self) -> dict[str, Any]:
-        """Return what is saved: a dict of state dicts."""
-        return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "step": 1000}
-
-
-def shapes(size: Size) -> dict[str, tuple[int, ...]]:
-    """Return name and shape of each parameter of a GPT-2, without the tied one."""
-    w = size.width
-    found: dict[str, tuple[int, ...]] = {
-        "transformer.wte.weight": (size.vocabulary, w),
-        "transformer.wpe.weight": (size.context, w),
-    }
-    block: dict[str, tuple[int, ...]] = {
-        "ln_1.weight": (w,),
-        "ln_1.bias": (w,),
-        "attn.c_attn.weight": (w, 3 * w),
-        "attn.c_attn.bias": (3 * w,),
-        "attn.c_proj.weight": (w, w),
-        "attn.c_proj.bias": (w,),
-        "ln_2.weight": (w,),
-        "ln_2.bias": (w,),
-        "mlp.c_fc.weight": (w, 4 * w),
-        "mlp.c_fc.bias": (4 * w,),
-        "mlp.c_proj.weight": (4 * w, w),
-        "mlp.c_proj.bias": (w,),
-    }
-    for layer in range(size.layers):
-        found |= {f"transformer.h.{layer}.{name}": shape for name, shape in block.items()}
-    return found | {"transformer.ln_f.weight": (w,), "transformer.ln_f.bias": (w,)}
-
-
-class RandomTensors:
-    """Makes tensors of random values out of a pool of them, since to draw 1.5 GB takes seconds."""
-
-    def __init__(self) -> None:
-        self._pool = torch.rand(5 << 20)
-        self._made = 0
-
-    def __call__(self, shape: tuple[int, ...]) -> torch.Tensor:
-        """Return a tensor that begins where no other one does."""
-        self._made += 1
-        tensor = torch.empty(shape)
-        for piece in tensor.view(-1).split(4 << 20):
-            piece.copy_(self._pool[self._made : self._made + len(piece)])
-        return tensor
-
-
-def training(size: Size) -> Training:
-    """Make a GPT-2 and its Adam, all of random values, as they are after a thousand steps."""
-    random = RandomTensors()
-    model = nn.Module()
-    for name, shape in shapes(size).items():
-        _put(model, name, nn.Parameter(random(shape)))
-    tied, source = TIED
-    _put(model, tied, model.get_parameter(source))
-    optimizer = torch.optim.Adam(model.parameters(), lr=6e-4)
-    for parameter in model.parameters():
-        optimizer.state[parameter] = {
-            "step": torch.tensor(1000.0),
-            "exp_avg": random(tuple(parameter.shape)),
-            "exp_avg_sq": random(tuple(parameter.shape)),
-        }
-    return Training(model, optimizer)
+__all__ = [
+    "GPT2",
+    "QUICK",
+    "Size",
+    "Training",
+    "bytes_of",
+    "device",
+    "distinct_tensors",
+    "lora",
+    "many_tensors",
+    "named",
+    "on_device",
+    "resnet",
+    "small",
+    "spread",
+    "tensors_of",
+    "training",
+]
 
 
 def many_tensors(count: int = 10_000) -> dict[str, Any]:
@@ -112,32 +55,96 @@ def small() -> dict[str, Any]:
     return {"step": 0, "model": {f"layers.{index}.weight": torch.rand(128, 128) for index in range(16)}}
 
 
-def tensors_of(value: Any) -> Iterator[torch.Tensor]:
-    """Yield every tensor of nested dicts and lists."""
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, (dict, list)):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from tensors_of(item)
+def resnet(width: int = 64, blocks: tuple[int, ...] = (3, 4, 6, 3)) -> dict[str, Any]:
+    """Make the state of a ResNet with batch-norm, by default of 50 layers, and of its SGD.
+
+    Args:
+        width: channels of the first convolution.
+        blocks: of three convolutions each, in each of the stages.
+    """
+    random, model = RandomTensors(), dict[str, torch.Tensor]()
+
+    def convolution(name: str, into: int, out: int, side: int) -> None:
+        model[f"{name}.conv.weight"] = random((out, into, side, side))
+        for statistic in ("weight", "bias", "running_mean", "running_var"):
+            model[f"{name}.norm.{statistic}"] = random((out,))
+        model[f"{name}.norm.num_batches_tracked"] = torch.tensor(1000)
+
+    convolution("stem", 3, width, 7)
+    channels = width
+    for stage, count in enumerate(blocks):
+        inner = width << stage
+        for block in range(count):
+            name = f"stage{stage}.{block}"
+            convolution(f"{name}.reduce", channels, inner, 1)
+            convolution(f"{name}.middle", inner, inner, 3)
+            convolution(f"{name}.expand", inner, 4 * inner, 1)
+            if channels != 4 * inner:
+                convolution(f"{name}.shortcut", channels, 4 * inner, 1)
+            channels = 4 * inner
+    model["head.weight"], model["head.bias"] = random((1000, channels)), random((1000,))
+    trained = [tensor for name, tensor in model.items() if name.endswith(("weight", "bias"))]
+    momentum = {i: {"momentum_buffer": random(tuple(tensor.shape))} for i, tensor in enumerate(trained)}
+    groups = [{"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4, "params": list(momentum)}]
+    optimizer = {"state": momentum, "param_groups": groups}
+    return {"model": model, "optimizer": optimizer, "rng": torch.get_rng_state(), "epoch": 10, "step": 1000}
 
 
-def distinct_tensors(state: Any) -> list[torch.Tensor]:
-    """Return one tensor for each storage of a state; here each of them is all of its storage."""
-    found = {tensor.untyped_storage().data_ptr(): tensor for tensor in tensors_of(state)}
-    return list(found.values())
+def lora(layers: int = 80, width: int = 512, rank: int = 16) -> dict[str, Any]:
+    """Make the state of LoRA adapters on all projections of a transformer, and of their Adam.
+
+    Args:
+        layers: of the transformer, with seven projections each.
+        width: of the transformer.
+        rank: of the adapters.
+    """
+    random = RandomTensors()
+    projections = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    model = {
+        f"layers.{layer}.{projection}.lora_{side}.weight": random(shape)
+        for layer in range(layers)
+        for projection in projections
+        for side, shape in (("A", (rank, width)), ("B", (width, rank)))
+    }
+    moments = {
+        i: {
+            "step": torch.tensor(1000.0),
+            "exp_avg": random(tuple(tensor.shape)),
+            "exp_avg_sq": random(tuple(tensor.shape)),
+        }
+        for i, tensor in enumerate(model.values())
+    }
+    groups = [{"lr": 2e-4, "betas": (0.9, 0.999), "params": list(moments)}]
+    return {"model": model, "optimizer": {"state": moments, "param_groups": groups}, "step": 1000}
 
 
-def bytes_of(state: Any) -> int:
-    """Return the bytes of all storages of a state, each counted once."""
-    return sum(tensor.untyped_storage().nbytes() for tensor in distinct_tensors(state))
+def spread(nbytes: int) -> dict[str, Any]:
+    """Make a state of about `nbytes` in tensors of 4 MB and a rest."""
+    whole, rest = divmod(nbytes // 4, 1 << 20)
+    random = RandomTensors()
+    shapes = [(1 << 20,)] * whole + [(rest,)] * (rest > 0)
+    return {"step": 0, "model": {f"layers.{i}.weight": random(shape) for i, shape in enumerate(shapes)}}
 
 
-def _put(root: nn.Module, name: str, parameter: nn.Parameter) -> None:
-    """Register a parameter under a dotted name, making the modules on the way."""
-    *path, leaf = name.split(".")
-    module = root
-    for part in path:
-        if part not in module._modules:  # hasattr would also find methods
-            module.add_module(part, nn.Module())
-        module = module.get_submodule(part)
-    module.register_parameter(leaf, parameter)
+def named(name: str, *, quick: bool = False) -> Any:
+    """Make the state that a name stands for, the same values each time.
+
+    Args:
+        name: "gpt2", "resnet" or "lora"; "bytes:N" or "tensors:N"; "file:PATH", which torch.load reads.
+        quick: of the first three, a small one.
+    """
+    torch.manual_seed(0)
+    kind, _, rest = name.partition(":")
+    if kind == "file":
+        return torch.load(rest, map_location="cpu", weights_only=True)
+    if kind == "bytes":
+        return spread(int(rest))
+    if kind == "tensors":
+        return many_tensors(int(rest))
+    if kind == "resnet":
+        return resnet(8, (1, 1)) if quick else resnet()
+    if kind == "lora":
+        return lora(2, 64) if quick else lora()
+    if kind == "gpt2":
+        return training(QUICK if quick else GPT2).state()
+    raise ValueError(f"there is no state {name!r}")

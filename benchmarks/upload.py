@@ -24,7 +24,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import machine
-from harness import PlainCopy, clear_up_when_told_to_go, forget_peak, run_apart, status
+from asyncckpt.bench.limits import PlainCopy
+from harness import clear_up_when_told_to_go, forget_peak, run_apart, status
 from measure import versions
 
 if TYPE_CHECKING:

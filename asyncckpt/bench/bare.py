@@ -1,6 +1,6 @@
 """The bare limits: parallel direct writes and reads, in a process that has no torch.
 
-Started as `python bare.py DIRECTORY`, it takes requests as lines of JSON and answers each with one.
+Started as `python bare.py DIRECTORY BYTES`, it takes requests as lines of JSON and answers each with one.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ PAGE = mmap.PAGESIZE
 def allocate(nbytes: int) -> memoryview:
     """Map page-aligned memory, in huge pages where the system gives them; none of it is touched yet."""
     memory = mmap.mmap(-1, _pages(nbytes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with suppress(OSError):
-        memory.madvise(mmap.MADV_HUGEPAGE)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(OSError):
+            memory.madvise(mmap.MADV_HUGEPAGE)
     return memoryview(memory)
 
 
@@ -43,6 +44,8 @@ def filled(nbytes: int) -> memoryview:
 
 def direct_flag(directory: Path) -> int:
     """Return O_DIRECT if files of `directory` can be written so, else 0."""
+    if not hasattr(os, "O_DIRECT"):
+        return 0
     path = directory / f"direct-{os.getpid()}"
     try:
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_DIRECT, 0o666)
@@ -59,13 +62,22 @@ def direct_flag(directory: Path) -> int:
     return os.O_DIRECT
 
 
-def write(path: str, data: memoryview, flags: int) -> float:
-    """Write a new file, its space reserved beforehand; returns seconds from first write to end of fsync."""
+def write(path: str, nbytes: int, data: memoryview, flags: int) -> float:
+    """Write a new file, its space reserved beforehand; returns seconds from first write to end of fsync.
+
+    Args:
+        path: of the file.
+        nbytes: its size; it is rounded up to whole pages.
+        data: whole chunks, which are written again and again.
+        flags: more of them for the opening.
+    """
+    size = _pages(nbytes)
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | flags, 0o666)
     try:
-        os.posix_fallocate(fd, 0, len(data))
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(fd, 0, size)
         began = time.perf_counter()
-        _in_parallel(lambda start, stop: _write_range(fd, data, start, stop), len(data))
+        _in_parallel(lambda start, stop: _write_range(fd, data, start, stop), size)
         os.fsync(fd)
         return time.perf_counter() - began
     finally:
@@ -85,8 +97,9 @@ def read(path: str, into: memoryview, flags: int) -> float:
 
 
 def _write_range(fd: int, data: memoryview, start: int, stop: int) -> None:
+    ahead = start - start % len(data)
     while start < stop:
-        start += os.pwrite(fd, data[start:stop], start)
+        start += os.pwrite(fd, data[start - ahead : stop - ahead], start)
 
 
 def _read_range(fd: int, into: memoryview, start: int, stop: int) -> None:
@@ -123,20 +136,26 @@ def main() -> None:
     """Answer requests until the input ends.
 
     Each has an `action`: "write" a new file from warm memory, "read" one into warm memory, or "read fresh",
-    into memory that was never touched. All have `path`, and `nbytes`, the size of the file.
+    into memory that was never touched. All have `path`, and `nbytes`, the size of the file. The warm memory
+    has as many bytes as the command line says, in whole chunks; a file read into it must not be larger.
     """
     flags = direct_flag(Path(sys.argv[1]))
-    warm = filled(int(sys.argv[2]))
-    print(json.dumps({"direct": bool(flags)}), flush=True)
+    warm = filled(-(-int(sys.argv[2]) // CHUNK) * CHUNK)
+    _answer({"direct": bool(flags)})
     for line in sys.stdin:
         request = json.loads(line)
         action, path, nbytes = request["action"], request["path"], request["nbytes"]
-        memory = allocate(nbytes) if action == "read fresh" else warm[: _pages(nbytes)]
+        memory = allocate(nbytes) if action == "read fresh" else warm
         began = time.process_time()
-        seconds = write(path, memory, flags) if action == "write" else read(path, memory, flags)
+        seconds = write(path, nbytes, memory, flags) if action == "write" else read(path, memory, flags)
         cpu = time.process_time() - began
         del memory
-        print(json.dumps({"seconds": seconds, "cpu": cpu}), flush=True)
+        _answer({"seconds": seconds, "cpu": cpu})
+
+
+def _answer(values: dict[str, object]) -> None:
+    sys.stdout.write(json.dumps(values) + "\n")
+    sys.stdout.flush()
 
 
 if __name__ == "__main__":

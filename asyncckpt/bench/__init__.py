@@ -1,0 +1,1 @@
+"""Measure what saving costs a training on the disk at hand; the benchmarks of the repository build on it."""
