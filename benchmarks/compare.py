@@ -1,0 +1,146 @@
+"""Compare asyncckpt with its peers: the same state, the same disk, one run, each with its failures.
+
+`benchmarks/README.md` says what is measured and what it does not show.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+import compare_data
+import compare_plan
+import compare_report
+import machine
+from harness import clear_up_when_told_to_go, run_apart
+from measure import versions
+from peers import PEERS
+from peers.fsync_notes import Notes
+from targets import temporary_directory
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from compare_plan import Job
+
+ONE = Path(__file__).resolve().with_name("compare_one.py")
+LIMIT = 240.0  # seconds for one process; what takes longer is shown as failed
+
+
+def measure(job: Job, directory: Path, *, quick: bool) -> list[dict[str, Any]]:
+    """Run a job in a process and a directory of its own; returns what it found, kind by kind."""
+    with temporary_directory(directory) as folder:
+        # What Lightning stages in the system's temporary directory is then renamed, not copied.
+        staging, files, noted = folder / "tmp", folder / "files", folder / "notes"
+        for one in (staging, files, noted):
+            one.mkdir()
+        command = [str(ONE), str(files), str(noted), *job.kinds, "--state", job.state]
+        command += ["--repeat", str(job.repeat), *(["--quick"] if quick else [])]
+        command += [] if job.peer == "limits" else ["--peer", job.peer]
+        command += ["--trace"] if job.trace else []
+        environment = Notes(noted).environment | {"TMPDIR": str(staging), "PYTHONWARNINGS": "ignore"}
+        try:
+            results: list[dict[str, Any]] = run_apart(*command, limit=LIMIT, **environment)
+        except subprocess.TimeoutExpired:
+            results = [{"error": f"took longer than {LIMIT:.0f} s and was stopped"}] * len(job.kinds)
+        except subprocess.CalledProcessError as error:
+            results = [{"error": f"its process ended with status {error.returncode}"}] * len(job.kinds)
+    about = {"state": job.state, "peer": job.peer, "turn": job.turn}
+    return [{"kind": kind, **about, **found} for kind, found in zip(job.kinds, results, strict=True)]
+
+
+def run(jobs: Iterable[Job], directory: Path, *, quick: bool) -> list[dict[str, Any]]:
+    """Run all jobs, and tell of each."""
+    todo, runs = list(jobs), []
+    for number, job in enumerate(todo, 1):
+        began = time.perf_counter()
+        found = measure(job, directory, quick=quick)
+        runs += found
+        errors = [f"{one['kind']}: {one['error']}" for one in found if "error" in one]
+        what = f"{job.peer}, {job.state}: {', '.join(job.kinds)}"
+        seconds = time.perf_counter() - began
+        print(
+            f"[{number}/{len(todo)}] {what}: {seconds:.1f} s {' '.join(errors)}", file=sys.stderr, flush=True
+        )
+    return runs
+
+
+def about_peers(keys: Iterable[str]) -> dict[str, dict[str, str | bool]]:
+    """Return name, package and version of each peer; a package that is not there has no version."""
+    found: dict[str, dict[str, str | bool]] = {}
+    for key in keys:
+        peer = PEERS[key]
+        try:
+            number = version(peer.package)
+        except PackageNotFoundError:
+            number = "not installed"
+        found[key] = {"name": peer.name, "package": peer.package, "version": number, "blocks": peer.blocks}
+    return found
+
+
+def options() -> argparse.Namespace:
+    """Read and check the command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    add = parser.add_argument
+    add("--dir", type=Path, default=Path(), help="an existing directory, on the disk to measure")
+    add("--quick", action="store_true", help="a small state, once: does the measuring work?")
+    add("--only", nargs="+", choices=PEERS, metavar="PEER", help=f"some of {', '.join(PEERS)}")
+    add("--state", nargs="+", metavar="STATE", help="some of gpt2, resnet, lora; or a file of torch.save")
+    add("--parts", nargs="+", choices=compare_plan.PARTS, metavar="PART", help="some of %(choices)s")
+    add("--repeat", type=int, default=2, help="processes for each peer and state (default: %(default)s)")
+    add("--out", type=Path, help="where compare.json, compare.md and the pictures go; else only prints")
+    found = parser.parse_args()
+    if sys.platform != "linux":
+        parser.error("the measurements need Linux: /proc, O_DIRECT, and posix_fadvise")
+    if not found.dir.is_dir():
+        parser.error(f"{found.dir} is not a directory")
+    if found.repeat < 1:
+        parser.error("--repeat must be at least 1")
+    for state in found.state or ():
+        if state not in compare_plan.STATES and not Path(state).is_file():
+            parser.error(f"{state} is neither a file nor one of {', '.join(compare_plan.STATES)}")
+    return found
+
+
+def main() -> None:
+    """Measure, write the JSON, and draw table and pictures from it."""
+    given = options()
+    clear_up_when_told_to_go()
+    began = time.perf_counter()
+    described = machine.describe(given.dir)
+    peers = [key for key in PEERS if key in (given.only or PEERS)]
+    chosen = [
+        name if name in compare_plan.STATES else f"file:{Path(name).resolve()}"
+        for name in given.state or compare_plan.STATES
+    ]
+    plan = compare_plan.full(peers, chosen, given.parts or compare_plan.PARTS, given.repeat)
+    runs = run(compare_plan.quick(peers) if given.quick else plan, given.dir, quick=given.quick)
+    data = {
+        "machine": described | {"load_after": machine.load()},
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "system": platform.platform(),
+        "versions": versions(),
+        "options": {"repeat": given.repeat, "quick": given.quick, "dir": str(given.dir), "states": chosen},
+        "peers": about_peers(peers),
+        "seconds": time.perf_counter() - began,
+        "runs": runs,
+    }
+    text = compare_data.encoded(data)
+    if given.out is not None:
+        given.out.mkdir(parents=True, exist_ok=True)
+        (given.out / "compare.json").write_text(text, encoding="utf-8")
+        compare_report.write(given.out / "compare.json")
+    print(compare_report.draw(compare_data.Found(json.loads(text))))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""What is measured in a run of the comparison, and in which order."""
+
+from __future__ import annotations
+
+from itertools import chain
+from typing import TYPE_CHECKING, NamedTuple
+
+from harness import order
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+PARTS = ("saves", "loads", "memory", "burst", "growth")
+STATES = ("gpt2", "resnet", "lora")
+# How saves grow is shown for one of each kind; every point is a process of its own.
+GROWING = ("torch_save_fsync", "lightning_async", "dcp_cached", "torch_checkpointing", "ours")
+POINTS = (
+    *(f"bytes:{nbytes}" for nbytes in (1_000_000, 10_000_000, 100_000_000, 1_000_000_000)),
+    *(f"tensors:{count}" for count in (10, 100, 1_000, 10_000, 100_000)),
+)
+WARM = 2  # saves in a process, behind the first one
+KEPT = (1, 10, 100, 1_000)
+KEEPING = ("torch_save_fsync", "dcp_cached", "ours")
+
+
+class Job(NamedTuple):
+    """Measurements that one process makes one after the other.
+
+    Attributes:
+        kinds: in compare_one.py.
+        state: its name.
+        peer: its key; "limits" for what nobody can beat.
+        turn: which repetition this is.
+        repeat: saves or loads within the process.
+        trace: whether every single step is told.
+    """
+
+    kinds: tuple[str, ...]
+    state: str
+    peer: str
+    turn: int
+    repeat: int
+    trace: bool = False
+
+
+def _saves(peers: Sequence[str], chosen: Sequence[str], repeat: int) -> Iterator[Job]:
+    for turn in range(repeat):
+        for state in chosen:
+            for peer in order(["limits", *peers], turn):
+                kind = "bare" if peer == "limits" else "saves"
+                yield Job((kind,), state, peer, turn, WARM, trace=turn == 0 and state == chosen[0])
+
+
+def _each(kind: str, peers: Sequence[str], chosen: Sequence[str]) -> Iterator[Job]:
+    for turn, state in enumerate(chosen):
+        for peer in order(peers, turn):
+            yield Job((kind,), state, peer, 0, 2)
+
+
+def _growth(peers: Sequence[str]) -> Iterator[Job]:
+    growing = [peer for peer in GROWING if peer in peers]
+    for turn, point in enumerate(POINTS if growing else ()):
+        for peer in order(["limits", *growing], turn):
+            yield Job(("bare" if peer == "limits" else "saves",), point, peer, 0, WARM)
+    for turn, count in enumerate(KEPT):
+        for peer in order([peer for peer in KEEPING if peer in peers], turn):
+            yield Job(("kept",), f"kept:{count}", peer, 0, 2)
+
+
+def full(peers: Sequence[str], chosen: Sequence[str], parts: Sequence[str], repeat: int) -> Iterator[Job]:
+    """Yield all measurements, peers by turns in another order each time.
+
+    Args:
+        peers: keys of those that take part.
+        chosen: names of states.
+        parts: some of `PARTS`.
+        repeat: processes for each peer and state where times of saves are taken.
+    """
+    plans = {
+        "saves": _saves(peers, chosen, repeat),
+        "loads": _each("loads", peers, chosen),
+        "memory": _each("memory", peers, chosen[:1]),
+        "burst": _each("burst", peers, ["resnet"]),
+        "growth": _growth(peers),
+    }
+    return chain.from_iterable(plans[part] for part in PARTS if part in parts)
+
+
+def quick(peers: Sequence[str]) -> Iterator[Job]:
+    """Yield one of each kind: does the measuring work, with a small state?"""
+    yield Job(("bare",), "gpt2", "limits", 0, 1)
+    for peer in peers:
+        more = ("memory", "burst") if peer == "ours" else ()
+        yield Job(("saves", "loads", *more), "gpt2", peer, 0, 1, trace=True)
+    if "ours" in peers:
+        yield Job(("kept",), "kept:10", "ours", 0, 1)
