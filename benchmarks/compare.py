@@ -58,20 +58,21 @@ def measure(job: Job, directory: Path, *, quick: bool) -> list[dict[str, Any]]:
     return [{"kind": kind, **about, **found} for kind, found in zip(job.kinds, results, strict=True)]
 
 
-def run(jobs: Iterable[Job], directory: Path, *, quick: bool) -> list[dict[str, Any]]:
-    """Run all jobs, and tell of each."""
-    todo, runs = list(jobs), []
+def run(jobs: Iterable[Job], directory: Path, *, quick: bool) -> tuple[list[dict[str, Any]], bool]:
+    """Run all jobs, and tell of each; returns what they found, and whether Ctrl-C came before the end."""
+    todo = list(jobs)
+    runs: list[dict[str, Any]] = []
     for number, job in enumerate(todo, 1):
         began = time.perf_counter()
-        found = measure(job, directory, quick=quick)
+        try:
+            found = measure(job, directory, quick=quick)
+        except KeyboardInterrupt:
+            return runs, True
         runs += found
         errors = [f"{one['kind']}: {one['error']}" for one in found if "error" in one]
-        what = f"{job.peer}, {job.state}: {', '.join(job.kinds)}"
-        seconds = time.perf_counter() - began
-        print(
-            f"[{number}/{len(todo)}] {what}: {seconds:.1f} s {' '.join(errors)}", file=sys.stderr, flush=True
-        )
-    return runs
+        what = f"[{number}/{len(todo)}] {job.peer}, {job.state}: {', '.join(job.kinds)}"
+        print(f"{what}: {time.perf_counter() - began:.1f} s", *errors, file=sys.stderr, flush=True)
+    return runs, False
 
 
 def about_peers(keys: Iterable[str]) -> dict[str, dict[str, str | bool]]:
@@ -112,7 +113,7 @@ def options() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Measure, write the JSON, and draw table and pictures from it."""
+    """Measure, write the JSON, and draw table and pictures from it, also of a run that Ctrl-C has stopped."""
     given = options()
     clear_up_when_told_to_go()
     began = time.perf_counter()
@@ -123,7 +124,7 @@ def main() -> None:
         for name in given.state or compare_plan.STATES
     ]
     plan = compare_plan.full(peers, chosen, given.parts or compare_plan.PARTS, given.repeat)
-    runs = run(compare_plan.quick(peers) if given.quick else plan, given.dir, quick=given.quick)
+    runs, stopped = run(compare_plan.quick(peers) if given.quick else plan, given.dir, quick=given.quick)
     data = {
         "machine": described | {"load_after": machine.load()},
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
@@ -131,6 +132,7 @@ def main() -> None:
         "versions": versions(),
         "options": {"repeat": given.repeat, "quick": given.quick, "dir": str(given.dir), "states": chosen},
         "peers": about_peers(peers),
+        "stopped": stopped,
         "seconds": time.perf_counter() - began,
         "runs": runs,
     }

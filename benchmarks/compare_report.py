@@ -156,6 +156,8 @@ def _heading(found: Found) -> str:
         ", ".join(f"{name} {number}" for name, number in data["versions"].items()) + "  ",
         f"Took {data['seconds'] / 60:.0f} minutes; load average {loads}",
     ]
+    if data["stopped"]:
+        lines += ["", "Stopped before its end: what is missing was not measured."]
     if data["options"]["quick"]:
         lines += ["", "A quick run with a small state: it shows that the measuring works, and no more."]
     return "\n".join(lines)
