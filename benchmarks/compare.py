@@ -59,14 +59,14 @@ def measure(job: Job, directory: Path, *, quick: bool) -> list[dict[str, Any]]:
 
 
 def run(jobs: Iterable[Job], directory: Path, *, quick: bool) -> tuple[list[dict[str, Any]], bool]:
-    """Run all jobs, and tell of each; returns what they found, and whether Ctrl-C came before the end."""
+    """Run all jobs, and tell of each; returns what they found, and whether it was told to stop before the end."""
     todo = list(jobs)
     runs: list[dict[str, Any]] = []
     for number, job in enumerate(todo, 1):
         began = time.perf_counter()
         try:
             found = measure(job, directory, quick=quick)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, SystemExit):  # the latter for SIGTERM
             return runs, True
         runs += found
         errors = [f"{one['kind']}: {one['error']}" for one in found if "error" in one]
@@ -113,7 +113,7 @@ def options() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Measure, write the JSON, and draw table and pictures from it, also of a run that Ctrl-C has stopped."""
+    """Measure, write the JSON, and draw table and pictures from it, also of a run that was stopped."""
     given = options()
     clear_up_when_told_to_go()
     began = time.perf_counter()
