@@ -59,7 +59,7 @@ def measure(job: Job, directory: Path, *, quick: bool) -> list[dict[str, Any]]:
 
 
 def run(jobs: Iterable[Job], directory: Path, *, quick: bool) -> tuple[list[dict[str, Any]], bool]:
-    """Run all jobs, and tell of each; returns what they found, and whether it was told to stop before the end."""
+    """Run all jobs, and tell of each; returns what they found, and whether it was stopped before."""
     todo = list(jobs)
     runs: list[dict[str, Any]] = []
     for number, job in enumerate(todo, 1):
