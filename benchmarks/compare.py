@@ -97,7 +97,12 @@ def options() -> argparse.Namespace:
     add("--only", nargs="+", choices=PEERS, metavar="PEER", help=f"some of {', '.join(PEERS)}")
     add("--state", nargs="+", metavar="STATE", help="some of gpt2, resnet, lora; or a file of torch.save")
     add("--parts", nargs="+", choices=compare_plan.PARTS, metavar="PART", help="some of %(choices)s")
-    add("--repeat", type=int, default=2, help="processes for each peer and state (default: %(default)s)")
+    add(
+        "--repeat",
+        type=int,
+        default=2,
+        help="processes for each peer with the first state (default: %(default)s)",
+    )
     add("--out", type=Path, help="where compare.json, compare.md and the pictures go; else only prints")
     found = parser.parse_args()
     if sys.platform != "linux":

@@ -45,10 +45,17 @@ class Job(NamedTuple):
 
 def _saves(peers: Sequence[str], chosen: Sequence[str], repeat: int) -> Iterator[Job]:
     for turn in range(repeat):
-        for state in chosen:
+        # Small states are saved in a moment: their repetitions are in the process.
+        for state in chosen if turn == 0 else chosen[:1]:
             for peer in order(["limits", *peers], turn):
                 kind = "bare" if peer == "limits" else "saves"
-                yield Job((kind,), state, peer, turn, WARM, trace=turn == 0 and state == chosen[0])
+                yield Job(
+                    (kind,), state, peer, turn, _warm(state, chosen), trace=turn == 0 and state == chosen[0]
+                )
+
+
+def _warm(state: str, chosen: Sequence[str]) -> int:
+    return WARM if state == chosen[0] else 2 * WARM
 
 
 def _each(kind: str, peers: Sequence[str], chosen: Sequence[str]) -> Iterator[Job]:
@@ -74,7 +81,7 @@ def full(peers: Sequence[str], chosen: Sequence[str], parts: Sequence[str], repe
         peers: keys of those that take part.
         chosen: names of states.
         parts: some of `PARTS`.
-        repeat: processes for each peer and state where times of saves are taken.
+        repeat: processes for each peer where times of saves of the first state are taken.
     """
     plans = {
         "saves": _saves(peers, chosen, repeat),

@@ -105,6 +105,6 @@ def clear_up_when_told_to_go() -> None:
 
 def order(keys: Sequence[str], turn: int) -> Sequence[str]:
     """Return another order for each turn: forwards and backwards, beginning with another one each time."""
-    start = turn // 2 % len(keys)
+    start = turn // 2 % max(len(keys), 1)
     turned = [*keys[start:], *keys[:start]]
     return turned[::-1] if turn % 2 else turned
