@@ -69,9 +69,9 @@ class Description:
                 None if fields["step"] is None else int(fields["step"]),
                 {str(name): float(value) for name, value in fields["metrics"].items()},
                 float(fields["created"]),
-                fields["versions"],
+                {str(name): str(number) for name, number in fields["versions"].items()},
             )
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             if isinstance(error, CorruptCheckpointError):
                 raise
             raise CorruptCheckpointError(f"its description cannot be read: {error!r}") from error

@@ -39,7 +39,7 @@ Request = tuple[int, int]
 TAIL = 64 << 10
 _FLAGS = 0x0808  # names in UTF-8, sizes behind the payload: all that torch's writer sets
 _FOLDER = 0x10
-_STORAGE = re.compile(r"[^/]+/data/(\d+)")
+_STORAGE = re.compile(r"[^/]+/data/(\d{1,18})")
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +153,8 @@ def read_directory(size: int) -> Generator[Request, bytes, Directory]:
     try:
         for _ in range(ending.count):
             length, name, checksum, nbytes, header = _entry(data, at)
+            if max(nbytes, header) > ending.directory:
+                raise CorruptCheckpointError(f"its record {name} does not fit its place")
             entries.append((name, checksum, nbytes, header))
             at += length
     except (struct.error, UnicodeDecodeError) as error:
@@ -219,7 +221,7 @@ def _entry(data: bytes, at: int) -> tuple[int, str, int, int, int]:
     if magic != CENTRAL_MAGIC or flags & ~_FLAGS or disk or attributes & _FOLDER:
         raise CorruptCheckpointError("its directory is damaged")
     if method or stored != size:
-        raise CorruptCheckpointError("it holds compressed records, which torch.load does not read either")
+        raise CorruptCheckpointError("it holds compressed records, which no checkpoint has")
     name_end = at + CENTRAL.size + name_length
     name = data[at + CENTRAL.size : name_end].decode()
     extra = data[name_end : name_end + extra_length]
