@@ -1,0 +1,1 @@
+"""Inspection: what files hold and in what they differ, read in small pieces and never unpickled."""
