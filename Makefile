@@ -4,6 +4,9 @@ PYTHON      ?= python3
 TORCH       ?= torch==2.13.0
 TORCH_INDEX ?=
 
+# Peers that the benchmark compares with, beside those that the extras bring.
+PEERS := torch_checkpointing==0.1.1 torchsnapshot==0.1.0
+
 VENV := .venv
 BIN  := $(VENV)/bin
 PIP  := $(BIN)/python -m pip --quiet --disable-pip-version-check
@@ -11,13 +14,15 @@ DONE := $(VENV)/.done
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format bench-targets bench-lightning clean
+.PHONY: help demo test lint format bench bench-quick bench-targets bench-lightning clean
 
 help:
 	@echo 'make demo             train a small GPT, kill it, resume it, and show what its saves cost (2 minutes)'
 	@echo 'make test             run the tests'
 	@echo 'make lint             run ruff, mypy and import-linter'
 	@echo 'make format           let ruff format and fix what it can'
+	@echo 'make bench            compare with the peers: same state, same disk, one run (an hour)'
+	@echo 'make bench-quick      the same with a small state: does the measuring work? (a minute)'
 	@echo 'make bench-targets    measure the figures that asyncckpt is to reach, and say which are met'
 	@echo 'make bench-lightning  measure what a save costs a Lightning Trainer, and see what a slow disk does to it'
 	@echo 'make clean            remove the virtual environment and whatever was made'
@@ -50,6 +55,12 @@ format: $(DONE)/lint
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+bench: $(DONE)/peers
+	$(BIN)/python benchmarks/compare.py --out runs/bench $(ARGS)
+
+bench-quick: $(DONE)/peers
+	$(BIN)/python benchmarks/compare.py --quick --out runs/bench-quick $(ARGS)
+
 bench-targets: $(DONE)/test
 	$(BIN)/python benchmarks/targets.py $(ARGS)
 
@@ -67,6 +78,11 @@ $(DONE)/torch:
 	@$(PYTHON) -m venv --clear $(VENV)
 	@$(PIP) install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) '$(TORCH)'
 	@mkdir -p $(DONE) && touch $@
+
+# Those that do not install are shown as failed.
+$(DONE)/peers: $(DONE)/bench
+	@for peer in $(PEERS); do $(PIP) install $$peer || echo "$$peer does not install here"; done
+	@touch $@
 
 # One stamp for each extra: the package in editable mode with that extra, anew when pyproject.toml changes.
 $(DONE)/%: pyproject.toml $(DONE)/torch

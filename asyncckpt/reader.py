@@ -81,8 +81,13 @@ async def read_image(store: Store, file: StoredFile) -> Image:
     return Image(mapping, file.nbytes, directory)
 
 
-async def verify(store: Store, file: StoredFile) -> None:
+async def verify(store: Store, file: StoredFile, progress: Callable[[int], None] | None = None) -> None:
     """Read every byte of a file and compare every checksum, in a fixed amount of memory.
+
+    Args:
+        store: where it is.
+        file: which one.
+        progress: called with how many more bytes were checked, on the event loop's thread.
 
     Raises:
         CorruptCheckpointError: names the damaged record.
@@ -99,6 +104,8 @@ async def verify(store: Store, file: StoredFile) -> None:
         await store.read(file.name, start, piece)
         await in_thread(check.add, start, piece)
         free.append(buffer)
+        if progress is not None:
+            progress(stop - start)
 
     try:
         await _in_parallel(read, file.nbytes)
@@ -153,10 +160,20 @@ class _Check:
             for _, (part, length) in sorted(self._parts[row].items()):
                 checksum = crc32_combine(checksum, part, length)
             if checksum != expected:
-                msg = f"{self.where}: record {name} ({d.stops[row] - start} bytes) is damaged"
-                raise CorruptCheckpointError(
-                    f"{msg}: its checksum is {checksum:#010x}, not {expected:#010x}; use another checkpoint"
-                )
+                raise CorruptCheckpointError(f"{self.where}{self._mismatch(row, checksum)}")
+
+    def _mismatch(self, row: int, checksum: int) -> str:
+        """Return what it means that a record has this checksum."""
+        d = self.directory
+        if not d.checksums.any():
+            return (
+                " holds no checksums (torch.save leaves them out after set_crc32_options(False)), so whether"
+                " it is damaged cannot be told; only torch.load reads it, unchecked"
+            )
+        return (
+            f": record {d.names[row]} ({d.stops[row] - d.starts[row]} bytes) is damaged: its checksum is"
+            f" {checksum:#010x}, not {d.checksums[row]:#010x}; use another checkpoint"
+        )
 
 
 def _overlaps(begins: Offsets, ends: Offsets, start: int, stop: int) -> Iterator[tuple[int, int, int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from asyncckpt.errors import CheckpointNotFoundError, CorruptCheckpointError
@@ -45,14 +46,19 @@ def locate(path: str | os.PathLike[str], home: Store) -> tuple[Store, str]:
     return open_store(directory or "/"), name
 
 
-async def verify_file(store: Store, name: str) -> None:
+async def verify_file(store: Store, name: str, progress: Callable[[int], None] | None = None) -> None:
     """Read every byte of a file and compare every checksum.
+
+    Args:
+        store: where it is.
+        name: which file.
+        progress: called with how many more bytes were checked, on the event loop's thread.
 
     Raises:
         CheckpointNotFoundError: there is no such file.
         CorruptCheckpointError: names the damaged record.
     """
-    await _checked(verify, store, name)
+    await _checked(partial(verify, progress=progress), store, name)
 
 
 async def _read(store: Store, name: str) -> Image:

@@ -115,7 +115,9 @@ def test_whatever_bit_is_flipped_nothing_false_is_believed(tmp_path: Path) -> No
         path = only_file(checkpointer)
         payload = payload_offset(path, "data/1")
         chosen, believed = random.Random(3), []
-        for at in [*range(payload + 10), *range(payload + 310, path.stat().st_size)]:
+        # A third of all bytes, to be quick.
+        places = [*range(payload + 10), *range(payload + 310, path.stat().st_size)]
+        for at in chosen.sample(places, len(places) // 3):
             bit = chosen.randrange(8)
             flip(path, at, bit)
             for what, read in _beliefs(checkpointer, path, state).items():

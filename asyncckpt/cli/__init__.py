@@ -1,0 +1,17 @@
+"""asyncckpt in a shell: look at checkpoints, check and compare them, and remove old ones."""
+
+from __future__ import annotations
+
+import sys
+
+
+def main() -> None:
+    """Run the command that the process was started with, and end the process."""
+    try:
+        from asyncckpt.cli.app import app  # noqa: PLC0415 - what it needs is an extra
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in {"rich", "typer"}:
+            raise
+        sys.stderr.write('asyncckpt: the shell needs typer and rich: pip install "asyncckpt[cli]"\n')
+        sys.exit(2)
+    app(prog_name="asyncckpt")

@@ -1,0 +1,66 @@
+"""The commands, put together."""
+
+from __future__ import annotations
+
+from functools import wraps
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from asyncckpt._version import __version__
+from asyncckpt.cli.benching import bench
+from asyncckpt.cli.differing import diff
+from asyncckpt.cli.inspecting import inspect
+from asyncckpt.cli.listing import ls
+from asyncckpt.cli.output import complain, line
+from asyncckpt.cli.pruning import prune
+from asyncckpt.cli.verifying import verify
+from asyncckpt.errors import AsyncCkptError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_FAILED = 2
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _show_version(wanted: bool) -> None:  # noqa: FBT001 - typer calls it so
+    if wanted:
+        line(f"asyncckpt {__version__}")
+        raise typer.Exit
+
+
+Version = Annotated[
+    bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+]
+
+
+@app.callback()
+def about(*, version: Version = False) -> None:
+    """Look at checkpoints, check and compare them, and remove old ones."""
+    del version
+
+
+def _telling(command: Callable[..., None]) -> Callable[..., None]:
+    """Have the errors that a user can do something about told in one line, with status 2."""
+
+    @wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except (AsyncCkptError, OSError) as error:
+            complain(error)
+            raise typer.Exit(_FAILED) from None
+
+    return run
+
+
+for _command in (ls, inspect, verify, diff, prune, bench):
+    app.command()(_telling(_command))

@@ -1,0 +1,127 @@
+"""`asyncckpt bench`: what saves cost on the disk at hand."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING, Annotated, Any
+
+import torch
+import typer
+
+from asyncckpt.bench.place import Place
+from asyncckpt.bench.short import SHARE, Short
+from asyncckpt.bench.states import GPT2, device, distinct_tensors, on_device, training
+from asyncckpt.cli.locations import StorageOptions, file_at, parsed_options
+from asyncckpt.cli.output import (
+    AsJson,
+    counted,
+    errors,
+    line,
+    new_table,
+    print_json,
+    print_table,
+    size,
+)
+from asyncckpt.engine import get_engine
+from asyncckpt.errors import AsyncCkptError
+from asyncckpt.restore import load_state
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+Disk = Annotated[
+    str, typer.Option("--dir", metavar="DIR", help="Where your checkpoints go: a path or a URL.")
+]
+State = Annotated[
+    str | None,
+    typer.Option(
+        "--state", metavar="FILE", help="Save the state of this file instead of one of GPT-2's size."
+    ),
+]
+WeightsOnly = Annotated[
+    bool,
+    typer.Option(
+        "--weights-only/--no-weights-only", help="As in torch.load; without it FILE can run any code."
+    ),
+]
+Repeat = Annotated[int, typer.Option("--repeat", min=1, help="Saves of each kind that are measured.")]
+
+
+class UnsafeStateError(AsyncCkptError, pickle.UnpicklingError):
+    """A file has to be trusted before its state can be saved."""
+
+
+def bench(  # noqa: PLR0913 - the options of the command
+    *,
+    directory: Disk,
+    state: State = None,
+    weights_only: WeightsOnly = True,
+    repeat: Repeat = 3,
+    option: StorageOptions = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure what a training loses per save with torch.save and with asyncckpt, on your own disk.
+
+    Beside a small training, on the GPU if there is one, a state is saved by turns in both ways, durably. What
+    is written is removed again. It takes a minute and twice the state in memory beside it.
+
+    Example: asyncckpt bench --dir /mnt/checkpoints --state last.pt
+    """
+    options = parsed_options(option)
+    about = "GPT-2 124 M + Adam" if state is None else PurePosixPath(state).name
+    with Place(directory, options) as place, errors.status("making the state") as status:
+        made = on_device(
+            training(GPT2).state() if state is None else _loaded(state, weights_only, option), device()
+        )
+        if not distinct_tensors(made):
+            raise typer.BadParameter(f"{state} holds no tensors that could be saved", param_hint="--state")
+        short = Short(made, place, options)
+        short.run(repeat, status.update)
+    found = {"directory": directory, "state": about, "device": _device(), **short.result()}
+    if as_json:
+        print_json(found)
+    else:
+        _print(found)
+
+
+def _loaded(path: str, weights_only: bool, option: list[str] | None) -> Any:  # noqa: FBT001 - as it is given
+    store, file = file_at(path, option if "://" in path else None)
+    try:
+        return load_state(get_engine(), store, file.name, "cpu", weights_only=weights_only)
+    except pickle.UnpicklingError as error:
+        msg = f"{path} holds more than weights, which loading would execute"
+        raise UnsafeStateError(f"{msg}; if you trust it, add --no-weights-only ({error})") from error
+
+
+def _device() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"CPU, {counted(torch.get_num_threads(), 'thread')}"
+
+
+def _print(found: Mapping[str, Any]) -> None:
+    nbytes = found["state_bytes"]
+    what = f"{found['state']}, {size(nbytes)} in {counted(found['tensors'], 'tensor')}"
+    line(f"{what}, to {found['directory']}; torch {torch.__version__}, {found['device']}")
+    columns = "first save", "training stands still", "lost per save", "durable after", "save at most every"
+    table = new_table("", *columns, right=columns)
+    for way in ("torch.save", "asyncckpt"):
+        costs = found[way]
+        names = "first_stall_s", "stall_s", "lost_s", "durable_s", "interval_s"
+        table.add_row(way, *(_seconds(costs[name]) for name in names))
+    limits = found["limits"]
+    table.add_row("limit: copy to host memory", "", _seconds(limits["copy_s"]), "", "", "")
+    if "write_s" in limits:
+        rate = f"limit: this disk, {size(nbytes / limits['write_s'])}/s"
+        table.add_row(rate, "", "", "", _seconds(limits["write_s"]), "")
+    print_table(table)
+    line("Lost: the standstill, and what the steps beside the writing took longer.", "dim")
+    line(f"Save at most that often, and saves take less than {SHARE:.0%} of the training.", "dim")
+    line(f"Medians of {counted(len(found['samples']['ours_stall_s']), 'save')}.", "dim")
+
+
+def _seconds(value: float) -> str:
+    if abs(value) < 1:
+        return f"{value * 1e3:.{1 if abs(value) < 0.01 else 0}f} ms"  # noqa: PLR2004 - where tenths tell something
+    return f"{value:.2f} s" if value < 10 else f"{value:.0f} s"  # noqa: PLR2004 - where they tell nothing

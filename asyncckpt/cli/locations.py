@@ -1,0 +1,157 @@
+"""From what is typed to stores and files."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from fsspec.core import split_protocol
+
+from asyncckpt.cli.running import call, for_each
+from asyncckpt.errors import CheckpointNotFoundError, StoreError
+from asyncckpt.stores import open_store
+from asyncckpt.stores.local import LocalStore
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from asyncckpt.stores.base import Store, StoredFile
+
+Directory = Annotated[
+    str, typer.Argument(metavar="DIR", help="A local path, or a URL such as s3://bucket/run.")
+]
+StorageOptions = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--option",
+        metavar="KEY=VALUE",
+        help="An option of the file system behind a URL, as fsspec takes it; JSON, or else text. Repeatable.",
+    ),
+]
+
+_SUFFIXES = frozenset({".pt", ".pth", ".ckpt", ".bin"})
+# The header of the first record of a file by torch.save or asyncckpt: data.pkl, or a storage.
+_BEGINNING = re.compile(rb"PK\x03\x04.{26}[^/]+/data(\.pkl|/\d)", re.DOTALL)
+_HEAD = 512
+_DIRECTORIES = frozenset({"", ".", ".."})
+
+
+def file_at(path: str, options: Sequence[str] | None) -> tuple[Store, StoredFile]:
+    """Return one file.
+
+    Raises:
+        CheckpointNotFoundError: there is none.
+    """
+    protocol, local = split_protocol(path.rstrip("/"))
+    directory, slash, name = local.rpartition("/")
+    place = directory or slash if protocol is None else f"{protocol}://{directory}"
+    try:
+        if name not in _DIRECTORIES:
+            store = _open(place, options)
+            return store, call(store.stat, name)
+    except FileNotFoundError:
+        pass
+    raise CheckpointNotFoundError(f"there is no file {path}")
+
+
+def directory_at(path: str, options: Sequence[str] | None) -> Store:
+    """Return the store of a directory that is there; one of a remote store is if it has a file.
+
+    Raises:
+        CheckpointNotFoundError: it is not.
+    """
+    store = _open(path, options)
+    is_there = _local(store, "").is_dir() if isinstance(store, LocalStore) else bool(call(store.list))
+    if not is_there:
+        raise CheckpointNotFoundError(f"there is no directory {path}")
+    return store
+
+
+def files_at(path: str, options: Sequence[str] | None) -> tuple[Store, list[StoredFile]]:
+    """Return one file, or those of a directory that are checkpoints or look like one.
+
+    Raises:
+        CheckpointNotFoundError: there is neither a file nor a directory.
+    """
+    try:
+        store, file = file_at(path, options)
+    except CheckpointNotFoundError:
+        pass
+    else:
+        return store, [file]
+    try:
+        store = directory_at(path, options)
+    except CheckpointNotFoundError:
+        raise CheckpointNotFoundError(f"there is no file or directory {path}") from None
+    return store, call(_checkpoints, store)
+
+
+def parsed_options(options: Sequence[str] | None) -> dict[str, Any]:
+    """Return what KEY=VALUE mean together.
+
+    Raises:
+        typer.BadParameter: one of them is no pair.
+    """
+    return dict(map(_pair, options or ()))
+
+
+async def looks_like_checkpoint(store: Store, file: StoredFile) -> bool:
+    """Tell by its suffix and its first bytes whether a file, which may be damaged, is a checkpoint."""
+    if PurePosixPath(file.name).suffix in _SUFFIXES:
+        return True
+    head = bytearray(min(file.nbytes, _HEAD))
+    try:
+        await store.read(file.name, 0, memoryview(head))
+    except (StoreError, FileNotFoundError):
+        return False
+    return _BEGINNING.match(head) is not None
+
+
+def modified(store: Store, name: str) -> float:
+    """Return when a local file was modified, in seconds since the epoch; 0.0 for a remote one."""
+    return _local(store, name).stat().st_mtime if isinstance(store, LocalStore) else 0.0
+
+
+def links_in(store: Store) -> dict[str, list[str]]:
+    """Return the files that symbolic links of the same directory lead to, each with the names of those."""
+    links: dict[str, list[str]] = {}
+    if isinstance(store, LocalStore):
+        directory = Path(os.path.realpath(_local(store, "")))
+        for entry in filter(Path.is_symlink, sorted(directory.iterdir())):
+            target = Path(os.path.realpath(entry))
+            if target.parent == directory:
+                links.setdefault(target.name, []).append(entry.name)
+    return links
+
+
+async def _checkpoints(store: Store) -> list[StoredFile]:
+    async def looked_at(file: StoredFile) -> tuple[StoredFile, bool]:
+        return file, await looks_like_checkpoint(store, file)
+
+    found = [file for file, is_one in await for_each(looked_at, await store.list()) if is_one]
+    return sorted(found, key=lambda file: file.name)
+
+
+def _local(store: LocalStore, name: str) -> Path:
+    return Path(store.path_of(name))
+
+
+def _open(directory: str, options: Sequence[str] | None) -> Store:
+    try:
+        return open_store(directory, parsed_options(options))
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--option") from error
+
+
+def _pair(option: str) -> tuple[str, Any]:
+    key, equals, text = option.partition("=")
+    if not key or not equals:
+        raise typer.BadParameter(f"{option!r} is not KEY=VALUE", param_hint="--option")
+    try:
+        return key, json.loads(text)
+    except ValueError:
+        return key, text
