@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,19 +61,28 @@ def measure(job: Job, directory: Path, *, quick: bool) -> list[dict[str, Any]]:
 
 
 def run(jobs: Iterable[Job], directory: Path, *, quick: bool) -> tuple[list[dict[str, Any]], bool]:
-    """Run all jobs, and tell of each; returns what they found, and whether it was stopped before."""
+    """Run all jobs, and tell of each; returns what they found, and whether it was stopped before.
+
+    One after another; or, where it only matters that the measuring works, as many as keep the machine busy.
+    """
     todo = list(jobs)
     runs: list[dict[str, Any]] = []
-    for number, job in enumerate(todo, 1):
+
+    def measured(job: Job) -> list[dict[str, Any]]:
         began = time.perf_counter()
-        try:
-            found = measure(job, directory, quick=quick)
-        except (KeyboardInterrupt, SystemExit):  # the latter for SIGTERM
-            return runs, True
-        runs += found
+        found = measure(job, directory, quick=quick)
         errors = [f"{one['kind']}: {one['error']}" for one in found if "error" in one]
-        what = f"[{number}/{len(todo)}] {job.peer}, {job.state}: {', '.join(job.kinds)}"
+        what = f"{todo.index(job) + 1} of {len(todo)}: {job.peer}, {job.state}, {', '.join(job.kinds)}"
         print(f"{what}: {time.perf_counter() - began:.1f} s", *errors, file=sys.stderr, flush=True)
+        return found
+
+    with ThreadPoolExecutor((os.cpu_count() or 1) + 1) as pool:
+        try:
+            for found in pool.map(measured, todo) if quick else map(measured, todo):
+                runs += found
+        except (KeyboardInterrupt, SystemExit):  # the latter for SIGTERM
+            pool.shutdown(cancel_futures=True)
+            return runs, True
     return runs, False
 
 

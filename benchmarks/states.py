@@ -12,9 +12,11 @@ from asyncckpt.bench.states import (
     RandomTensors,
     Size,
     Training,
+    adam_state,
     bytes_of,
     device,
     distinct_tensors,
+    gpt2,
     on_device,
     tensors_of,
     training,
@@ -106,16 +108,8 @@ def lora(layers: int = 80, width: int = 512, rank: int = 16) -> dict[str, Any]:
         for projection in projections
         for side, shape in (("A", (rank, width)), ("B", (width, rank)))
     }
-    moments = {
-        i: {
-            "step": torch.tensor(1000.0),
-            "exp_avg": random(tuple(tensor.shape)),
-            "exp_avg_sq": random(tuple(tensor.shape)),
-        }
-        for i, tensor in enumerate(model.values())
-    }
-    groups = [{"lr": 2e-4, "betas": (0.9, 0.999), "params": list(moments)}]
-    return {"model": model, "optimizer": {"state": moments, "param_groups": groups}, "step": 1000}
+    optimizer = adam_state(list(model.values()), random)
+    return {"model": model, "optimizer": optimizer, "step": 1000}
 
 
 def spread(nbytes: int) -> dict[str, Any]:
@@ -146,5 +140,5 @@ def named(name: str, *, quick: bool = False) -> Any:
     if kind == "lora":
         return lora(2, 64) if quick else lora()
     if kind == "gpt2":
-        return training(QUICK if quick else GPT2).state()
+        return gpt2(QUICK if quick else GPT2)
     raise ValueError(f"there is no state {name!r}")

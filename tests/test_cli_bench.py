@@ -54,8 +54,8 @@ def test_both_ways_and_the_limits_are_measured_and_nothing_is_left(tmp_path: Pat
     for way in ("torch.save", "asyncckpt"):
         costs = found[way]
         assert all(math.isfinite(value) for value in costs.values())
-        assert 0 < costs["stall_s"] <= costs["durable_s"] <= costs["interval_s"]
-        assert costs["interval_s"] == max(100 * costs["lost_s"], costs["durable_s"])
+        assert 0 < costs["stall_s"] <= costs["durable_s"]
+        assert costs["interval_s"] == pytest.approx(max(100 * costs["lost_s"], costs["durable_s"]))
     assert found["limits"].keys() == {"copy_s", "write_s"}
     assert list(disk.iterdir()) == []
 

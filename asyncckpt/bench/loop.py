@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 _BATCH, _WIDTH, _CLASSES = 64, 256, 10
+_RATE = 0.01
 
 
 class Loop:
@@ -48,7 +49,7 @@ class Loop:
 
 
 def training_step(device: torch.device) -> Callable[[], float]:
-    """Return a step of a real training: forward, backward, optimizer, and the loss as a number."""
+    """Return a step of a real training: forward, backward, descent, and the loss as a number."""
     model = nn.Sequential(
         nn.Linear(_WIDTH, _WIDTH),
         nn.GELU(),
@@ -56,15 +57,16 @@ def training_step(device: torch.device) -> Callable[[], float]:
         nn.GELU(),
         nn.Linear(_WIDTH, _CLASSES),
     ).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), foreach=True)
+    parameters = list(model.parameters())
     inputs = torch.rand(_BATCH, _WIDTH, device=device)
     labels = torch.arange(_BATCH, device=device) % _CLASSES
 
     def step() -> float:
-        optimizer.zero_grad()
         loss = nn.functional.cross_entropy(model(inputs), labels)
-        loss.backward()
-        optimizer.step()
+        gradients = torch.autograd.grad(loss, parameters)
+        with torch.no_grad():
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter.sub_(gradient, alpha=_RATE)
         return loss.item()
 
     return step

@@ -97,6 +97,32 @@ def training(size: Size) -> Training:
     return Training(model, optimizer)
 
 
+def gpt2(size: Size) -> dict[str, Any]:
+    """Make the state of a GPT-2 and its Adam alone, without either: to import optimizers takes seconds."""
+    random = RandomTensors()
+    model = {name: random(shape) for name, shape in shapes(size).items()}
+    tied, source = TIED
+    return {
+        "model": model | {tied: model[source]},
+        "optimizer": adam_state(list(model.values()), random),
+        "step": 1000,
+    }
+
+
+def adam_state(parameters: list[torch.Tensor], random: RandomTensors) -> dict[str, Any]:
+    """Make the state dict of an Adam that has taken a thousand steps."""
+    moments = {
+        index: {
+            "step": torch.tensor(1000.0),
+            "exp_avg": random(tuple(parameter.shape)),
+            "exp_avg_sq": random(tuple(parameter.shape)),
+        }
+        for index, parameter in enumerate(parameters)
+    }
+    groups = [{"lr": 6e-4, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0, "params": list(moments)}]
+    return {"state": moments, "param_groups": groups}
+
+
 def tensors_of(value: Any) -> Iterator[torch.Tensor]:
     """Yield every tensor of nested dicts and lists."""
     if isinstance(value, torch.Tensor):

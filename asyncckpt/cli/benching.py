@@ -11,7 +11,7 @@ import typer
 
 from asyncckpt.bench.place import Place
 from asyncckpt.bench.short import SHARE, Short
-from asyncckpt.bench.states import GPT2, device, distinct_tensors, on_device, training
+from asyncckpt.bench.states import GPT2, device, distinct_tensors, gpt2, on_device
 from asyncckpt.cli.locations import StorageOptions, file_at, parsed_options
 from asyncckpt.cli.output import (
     AsJson,
@@ -71,9 +71,7 @@ def bench(  # noqa: PLR0913 - the options of the command
     options = parsed_options(option)
     about = "GPT-2 124 M + Adam" if state is None else PurePosixPath(state).name
     with Place(directory, options) as place, errors.status("making the state") as status:
-        made = on_device(
-            training(GPT2).state() if state is None else _loaded(state, weights_only, option), device()
-        )
+        made = on_device(gpt2(GPT2) if state is None else _loaded(state, weights_only, option), device())
         if not distinct_tensors(made):
             raise typer.BadParameter(f"{state} holds no tensors that could be saved", param_hint="--state")
         short = Short(made, place, options)
