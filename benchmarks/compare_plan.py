@@ -43,19 +43,12 @@ class Job(NamedTuple):
     trace: bool = False
 
 
-def _saves(peers: Sequence[str], chosen: Sequence[str], repeat: int) -> Iterator[Job]:
-    for turn in range(repeat):
-        # Small states are saved in a moment: their repetitions are in the process.
-        for state in chosen if turn == 0 else chosen[:1]:
-            for peer in order(["limits", *peers], turn):
-                kind = "bare" if peer == "limits" else "saves"
-                yield Job(
-                    (kind,), state, peer, turn, _warm(state, chosen), trace=turn == 0 and state == chosen[0]
-                )
-
-
-def _warm(state: str, chosen: Sequence[str]) -> int:
-    return WARM if state == chosen[0] else 2 * WARM
+def _saves(peers: Sequence[str], chosen: Sequence[str], turn: int) -> Iterator[Job]:
+    for state in chosen:
+        for peer in order(["limits", *peers], turn):
+            kind = "bare" if peer == "limits" else "saves"
+            trace = turn == 0 and state == chosen[0]
+            yield Job((kind,), state, peer, turn, WARM if state == chosen[0] else 2 * WARM, trace)
 
 
 def _each(kind: str, peers: Sequence[str], chosen: Sequence[str]) -> Iterator[Job]:
@@ -84,13 +77,16 @@ def full(peers: Sequence[str], chosen: Sequence[str], parts: Sequence[str], repe
         repeat: processes for each peer where times of saves of the first state are taken.
     """
     plans = {
-        "saves": _saves(peers, chosen, repeat),
+        "saves": _saves(peers, chosen, 0),
         "loads": _each("loads", peers, chosen),
         "memory": _each("memory", peers, chosen[:1]),
         "burst": _each("burst", peers, ["resnet"]),
         "growth": _growth(peers),
     }
-    return chain.from_iterable(plans[part] for part in PARTS if part in parts)
+    yield from chain.from_iterable(plans[part] for part in PARTS if part in parts)
+    # At the end, so that a machine that drifts shows in the spread. Small states have theirs in the process.
+    for turn in range(1, repeat if "saves" in parts else 1):
+        yield from _saves(peers, chosen[:1], turn)
 
 
 def quick(peers: Sequence[str]) -> Iterator[Job]:
