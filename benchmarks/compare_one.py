@@ -24,6 +24,7 @@ import torch
 import states
 from asyncckpt.bench.limits import Bare, PlainCopy, bring_in_memory
 from asyncckpt.bench.loop import Loop, training_step
+from asyncckpt.bench.place import sync
 from harness import Options, forget_cached
 from peers import PEERS
 from peers.fsync_notes import Notes
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 
     from peers.base import Peer
 
-FRESH = 2  # times the state: what peers take that keep nothing, made ready for everybody
+FRESH = 2  # times the state: what peers take that keep nothing
 BURST = 5  # saves, one right after the other
 KEPT = 1 << 20  # bytes of each of the many checkpoints in a directory
 
@@ -71,11 +72,10 @@ class Setting(NamedTuple):
         finally:
             peer.close()
 
-    def rest(self, state: Any) -> None:
-        """Give every save the same free memory and the same idle disk."""
+    def bring_in_memory(self, state: Any) -> None:
+        """Have the memory at hand that a save or a load of `state` may ask for."""
         available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         bring_in_memory(min(FRESH * states.bytes_of(state), available // 2))
-        self.options.settle()
 
 
 class Waiting(threading.Thread):
@@ -105,8 +105,9 @@ class Waiting(threading.Thread):
 
 
 def saves(setting: Setting) -> dict[str, Any]:
-    """Save beside a training loop: once to warm up, then `repeat` times."""
+    """Save beside a training loop: once to warm up, then `repeat` times, then once with memory at hand."""
     state = setting.make_state()
+    copy = PlainCopy(state)
     loop = Loop(training_step(states.device()))
     samples: defaultdict[str, list[Any]] = defaultdict(list)
     alone = loop.run(0.1 if setting.options.quick else 1.0)
@@ -117,12 +118,12 @@ def saves(setting: Setting) -> dict[str, Any]:
             alone, found = _save_in_loop(setting, peer, state, loop, alone)
             for name, value in found.items():
                 samples[name if turn else f"first_{name}"].append(value)
+            samples["copy_s"].append(copy.run())
+        setting.bring_in_memory(state)
+        _, found = _save_in_loop(setting, peer, state, loop, alone)
+        samples["at_hand_durable_s"].append(found["durable_s"])
     trace = samples.pop("steps_ms")[-1]
     del samples["first_steps_ms"]
-    copy = PlainCopy(state)
-    for _ in range(3):
-        setting.options.settle()
-        samples["copy_s"].append(copy.run())
     samples["state_bytes"].append(states.bytes_of(state))
     samples["tensors"].append(len(states.distinct_tensors(state)))
     return {**samples, **({"trace": [trace]} if setting.trace else {})}
@@ -133,7 +134,7 @@ def _save_in_loop(
 ) -> tuple[list[float], dict[str, Any]]:
     """Save once while the loop goes on; returns the undisturbed steps after it, and what was found."""
     name = "checkpoint"
-    setting.rest(state)
+    setting.options.settle()
     setting.notes.forget()
     began = time.perf_counter()
     peer.save(state, name)
@@ -234,7 +235,8 @@ def loads(setting: Setting) -> dict[str, Any]:
             files = _files(peer.path("checkpoint"))
             for file in files:
                 forget_cached(file)
-            setting.rest(state)
+            setting.bring_in_memory(state)
+            setting.options.settle()
             began = time.perf_counter()
             found = peer.load("checkpoint", expected)
             samples["load_s"].append(time.perf_counter() - began)
@@ -255,7 +257,7 @@ def burst(setting: Setting) -> dict[str, Any]:
             peer.save(state, "first")
             peer.wait()
             peer.remove("first")
-            setting.rest(state)
+            setting.options.settle()
             watch.read()
             began = time.perf_counter()
             samples["stall_s"] = [_stall(peer, state, f"checkpoint-{turn}") for turn in range(BURST)]
@@ -311,9 +313,7 @@ def _sync(files: Sequence[Path]) -> float:
     """Sync files and their directories; returns seconds."""
     began = time.perf_counter()
     for path in [*files, *{file.parent for file in files}]:
-        fd = os.open(path, os.O_RDONLY)
-        os.fsync(fd)
-        os.close(fd)
+        sync(path)
     return time.perf_counter() - began
 
 

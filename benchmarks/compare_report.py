@@ -104,6 +104,7 @@ COSTS: Columns = {
     "longest step": _longest,
     "durable after": lambda row: seconds(row.middle("saves", "durable_s")),
     "÷ direct writes": _over_write,
+    "durable, memory at hand": lambda row: seconds(row.middle("saves", "at_hand_durable_s")),
     "synced by itself": lambda row: "yes" if min(row.all("saves", "synced")) else "no",
 }
 
@@ -168,8 +169,8 @@ def _costs(found: Found, state: str) -> str:
     step = limits.limit("step_s") / limits.limit("alone_step_s")
     copy, write = seconds(found.copy(state)), seconds(limits.limit("write_s"))
     rows = [
-        ["*limit: copy into warm buffers*", "", copy, "1", *[""] * 6],
-        ["*limit: parallel direct writes + fsync*", *[""] * 4, f"{step:.2f}", "", write, "1", "yes"],
+        ["*limit: copy into warm buffers*", "", copy, "1", *[""] * 7],
+        ["*limit: parallel direct writes + fsync*", *[""] * 4, f"{step:.2f}", "", write, "1", "", "yes"],
     ]
     nbytes, tensors = (limits.limit(name) for name in ("state_bytes", "tensors"))
     count = max((len(found.of("saves", state, peer, "stall_s")) for peer in found.peers), default=0)

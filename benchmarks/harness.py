@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import states
+from asyncckpt.bench.place import sync
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -39,16 +40,14 @@ class Options(NamedTuple):
 
     def settle(self) -> None:
         """Let the disk come to rest: what was removed before is forgotten, discards included."""
-        fd = os.open(self.directory, os.O_RDONLY)
-        os.fsync(fd)
-        os.close(fd)
+        sync(self.directory)
         time.sleep(0.05 if self.quick else 0.5)
 
 
 def forget_cached(path: Path) -> None:
     """Drop a file from the page cache, so that it is read from the disk."""
+    sync(path)  # what is not yet written cannot be dropped
     fd = os.open(path, os.O_RDONLY)
-    os.fsync(fd)
     os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
     os.close(fd)
 

@@ -73,7 +73,7 @@ class Place:
     def settle(self) -> None:
         """Let the disk come to rest: what was removed before is forgotten, discards included."""
         if self.is_local:
-            _sync(self.url)
+            sync(self.url)
         time.sleep(_PAUSE)
 
     def torch_save(self, state: Any, name: str) -> None:
@@ -89,14 +89,15 @@ class Place:
             file.flush()
             os.fsync(file.fileno())
         os.replace(f"{path}.tmp", path)  # noqa: PTH105 - the same
-        _sync(self.url)
+        sync(self.url)
 
     def local(self, name: str) -> Path:
         """Return the path of a file on a disk."""
         return Path(self.url, name)
 
 
-def _sync(path: str) -> None:
+def sync(path: str | Path) -> None:
+    """Sync a file, or what a directory lists, to the disk."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 
+from asyncckpt.bench.place import sync
 from peers.base import Peer
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 
 class TorchSave(Peer):
@@ -32,10 +29,10 @@ class TorchSave(Peer):
         temporary = path.with_name(f"{name}.tmp")
         torch.save(state, temporary)
         if self.synced:
-            _sync(temporary)
+            sync(temporary)
         temporary.replace(path)
         if self.synced:
-            _sync(self.directory)
+            sync(self.directory)
 
     def wait(self) -> None:
         """Do nothing: the file is there."""
@@ -54,11 +51,3 @@ class SyncedTorchSave(TorchSave):
     name = "torch.save + fsync"
     key = "torch_save_fsync"
     synced = True
-
-
-def _sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
