@@ -10,7 +10,7 @@ from asyncckpt.errors import CorruptCheckpointError, StoreError
 from asyncckpt.layout.description import Description
 from asyncckpt.layout.zip_reader import read_description
 from asyncckpt.reader import answer
-from asyncckpt.threads import tasks
+from asyncckpt.threads import for_each
 from asyncckpt.types import Checkpoint
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("asyncckpt")
 
 # Descriptions are small reads: more of them at once than of bulk reads.
-_READERS = 8
+READERS = 8
 
 
 class _UnreadableError(Exception):
@@ -41,16 +41,12 @@ class Catalog:
         """Return the checkpoints in order of commit. Files without our description are none."""
         files = await self._store.list()
         found = {file.name: self._known[file.name] for file in files if self._is_known(file)}
-        unread = iter([file for file in files if file.name not in found])
 
-        async def read() -> None:
-            for file in unread:
-                with contextlib.suppress(_UnreadableError):
-                    found[file.name] = (file.version, await self._listed(file))
+        async def read(file: StoredFile) -> None:
+            with contextlib.suppress(_UnreadableError):
+                found[file.name] = (file.version, await self._listed(file))
 
-        async with tasks() as group:
-            for _ in range(_READERS):
-                group.start_soon(read)
+        await for_each(read, [file for file in files if file.name not in found], READERS)
         self._known = found
         listed = [checkpoint for _, checkpoint in found.values() if checkpoint is not None]
         return sorted(listed, key=lambda c: (c.sequence, c.created, c.path))
@@ -85,11 +81,15 @@ async def is_described(store: Store, name: str) -> bool:
     return await answer(read_description(file.nbytes), store, file.name) is not None
 
 
-async def _read_checkpoint(store: Store, file: StoredFile) -> Checkpoint | None:
+async def read_described(store: Store, file: StoredFile) -> Description | None:
+    """Return what a file says of itself; None if it was not written by asyncckpt."""
     record = await answer(read_description(file.nbytes), store, file.name)
-    return (
-        None if record is None else checkpoint_of(store, file.name, Description.decode(record), file.nbytes)
-    )
+    return None if record is None else Description.decode(record)
+
+
+async def _read_checkpoint(store: Store, file: StoredFile) -> Checkpoint | None:
+    description = await read_described(store, file)
+    return None if description is None else checkpoint_of(store, file.name, description, file.nbytes)
 
 
 def checkpoint_of(store: Store, name: str, description: Description, nbytes: int) -> Checkpoint:

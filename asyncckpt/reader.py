@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, TypeVar
 
 from asyncckpt.checksum import crc32, crc32_combine
 from asyncckpt.errors import CorruptCheckpointError
-from asyncckpt.layout.zip_reader import payload_start, read_directory
+from asyncckpt.layout.zip_reader import check_header, read_directory
 from asyncckpt.snapshot.memory import map_private
-from asyncckpt.threads import in_thread, tasks
+from asyncckpt.threads import for_each, in_thread
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Generator, Iterator
@@ -117,15 +117,11 @@ async def verify(store: Store, file: StoredFile, progress: Callable[[int], None]
 
 async def _in_parallel(read: Callable[[int, int], Awaitable[None]], size: int) -> None:
     """Call `read` for each chunk of a file of `size` bytes, from several tasks."""
-    chunks = iter([(start, min(start + CHUNK, size)) for start in range(0, size, CHUNK)])
 
-    async def work() -> None:
-        for start, stop in chunks:
-            await read(start, stop)
+    async def read_from(start: int) -> None:
+        await read(start, min(start + CHUNK, size))
 
-    async with tasks() as group:
-        for _ in range(READERS):
-            group.start_soon(work)
+    await for_each(read_from, range(0, size, CHUNK), READERS)
 
 
 @dataclass(slots=True, eq=False)
@@ -151,11 +147,7 @@ class _Check:
         rows = zip(d.names, d.headers.tolist(), d.starts.tolist(), d.checksums.tolist(), strict=True)
         for row, (name, header, start, expected) in enumerate(rows):
             found = b"".join(part for _, part in sorted(self._headers[row].items()))
-            if header + payload_start(found, name) != start:
-                msg = f"{self.where}: the header of record {name} does not end where its payload begins"
-                raise CorruptCheckpointError(
-                    f"{msg}; it is damaged, or was not written by torch or asyncckpt"
-                )
+            check_header(found, name, start - header)
             checksum = 0
             for _, (part, length) in sorted(self._parts[row].items()):
                 checksum = crc32_combine(checksum, part, length)

@@ -7,7 +7,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from asyncckpt.errors import CheckpointNotFoundError, CorruptCheckpointError
-from asyncckpt.layout.zip_reader import is_storage
 from asyncckpt.reader import read_image, verify
 from asyncckpt.stores import open_store
 from asyncckpt.unpickle import LoadedMemory, PayloadFile, load_file
@@ -78,12 +77,9 @@ async def _checked(read: Callable[[Store, StoredFile], Awaitable[T]], store: Sto
 def state_of(image: Image, map_location: MapLocation, *, weights_only: bool | None) -> Any:
     """Build the state of a file that is in memory; its storages keep that memory."""
     directory, view = image.directory, image.mapping.view
-    rows = zip(directory.names, directory.starts.tolist(), directory.stops.tolist(), strict=True)
     with LoadedMemory(image.mapping) as memory:
         payloads = {
-            start: memory.storage(start, stop)
-            for name, start, stop in rows
-            if stop > start and is_storage(name)
+            start: memory.storage(start, stop) for _, start, stop in directory.storages() if stop > start
         }
         file = PayloadFile(image.nbytes, lambda at, length: bytes(view[at : at + length]), payloads)
         return load_file(file, map_location, weights_only=weights_only)

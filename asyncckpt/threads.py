@@ -12,11 +12,12 @@ if sys.version_info < (3, 11):
     from exceptiongroup import BaseExceptionGroup
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 
     from anyio import CapacityLimiter
     from anyio.abc import TaskGroup
 
+S = TypeVar("S")
 T = TypeVar("T")
 
 
@@ -52,3 +53,18 @@ async def tasks() -> AsyncIterator[TaskGroup]:
         while isinstance(first, BaseExceptionGroup):
             first = first.exceptions[0]
         raise first from first.__cause__
+
+
+async def for_each(func: Callable[[S], Awaitable[T]], items: Iterable[S], at_once: int) -> list[T]:
+    """Call `func` with each item, in order, and with several at once; returns the results in no order."""
+    results: list[T] = []
+    left = iter(items)
+
+    async def work() -> None:
+        for item in left:
+            results.append(await func(item))  # noqa: PERF401 - it is shared
+
+    async with tasks() as group:
+        for _ in range(at_once):
+            group.start_soon(work)
+    return results

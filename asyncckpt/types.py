@@ -14,6 +14,23 @@ if TYPE_CHECKING:
     Offsets = npt.NDArray[np.int64]
 
 
+# The classes under which torch's file format names storages, each for a dtype.
+STORAGE_DTYPES = {
+    "FloatStorage": "float32",
+    "DoubleStorage": "float64",
+    "HalfStorage": "float16",
+    "BFloat16Storage": "bfloat16",
+    "LongStorage": "int64",
+    "IntStorage": "int32",
+    "ShortStorage": "int16",
+    "CharStorage": "int8",
+    "ByteStorage": "uint8",
+    "BoolStorage": "bool",
+    "ComplexFloatStorage": "complex64",
+    "ComplexDoubleStorage": "complex128",
+}
+
+
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
     """One committed checkpoint.

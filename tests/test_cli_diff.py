@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 import asyncckpt
 from asyncckpt.cli.app import app
-from asyncckpt.inspection import comparing_values
+from asyncckpt.inspection import comparing, comparing_values
 from asyncckpt.inspection.tensor_values import pieces, span
 from asyncckpt.inspection.value_differences import difference
 from asyncckpt.stores.local import LocalStore
@@ -301,6 +301,28 @@ def test_keys_that_are_not_plain_are_told_apart(tmp_path: Path) -> None:
         ("only in B", "x"),
         ("value", "s"),
     ]
+
+
+def test_attributes_that_tensors_share_are_compared_once(tmp_path: Path) -> None:
+    def made(last: int) -> torch.Tensor:
+        tensor = torch.ones(2).as_subclass(Tagged)
+        tensor.tag = last  # type: ignore[attr-defined]
+        for _ in range(60):
+            above = torch.ones(2).as_subclass(Tagged)
+            above.a = above.b = tensor  # type: ignore[attr-defined]
+            tensor = above
+        return tensor
+
+    assert differing(made(1), made(1), tmp_path)["same"]
+    assert [row["what"] for row in differing(made(1), made(2), tmp_path)["differences"]] == ["value"]
+
+
+def test_states_that_share_too_much_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(comparing, "MAX_PAIRS", 10)
+    torch.save([[[1]] for _ in range(10)], tmp_path / "a.pt")
+    result = diff(tmp_path / "a.pt", tmp_path / "a.pt")
+    assert result.exit_code == 2
+    assert "more than 10 parts" in result.stderr
 
 
 def test_shared_parts_and_cycles_are_compared_once(tmp_path: Path) -> None:

@@ -217,6 +217,17 @@ def test_a_file_that_cannot_be_read_does_not_hide_the_others(
     assert (unread["name"], unread["error"]) == ("step-00000001.pt", "no permission (the file)")
 
 
+def test_odd_steps_and_names_do_not_hide_the_others(tmp_path: Path) -> None:
+    with Checkpointer(tmp_path, filename="odd.pt") as checkpointer:
+        checkpointer.save(10**400, {})
+    torch.save({"metrics": {"": 1.0}}, tmp_path / "unnamed.pt")
+    result = ls(tmp_path)
+    assert result.exit_code == 0, result.output
+    assert "odd.pt" in result.stdout
+    assert "unnamed.pt" in result.stdout
+    assert ls(tmp_path, "--best", "").exit_code == 2
+
+
 def test_a_remote_directory_is_listed(tmp_path: Path) -> None:
     directory = f"memory://{tmp_path}"
     save(directory, {1: {"loss": 2.0}, 2: {"loss": 1.0}})

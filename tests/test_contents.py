@@ -17,15 +17,15 @@ import pytest
 import torch
 
 import asyncckpt
-from asyncckpt import Checkpointer, CorruptCheckpointError
+from asyncckpt import Checkpoint, Checkpointer, CorruptCheckpointError
 from asyncckpt.engine import get_engine
 from asyncckpt.inspection.contents import Contents, Summary, read_contents, summarize
-from asyncckpt.layout.torch_zip import lay_out, plan
+from asyncckpt.layout.torch_zip import CENTRAL, lay_out, plan
 from asyncckpt.outline.nodes import TensorOutline
 from asyncckpt.outline.walk import walk
 from asyncckpt.stores import open_store
 from asyncckpt.stores.local import LocalStore
-from strangers import pickled_text, write_file
+from strangers import data_pickle, pickled_text, write_file
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -70,10 +70,9 @@ def test_a_checkpoint_tells_what_was_given_to_save(tmp_path: Path) -> None:
     brief, contents = told(tmp_path / "step-00000007.pt")
     nbytes = (tmp_path / "step-00000007.pt").stat().st_size
     path = str(tmp_path / "step-00000007.pt")
-    created = brief.created
+    created = brief.checkpoint.created
     assert began <= created <= time.time()
-    expected = Summary(path, "step-00000007.pt", "asyncckpt", 7, None, {"val_loss": 0.25}, nbytes, created, 2)
-    assert brief == expected
+    assert brief == Summary(Checkpoint(7, path, {"val_loss": 0.25}, nbytes, created, 2), "asyncckpt")
     assert contents.summary.epoch == 2  # which a listing does not read the state for
     assert contents.versions.keys() == {"asyncckpt", "torch", "python"}
     assert contents.byteorder == "little"
@@ -93,7 +92,7 @@ def test_payloads_are_where_they_are_told_to_be(
         fsspec.filesystem("memory").pipe_file(store.path_of("x.pt"), data)
     brief, contents = told(local, store)
     assert brief.writer == contents.summary.writer == ("torch" if save is torch.save else "asyncckpt")
-    assert brief.path == store.path_of("x.pt")
+    assert brief.checkpoint.path == store.path_of("x.pt")
     tensors = {path[-1]: node for path, node in walk(contents.outline.root)}
     for name, tensor in (STATE["model"] | {"empty": STATE["empty"], "half": STATE["half"]}).items():
         start, stop = contents.payloads[tensors[name].storage.key]
@@ -118,17 +117,17 @@ def test_only_little_is_read(tmp_path: Path) -> None:
     asyncckpt.wait()
     for name in ("a.pt", "b.pt"):
         store = CountingStore(str(tmp_path))
-        assert told(tmp_path / name, store)[0].metrics == {"loss": 1.0}
+        assert told(tmp_path / name, store)[0].checkpoint.metrics == {"loss": 1.0}
         assert store.nbytes < 1_000_000
 
 
 def test_a_listing_leaves_large_pickles_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.save({"step": 5, "array": np.zeros(10_000)}, tmp_path / "x.pt")
-    assert told(tmp_path / "x.pt")[0].step == 5
+    assert told(tmp_path / "x.pt")[0].checkpoint.step == 5
     monkeypatch.setattr("asyncckpt.inspection.contents.MAX_SUMMARY", 50_000)
     brief, contents = told(tmp_path / "x.pt")
-    assert (brief.step, brief.writer) == (None, "torch")
-    assert contents.summary.step == 5
+    assert (brief.checkpoint.step, brief.writer) == (None, "torch")
+    assert contents.summary.checkpoint.step == 5
 
 
 def test_a_checkpoint_with_a_step_is_listed_without_its_state(tmp_path: Path) -> None:
@@ -161,9 +160,10 @@ def test_states_tell_by_their_names(
     state: object, step: int | None, epoch: int | None, metrics: dict[str, float], tmp_path: Path
 ) -> None:
     found = summary(state, tmp_path)
-    assert (found.writer, found.step, found.epoch) == ("torch", step, epoch)
-    assert repr(dict(found.metrics)) == repr({name: float(value) for name, value in metrics.items()})
-    assert (found.created, found.sequence) == (0.0, 0)
+    checkpoint = found.checkpoint
+    assert (found.writer, checkpoint.step, found.epoch) == ("torch", step, epoch)
+    assert repr(dict(checkpoint.metrics)) == repr({name: float(value) for name, value in metrics.items()})
+    assert (checkpoint.created, checkpoint.sequence) == (0.0, 0)
 
 
 def test_lightning_tells_its_monitored_score(tmp_path: Path) -> None:
@@ -184,10 +184,10 @@ def test_lightning_tells_its_monitored_score(tmp_path: Path) -> None:
         "state_dict": STATE["model"],
     }
     found = summary(state, tmp_path)
-    assert (found.writer, found.step, found.epoch) == ("lightning", 120, 3)
-    assert found.metrics == {"val_loss": 0.125, "acc": 0.75}
+    assert (found.writer, found.checkpoint.step, found.epoch) == ("lightning", 120, 3)
+    assert found.checkpoint.metrics == {"val_loss": 0.125, "acc": 0.75}
     assert told(tmp_path / "x.pt")[1].versions == {"lightning": "2.6.0"}
-    assert summary({**state, "callbacks": [1]}, tmp_path).metrics == {}
+    assert summary({**state, "callbacks": [1]}, tmp_path).checkpoint.metrics == {}
 
 
 def test_a_file_by_asyncckpt_without_a_directory_tells_from_its_state(tmp_path: Path) -> None:
@@ -196,7 +196,8 @@ def test_a_file_by_asyncckpt_without_a_directory_tells_from_its_state(tmp_path: 
     _write_described(tmp_path / "x.pt", pickled, description)
     brief, contents = told(tmp_path / "x.pt")
     assert brief == contents.summary
-    assert (brief.writer, brief.step, brief.epoch, brief.metrics) == ("asyncckpt", 8, 2, {"val_loss": 0.5})
+    assert (brief.writer, brief.checkpoint.step, brief.epoch) == ("asyncckpt", 8, 2)
+    assert brief.checkpoint.metrics == {"val_loss": 0.5}
 
 
 def _write_described(path: Path, data_pickle: bytes, description: dict[str, Any]) -> None:
@@ -209,7 +210,7 @@ def test_values_of_another_byte_order_are_not_told(tmp_path: Path) -> None:
     pickled = _record(tmp_path / "x.pt", "data.pkl")
     write_file(tmp_path / "big.pt", pickled, b"\x3f\x80\0\0", byteorder="big")
     brief, contents = told(tmp_path / "big.pt")
-    assert brief.metrics == {"acc": 0.5}
+    assert brief.checkpoint.metrics == {"acc": 0.5}
     assert contents.byteorder == "big"
 
 
@@ -296,6 +297,33 @@ def test_a_record_that_is_not_where_it_should_be_is_noticed(tmp_path: Path) -> N
         told(path)
 
 
+def test_a_record_far_behind_its_header_is_noticed_before_it_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "x.pt"
+    torch.save({"w": torch.ones(1 << 18)}, path)
+    data = bytearray(path.read_bytes())
+    entry = data.rindex(b"x/data/0") - CENTRAL.size
+    data[entry + 20 : entry + 28] = (8).to_bytes(4, "little") * 2  # its size, which is told twice
+    path.write_bytes(data)
+    with pytest.raises(CorruptCheckpointError, match=r"record x/data/0 does not fit its place"):
+        told(path)
+    with pytest.raises(CorruptCheckpointError, match=r"record x/data/0 does not fit its place"):
+        asyncckpt.load(path)
+
+
+def test_a_record_that_is_larger_than_it_could_be_is_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pickled = data_pickle({"step": 5})
+    write_file(tmp_path / "x.pt", pickled, byteorder="little" * 3)
+    with pytest.raises(CorruptCheckpointError, match=r"record x/byteorder has 18 bytes, too many"):
+        told(tmp_path / "x.pt")
+    write_file(tmp_path / "x.pt", pickled)
+    assert told(tmp_path / "x.pt")[0].checkpoint.step == 5
+    monkeypatch.setattr("asyncckpt.inspection.contents.MAX_PICKLE", len(pickled) - 1)
+    with pytest.raises(CorruptCheckpointError, match=r"record x/data\.pkl has \d+ bytes, too many"):
+        told(tmp_path / "x.pt")
+
+
 def test_a_description_by_a_stranger_is_read(tmp_path: Path) -> None:
     versions = {"torch": ["\x1b"], "n": 3}
     description = {
@@ -308,7 +336,7 @@ def test_a_description_by_a_stranger_is_read(tmp_path: Path) -> None:
     }
     _write_described(tmp_path / "x.pt", b"\x80\x02}" + pickled_text("step") + b"K\x05s.", description)
     brief, contents = told(tmp_path / "x.pt")
-    assert (brief.writer, brief.step, brief.created) == ("asyncckpt", 5, 1e300)
+    assert (brief.writer, brief.checkpoint.step, brief.checkpoint.created) == ("asyncckpt", 5, 1e300)
     assert contents.versions == {"torch": "['\\x1b']", "n": "3"}
 
 

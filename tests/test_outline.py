@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from asyncckpt.outline.machine import outline
 from asyncckpt.outline.nodes import (
+    KeyOutline,
     OrderedDictOutline,
     TensorOutline,
 )
@@ -46,6 +47,8 @@ plain = st.recursive(
 
 def typed(value: Any) -> Any:
     """Return what is equal for equal values of the same types only; NaN is equal to itself."""
+    if type(value) is KeyOutline:
+        value = value.value
     kind = OrderedDict if type(value) is OrderedDictOutline else type(value)
     if isinstance(value, dict):
         return kind, [(typed(key), typed(item)) for key, item in value.items()]

@@ -59,8 +59,9 @@ def diff(
 
     This compares the entries of the states, plain values, shapes, dtypes, every element of the tensors, and
     which tensors share memory; not where tensors were, their strides, whether they require gradients, nor
-    whether a dict is an OrderedDict. NaN is equal to NaN. Files of any size are compared in little memory.
-    The exit status is 0 if they are the same, 1 if they differ, 2 if they could not be compared.
+    whether a dict is an OrderedDict. NaN is equal to NaN, and keys that are objects are the same if they
+    print alike. Tensors of any size are compared in little memory. The exit status is 0 if the files hold
+    the same, 1 if they differ, 2 if they could not be compared.
 
     Example: asyncckpt diff step-00000100.pt step-00000200.pt
     """
@@ -85,7 +86,7 @@ def _compared(a: Side, b: Side) -> _Result:
         values = call(compare_values, a, b, pairs, advance)
     told = [(pair, value) for pair, value in zip(pairs, values, strict=True) if value is not None]
     changed = [(pair, value) for pair, value in told if value.differing]
-    paths = a.contents.summary.path, b.contents.summary.path
+    paths = a.contents.summary.checkpoint.path, b.contents.summary.checkpoint.path
     nans = sum(value.nans for _, value in told)
     return _Result(paths, comparison, changed, len(told) - len(changed), nans)
 

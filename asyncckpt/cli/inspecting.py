@@ -50,7 +50,7 @@ def inspect(
     try:
         inventory = take_inventory(contents.outline, contents.payloads)
     except CorruptCheckpointError as error:
-        raise CorruptCheckpointError(f"{contents.summary.path}: {error}") from error
+        raise CorruptCheckpointError(f"{contents.summary.checkpoint.path}: {error}") from error
     refused = refused_globals(contents.outline.globals)
     if as_json:
         print_json(_document(contents, inventory, depth, refused))
@@ -64,17 +64,17 @@ def inspect(
 
 
 def _print_header(contents: Contents) -> None:
-    summary = contents.summary
+    summary, told = contents.summary, contents.summary.checkpoint
     versions = ", ".join(f"{name} {version}" for name, version in contents.versions.items())
     facts = {
         "written by": summary.writer + (f" ({versions})" if versions else ""),
-        "created": _moment(summary.created) if summary.created else None,
-        "step": summary.step,
+        "created": _moment(told.created) if told.created else None,
+        "step": told.step,
         "epoch": summary.epoch,
-        "metrics": ", ".join(f"{name} {number(value)}" for name, value in summary.metrics.items()),
+        "metrics": ", ".join(f"{name} {number(value)}" for name, value in told.metrics.items()),
         "byte order": None if is_native(contents.byteorder) else contents.byteorder,
     }
-    line(f"{summary.path}  {size(summary.nbytes)} ({summary.nbytes:,} bytes)", "bold")
+    line(f"{told.path}  {size(told.nbytes)} ({told.nbytes:,} bytes)", "bold")
     for name, value in facts.items():
         if value not in {None, ""}:
             line(f"  {name:<10}  {value}")
@@ -159,17 +159,17 @@ def _moment(seconds: float) -> str:
 
 def _document(contents: Contents, inventory: Inventory, depth: int, refused: Sequence[str]) -> dict[str, Any]:
     """Return all of it for --json."""
-    summary, total = contents.summary, inventory.total
+    summary, told, total = contents.summary, contents.summary.checkpoint, inventory.total
     return {
-        "path": summary.path,
-        "nbytes": summary.nbytes,
+        "path": told.path,
+        "nbytes": told.nbytes,
         "written_by": summary.writer,
         "versions": dict(contents.versions),
-        "created": summary.created or None,
-        "sequence": summary.sequence or None,
-        "step": summary.step,
+        "created": told.created or None,
+        "sequence": told.sequence or None,
+        "step": told.step,
         "epoch": summary.epoch,
-        "metrics": dict(summary.metrics),
+        "metrics": dict(told.metrics),
         "byteorder": contents.byteorder,
         "records": contents.records,
         "tensors": [_tensor_row(entry) for entry in inventory.tensors],

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from asyncckpt.catalog import READERS
 from asyncckpt.cli.locations import Directory, StorageOptions, directory_at, looks_like_checkpoint, modified
 from asyncckpt.cli.output import (
     AsJson,
@@ -23,12 +24,12 @@ from asyncckpt.cli.output import (
     size,
 )
 from asyncckpt.cli.policies import metric_names, parse_metric, require_metric
-from asyncckpt.cli.running import call, for_each
+from asyncckpt.cli.running import call
 from asyncckpt.errors import CorruptCheckpointError, StoreError
 from asyncckpt.inspection.contents import summarize
 from asyncckpt.outline.texts import clean
 from asyncckpt.retention import rank
-from asyncckpt.threads import in_thread
+from asyncckpt.threads import for_each, in_thread
 from asyncckpt.types import Checkpoint
 
 if TYPE_CHECKING:
@@ -105,7 +106,7 @@ def ls(
 
 
 async def _read(store: Store) -> list[_Row]:
-    rows = await for_each(partial(_row, store), await store.list())
+    rows = await for_each(partial(_row, store), await store.list(), READERS)
     return [row for row in rows if row is not None]
 
 
@@ -121,8 +122,7 @@ async def _row(store: Store, file: StoredFile) -> _Row | None:
         if not await looks_like_checkpoint(store, file):
             return None
         return _Row(file.name, Checkpoint(None, path, {}, file.nbytes, changed), error=message(error))
-    when = summary.created or changed
-    checkpoint = Checkpoint(summary.step, path, summary.metrics, file.nbytes, when, summary.sequence)
+    checkpoint = replace(summary.checkpoint, created=summary.checkpoint.created or changed)
     return _Row(file.name, checkpoint, summary.writer, summary.epoch)
 
 

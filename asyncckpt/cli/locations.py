@@ -11,10 +11,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from fsspec.core import split_protocol
 
-from asyncckpt.cli.running import call, for_each
+from asyncckpt.catalog import READERS
+from asyncckpt.cli.running import call
 from asyncckpt.errors import CheckpointNotFoundError, StoreError
+from asyncckpt.layout.other_formats import HEAD
 from asyncckpt.stores import open_store
 from asyncckpt.stores.local import LocalStore
+from asyncckpt.threads import for_each
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -36,7 +39,7 @@ StorageOptions = Annotated[
 _SUFFIXES = frozenset({".pt", ".pth", ".ckpt", ".bin"})
 # The header of the first record of a file by torch.save or asyncckpt: data.pkl, or a storage.
 _BEGINNING = re.compile(rb"PK\x03\x04.{26}[^/]+/data(\.pkl|/\d)", re.DOTALL)
-_HEAD = 512
+_LOCAL = frozenset({"file", "local"})
 _DIRECTORIES = frozenset({"", ".", ".."})
 
 
@@ -48,10 +51,12 @@ def file_at(path: str, options: Sequence[str] | None) -> tuple[Store, StoredFile
     """
     protocol, local = split_protocol(path.rstrip("/"))
     directory, slash, name = local.rpartition("/")
-    place = directory or slash if protocol is None else f"{protocol}://{directory}"
+    place = directory or slash
+    if protocol is not None:
+        place = f"{protocol}://{place if protocol in _LOCAL else directory}"
     try:
         if name not in _DIRECTORIES:
-            store = _open(place, options)
+            store = store_at(place, options)
             return store, call(store.stat, name)
     except FileNotFoundError:
         pass
@@ -64,7 +69,7 @@ def directory_at(path: str, options: Sequence[str] | None) -> Store:
     Raises:
         CheckpointNotFoundError: it is not.
     """
-    store = _open(path, options)
+    store = store_at(path, options)
     is_there = _local(store, "").is_dir() if isinstance(store, LocalStore) else bool(call(store.list))
     if not is_there:
         raise CheckpointNotFoundError(f"there is no directory {path}")
@@ -103,7 +108,7 @@ async def looks_like_checkpoint(store: Store, file: StoredFile) -> bool:
     """Tell by its suffix and its first bytes whether a file, which may be damaged, is a checkpoint."""
     if PurePosixPath(file.name).suffix in _SUFFIXES:
         return True
-    head = bytearray(min(file.nbytes, _HEAD))
+    head = bytearray(min(file.nbytes, HEAD))
     try:
         await store.read(file.name, 0, memoryview(head))
     except (StoreError, FileNotFoundError):
@@ -132,7 +137,7 @@ async def _checkpoints(store: Store) -> list[StoredFile]:
     async def looked_at(file: StoredFile) -> tuple[StoredFile, bool]:
         return file, await looks_like_checkpoint(store, file)
 
-    found = [file for file, is_one in await for_each(looked_at, await store.list()) if is_one]
+    found = [file for file, is_one in await for_each(looked_at, await store.list(), READERS) if is_one]
     return sorted(found, key=lambda file: file.name)
 
 
@@ -140,7 +145,13 @@ def _local(store: LocalStore, name: str) -> Path:
     return Path(store.path_of(name))
 
 
-def _open(directory: str, options: Sequence[str] | None) -> Store:
+def store_at(directory: str, options: Sequence[str] | None) -> Store:
+    """Return the store of a directory, which need not exist.
+
+    Raises:
+        StoreError: the URL names a protocol that is not known, or whose package is not installed.
+        typer.BadParameter: the options do not go with it.
+    """
     try:
         return open_store(directory, parsed_options(options))
     except ValueError as error:

@@ -104,7 +104,9 @@ def bytes_progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
 
 def number(value: float) -> str:
     """Return a metric in five digits; a whole number as it is."""
-    return str(int(value)) if float(value).is_integer() and abs(value) < _EXACT else f"{value:.5g}"
+    if isinstance(value, int):
+        return str(value)
+    return str(int(value)) if value.is_integer() and abs(value) < _EXACT else f"{value:.5g}"
 
 
 def size(nbytes: float) -> str:

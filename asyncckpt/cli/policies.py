@@ -57,5 +57,5 @@ def require_metric(metric: str, checkpoints: Iterable[Checkpoint], option: str) 
 
 
 def metric_names(checkpoints: Iterable[Checkpoint]) -> list[str]:
-    """Return the names of all metrics, in the order in which they come up."""
-    return list(dict.fromkeys(name for checkpoint in checkpoints for name in checkpoint.metrics))
+    """Return the names of all metrics, in the order in which they come up; one that is empty is none."""
+    return list(dict.fromkeys(name for checkpoint in checkpoints for name in checkpoint.metrics if name))

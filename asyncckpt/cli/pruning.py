@@ -72,7 +72,8 @@ def prune(
     """Remove the checkpoints of a directory that no --keep keeps.
 
     All that were saved by a Checkpointer count, whatever their names; other files are left alone. The newest
-    stays in any case, and so does what a symbolic link in the directory leads to.
+    stays in any case, and so does what a symbolic link in the directory leads to. The exit status is 1 if one
+    could not be removed.
 
     Example: asyncckpt prune runs/gpt --keep best:3:val_loss --keep last:2
     """

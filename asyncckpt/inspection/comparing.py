@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
     from asyncckpt.outline.walk import Path
 
+# Of containers. States that share theirs may ask for the product of the numbers that they have.
+MAX_PAIRS = 5_000_000
 ABSENT = object()
 # Of longer lists only the items that differ are told.
 _SHOWN_WHOLE = 8
@@ -85,7 +87,7 @@ def compare(a: Any, b: Any) -> Comparison:
     not count. NaN is equal to NaN.
 
     Raises:
-        CorruptCheckpointError: they are nested too deep.
+        CorruptCheckpointError: they are nested too deep, or have more than MAX_PAIRS pairs of containers.
     """
     comparer = _Comparer()
     entered: list[Iterator[tuple[Path, Any, Any]]] = [iter([((), a, b)])]
@@ -118,7 +120,7 @@ class _Comparer:
         if type(a) is type(b) is TensorOutline:
             self.sharing.add(path, a, b)
             self._tensors(path, a, b)
-            return a.state is not None or b.state is not None
+            return (a.state is not None or b.state is not None) and self._is_new(a, b)
         kind = kind_of(a)
         if kind != kind_of(b):
             both_plain = type(a) in SCALARS and type(b) in SCALARS
@@ -126,9 +128,16 @@ class _Comparer:
             return False
         if is_leaf(a, self._flat) and is_leaf(b, self._flat):
             return self._leaves(path, kind, a, b)
-        new = (id(a), id(b)) not in self._met
-        self._met.add((id(a), id(b)))
-        return new
+        return self._is_new(a, b)
+
+    def _is_new(self, a: Any, b: Any) -> bool:
+        """Whether these two have not been compared yet: what stands in several places is entered once."""
+        pair = id(a), id(b)
+        is_new = pair not in self._met
+        self._met.add(pair)
+        if len(self._met) > MAX_PAIRS:
+            raise CorruptCheckpointError(f"more than {MAX_PAIRS:,} parts of their states would be compared")
+        return is_new
 
     def _leaves(self, path: Path, kind: str, a: Any, b: Any) -> bool:
         if type(a) is StorageOutline:
@@ -235,7 +244,7 @@ def _same(a: Any, b: Any) -> bool:
     return bool(a == b)
 
 
-_HASHED = frozenset({*SCALARS, tuple, Attribute})
+_HASHED = frozenset({*SCALARS, Attribute})
 _LISTS = frozenset({"list", "tuple"})
 _TENSORS = frozenset({"torch.Tensor", "torch.nn.parameter.Parameter"})
 _KINDS: dict[Any, str] = {

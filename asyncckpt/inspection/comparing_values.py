@@ -13,7 +13,7 @@ from anyio import CapacityLimiter, Lock
 from asyncckpt.errors import CorruptCheckpointError
 from asyncckpt.inspection.tensor_values import is_native, pieces, place_of, span, view
 from asyncckpt.inspection.value_differences import ValueDifference, difference
-from asyncckpt.threads import in_thread, tasks
+from asyncckpt.threads import for_each, in_thread
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -90,27 +90,25 @@ async def compare_values(
     for contents in (a.contents, b.contents):
         if pairs and not is_native(contents.byteorder):
             raise CorruptCheckpointError(
-                f"{contents.summary.path}: its values are {contents.byteorder}-endian, unlike those of this"
-                " machine; load it with torch.load and save it again"
+                f"{contents.summary.checkpoint.path}: its values are {contents.byteorder}-endian, unlike"
+                " those of this machine; load it with torch.load and save it again"
             )
     readers = _Reader(a), _Reader(b)
     works = [_prepared(pair, a, b) for pair in pairs]
     jobs = ((work, piece) for work in works if work for piece in work.pieces())
     computing = CapacityLimiter(1)
 
-    async def compare() -> None:
-        for work, piece in jobs:
-            in_a = await readers[0].read(*work.a.place_of(piece.shape, piece.a))
-            in_b = await readers[1].read(*work.b.place_of(piece.shape, piece.b))
-            if len(in_a) + len(in_b) > 2 * SMALL:
-                await in_thread(work.add, piece.shape, in_a, in_b, limiter=computing)
-            else:  # the way to a thread and back would take longer
-                work.add(piece.shape, in_a, in_b)
-            advance(prod(piece.shape) * work.a.dtype.itemsize * work.weight)
+    async def compare(job: tuple[_Work, Piece]) -> None:
+        work, piece = job
+        in_a = await readers[0].read(*work.a.place_of(piece.shape, piece.a))
+        in_b = await readers[1].read(*work.b.place_of(piece.shape, piece.b))
+        if len(in_a) + len(in_b) > 2 * SMALL:
+            await in_thread(work.add, piece.shape, in_a, in_b, limiter=computing)
+        else:  # the way to a thread and back would take longer
+            work.add(piece.shape, in_a, in_b)
+        advance(prod(piece.shape) * work.a.dtype.itemsize * work.weight)
 
-    async with tasks() as group:
-        for _ in range(TASKS):
-            group.start_soon(compare)
+    await for_each(compare, jobs, TASKS)
     return [work.result if work else None for work in works]
 
 
@@ -132,7 +130,7 @@ class _Operand:
         try:
             dtype, first = place_of(tensor, side.contents.payloads)
         except CorruptCheckpointError as error:
-            raise CorruptCheckpointError(f"{side.contents.summary.path}: {error}") from error
+            raise CorruptCheckpointError(f"{side.contents.summary.checkpoint.path}: {error}") from error
         return cls(dtype, stride, first)
 
     def place_of(self, shape: tuple[int, ...], at: int) -> tuple[int, int]:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from threading import Lock
 from typing import TYPE_CHECKING
 
+from asyncckpt.catalog import checkpoint_of, read_described
 from asyncckpt.errors import CorruptCheckpointError
 from asyncckpt.inspection.tensor_values import is_native, read_number
 from asyncckpt.layout.description import Description
 from asyncckpt.layout.other_formats import HEAD, recognize
-from asyncckpt.layout.zip_reader import TAIL, is_storage, payload_start, read_description, read_directory
+from asyncckpt.layout.zip_reader import TAIL, check_header, read_directory
 from asyncckpt.outline.machine import outline
 from asyncckpt.outline.nodes import TensorOutline
 from asyncckpt.outline.progress import Progress, progress_of
@@ -23,10 +25,16 @@ if TYPE_CHECKING:
     from asyncckpt.layout.zip_reader import Directory
     from asyncckpt.outline.machine import Outline
     from asyncckpt.stores.base import Store, StoredFile
+    from asyncckpt.types import Checkpoint
 
 # A listing looks at many files: it does without what would cost seconds of each, such as the inlined arrays
 # that make a data.pkl this large.
-MAX_SUMMARY = 64 << 20
+MAX_SUMMARY = 16 << 20
+MAX_PICKLE = 2 << 30
+_MAX_BYTEORDER = 16
+_UNTOLD = Description(0, None, {}, 0.0)
+# Outlines are made one at a time, as Python would do it anyway: so the memory of several does not add up.
+_OUTLINING = Lock()
 _DEFAULT_BYTEORDER = "little"  # of old files, which do not tell
 _CONSTANTS = b"/constants.pkl"  # the record that only TorchScript archives have
 _TORCHSCRIPT = "a TorchScript archive, a program rather than a checkpoint: read it with torch.jit.load"
@@ -37,24 +45,14 @@ class Summary:
     """What a listing shows of a file.
 
     Attributes:
-        path: a local path or a URL.
-        name: in its directory.
+        checkpoint: what the file tells; 0 stands for a time or a place in the order that it does not tell.
         writer: `asyncckpt`, `lightning` or `torch`.
-        step, epoch, metrics: as the file tells them.
-        nbytes: size of the file.
-        created: wall time of the snapshot, seconds since the epoch; 0.0 if the file does not tell.
-        sequence: place in the order of commits of its directory, from 1; 0 if the file does not tell.
+        epoch: as the file tells it.
     """
 
-    path: str
-    name: str
+    checkpoint: Checkpoint
     writer: str
-    step: int | None
-    epoch: int | None
-    metrics: Mapping[str, float]
-    nbytes: int
-    created: float = 0.0
-    sequence: int = 0
+    epoch: int | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -86,7 +84,7 @@ async def read_contents(store: Store, file: StoredFile) -> Contents:
         StoreError: it could not be read.
     """
     async with _recognized(store, file):
-        description = await _description(store, file)
+        description = await read_described(store, file)
         directory = await answer(read_directory(file.nbytes), store, file.name)
         return await _read(store, file, description, directory)
 
@@ -99,7 +97,7 @@ async def summarize(store: Store, file: StoredFile) -> Summary:
         StoreError: it could not be read.
     """
     async with _recognized(store, file):
-        description = await _description(store, file)
+        description = await read_described(store, file)
         # A Checkpointer's files say all that there is to say; only they have a sequence number.
         if description is not None and description.sequence and description.step is not None:
             return _summary(store, file, description, Progress(), {})
@@ -110,25 +108,15 @@ async def summarize(store: Store, file: StoredFile) -> Summary:
         return (await _read(store, file, description, directory)).summary
 
 
-async def _description(store: Store, file: StoredFile) -> Description | None:
-    record = await answer(read_description(file.nbytes), store, file.name)
-    return None if record is None else Description.decode(record)
-
-
 async def _read(
     store: Store, file: StoredFile, description: Description | None, directory: Directory
 ) -> Contents:
-    told = await in_thread(outline, await _record(store, file, directory, "data.pkl"))
+    told = await in_thread(_outline, await _record(store, file, directory, "data.pkl", MAX_PICKLE))
     byteorder = _DEFAULT_BYTEORDER
     if _full(directory, "byteorder") in directory.names:
-        byteorder = (await _record(store, file, directory, "byteorder")).decode("ascii", "replace")
-    rows = zip(directory.names, directory.starts.tolist(), directory.stops.tolist(), strict=True)
-    folder = _full(directory, "data/")
-    payloads = {
-        name.removeprefix(folder): (start, stop)
-        for name, start, stop in rows
-        if name.startswith(folder) and is_storage(name)
-    }
+        record = await _record(store, file, directory, "byteorder", _MAX_BYTEORDER)
+        byteorder = record.decode("ascii", "replace")
+    payloads = {key: (start, stop) for key, start, stop in directory.storages()}
     progress = progress_of(told.root)
     metrics = {}
     for name, value in progress.metrics.items():
@@ -152,18 +140,10 @@ def _summary(
     metrics: Mapping[str, float],
 ) -> Summary:
     writer = "asyncckpt" if description else "lightning" if progress.lightning else "torch"
-    said = description or Description(0, None, {}, 0.0)
-    return Summary(
-        store.path_of(file.name),
-        file.name,
-        writer,
-        progress.step if said.step is None else said.step,
-        progress.epoch,
-        said.metrics if said.sequence else metrics,
-        file.nbytes,
-        said.created,
-        said.sequence,
-    )
+    told = checkpoint_of(store, file.name, description or _UNTOLD, file.nbytes)
+    step = progress.step if told.step is None else told.step
+    checkpoint = replace(told, step=step, metrics=told.metrics if told.sequence else metrics)
+    return Summary(checkpoint, writer, progress.epoch)
 
 
 def _full(directory: Directory, name: str) -> str:
@@ -175,20 +155,23 @@ def _row(directory: Directory, name: str) -> int:
     return directory.names.index(_full(directory, name))
 
 
-async def _record(store: Store, file: StoredFile, directory: Directory, name: str) -> bytes:
-    """Read a small record; the payloads of all others lie as its does."""
+def _outline(data: bytes) -> Outline:
+    with _OUTLINING:
+        return outline(data)
+
+
+async def _record(store: Store, file: StoredFile, directory: Directory, name: str, limit: int) -> bytes:
+    """Read a record of at most `limit` bytes; the payloads of all others lie as its does."""
     row, full = _row(directory, name), _full(directory, name)
     header, start, stop = (
         int(places[row]) for places in (directory.headers, directory.starts, directory.stops)
     )
+    if stop - start > limit:
+        raise CorruptCheckpointError(f"its record {full} has {stop - start:,} bytes, too many to look at")
     data = bytearray(stop - header)
     await store.read(file.name, header, memoryview(data))
-    if header + payload_start(data, full) != start:
-        raise CorruptCheckpointError(
-            f"the header of its record {full} does not end where its payload begins; it is damaged, or was"
-            " not written by torch or asyncckpt"
-        )
-    return bytes(data[start - header :])
+    check_header(data, full, start - header)
+    return bytes(memoryview(data)[start - header :])
 
 
 @asynccontextmanager

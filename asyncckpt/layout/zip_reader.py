@@ -28,7 +28,7 @@ from asyncckpt.layout.torch_zip import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    from collections.abc import Generator, Iterator
 
     from asyncckpt.types import Offsets
 
@@ -37,6 +37,7 @@ Request = tuple[int, int]
 
 # The first read of a file, from its end: a directory of some 500 records, or all of a small file.
 TAIL = 64 << 10
+_MAX_HEAD = LOCAL.size + 2 * 0xFFFF  # a local header with the longest name and the longest extra field
 _FLAGS = 0x0808  # names in UTF-8, sizes behind the payload: all that torch's writer sets
 _FOLDER = 0x10
 _STORAGE = re.compile(r"[^/]+/data/(\d{1,18})")
@@ -75,6 +76,14 @@ class Directory:
     stops: Offsets
     checksums: Offsets
     ending: Ending
+
+    def storages(self) -> Iterator[tuple[str, int, int]]:
+        """Yield the key of each storage, and where its bytes start and stop."""
+        folder = self.names[0].partition("/")[0] + "/"
+        for name, start, stop in zip(self.names, self.starts.tolist(), self.stops.tolist(), strict=True):
+            found = _STORAGE.fullmatch(name)
+            if found and name.startswith(folder):
+                yield found[1], start, stop
 
 
 def read_ending(size: int) -> Generator[Request, bytes, tuple[Ending, int, bytes]]:
@@ -170,7 +179,8 @@ def read_directory(size: int) -> Generator[Request, bytes, Directory]:
     large = (headers >= ZIP64) | (sizes >= ZIP64)
     stops = ends - np.where(sizes == 0, 0, np.where(large, 24, 16))
     starts = stops - sizes
-    outside = (starts < headers + LOCAL.size) | (ends > ending.directory)
+    heads = starts - headers
+    outside = (heads < LOCAL.size) | (heads > _MAX_HEAD) | (ends > ending.directory)
     if outside.any():
         raise CorruptCheckpointError(f"its record {names[int(outside.argmax())]} does not fit its place")
     return Directory(names, headers, starts, stops, checksums, ending)
@@ -195,9 +205,17 @@ def payload_start(header: bytes | bytearray, name: str) -> int:
     return LOCAL.size + int(length) + int(extra)
 
 
-def is_storage(name: str) -> bool:
-    """Whether a record holds the bytes of a storage."""
-    return _STORAGE.fullmatch(name) is not None
+def check_header(header: bytes | bytearray, name: str, length: int) -> None:
+    """Raise unless this is the local header of record `name`, and `length` bytes long, as it should be.
+
+    Raises:
+        CorruptCheckpointError: it is not.
+    """
+    if payload_start(header, name) != length:
+        raise CorruptCheckpointError(
+            f"the header of its record {name} does not end where its payload begins; it is damaged, or was"
+            " not written by torch or asyncckpt"
+        )
 
 
 def _check_names(names: tuple[str, ...]) -> None:

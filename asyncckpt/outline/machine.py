@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
     Handler = Callable[[Any], None]
 
-# A hundred tensors take some 4,000 of them; each may take a hundred bytes of memory.
-MAX_OPERATIONS = 50_000_000
+# A hundred tensors take some 4,000 of them. Some make an object of 250 bytes.
+MAX_OPERATIONS = 20_000_000
 _MAX_PROTOCOL = 5
 _RENAMED_BEFORE = 3  # protocols below this name what Python 2 had under the names of Python 2
 _MAX_NAME = 1000

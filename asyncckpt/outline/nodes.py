@@ -107,7 +107,7 @@ class OrderedDictOutline(OrderedDict[Any, Any]):
 
 @dataclass(slots=True, eq=False)
 class KeyOutline:
-    """A key, or an item of a set, that is not plain enough to be hashed.
+    """A key, or an item of a set, that is not hashed: a tuple, or whatever else is not plain.
 
     Attributes:
         value: what it is.
@@ -136,21 +136,14 @@ class Repeated:
 # These have nothing inside, and are equal if Python says so.
 SCALARS = frozenset({type(None), bool, int, float, complex, str, bytes})
 _NODES = frozenset({GlobalOutline, ObjectOutline, StorageOutline, TensorOutline})
-_MAX_PLAIN = 8
+# The hashes of tuples and of complex numbers can be chosen, so that a dict of them takes hours to fill.
+_HASHED = SCALARS - {complex}
 _MAX_INTEGER = 1 << 64
 
 
 def hashable(value: Any) -> Any:
     """Return what stands for `value` as a key: itself if hashing it is cheap, whoever made it."""
     kind = type(value)
-    if kind in _NODES:
+    if kind in _NODES or (kind in _HASHED and (kind is not int or -_MAX_INTEGER < value < _MAX_INTEGER)):
         return value
-    if kind is tuple and len(value) <= _MAX_PLAIN:
-        plain = all(type(item) in SCALARS and _is_small(item) for item in value)
-    else:
-        plain = kind in SCALARS and _is_small(value)
-    return value if plain else KeyOutline(value)
-
-
-def _is_small(value: Any) -> bool:
-    return type(value) is not int or -_MAX_INTEGER < value < _MAX_INTEGER
+    return KeyOutline(value)

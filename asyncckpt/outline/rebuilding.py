@@ -14,24 +14,14 @@ from asyncckpt.outline.nodes import (
     TensorOutline,
     hashable,
 )
+from asyncckpt.types import STORAGE_DTYPES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-# The classes under which torch.save names storages, each for a dtype.
-STORAGE_DTYPES = {
-    "FloatStorage": "float32",
-    "DoubleStorage": "float64",
-    "HalfStorage": "float16",
-    "BFloat16Storage": "bfloat16",
-    "LongStorage": "int64",
-    "IntStorage": "int32",
-    "ShortStorage": "int16",
-    "CharStorage": "int8",
-    "ByteStorage": "uint8",
-    "BoolStorage": "bool",
-    "ComplexFloatStorage": "complex64",
-    "ComplexDoubleStorage": "complex128",
+# What else torch.save has written.
+_DTYPES = {
+    **STORAGE_DTYPES,
     "QInt8Storage": "qint8",
     "QUInt8Storage": "quint8",
     "QInt32Storage": "qint32",
@@ -63,11 +53,12 @@ class Rebuilder:
         if type(args) is not tuple:
             args = (args,)
         if type(function) is not GlobalOutline:
-            return ObjectOutline("(what another call returns)", (function, *args))
-        rebuild = _TENSORS.get(function.name)
-        if rebuild is not None:
-            return rebuild(*args) or ObjectOutline(function.name, args)
-        made = _VALUES[function.name](args) if function.name in _VALUES and self._affords(args) else None
+            return ObjectOutline("(what another call returns)", (function, args))
+        made = None
+        if function.name in _TENSORS and self._affords(args):
+            made = _TENSORS[function.name](*args)
+        elif function.name in _VALUES and self._affords(args):
+            made = _VALUES[function.name](args)
         return ObjectOutline(function.name, args) if made is None else made
 
     def storage(self, identity: Any) -> StorageOutline | ObjectOutline:
@@ -76,12 +67,15 @@ class Rebuilder:
             _, kind, key, location, numel = identity[:_PERSISTENT_STORAGE]
             if type(kind) is GlobalOutline and type(key) is type(location) is str and _is_count(numel):
                 name = kind.name.rpartition(".")[2]
-                told = key, STORAGE_DTYPES.get(name, name), location, numel
+                told = key, _DTYPES.get(name, name), location, numel
                 return self.storages.setdefault(told, StorageOutline(*told))
         return ObjectOutline("(persistent id)", (identity,))
 
     def _affords(self, args: tuple[Any, ...]) -> bool:
-        self._budget -= sum(len(arg) for arg in args if type(arg) in {str, bytes, list, tuple})
+        """Whether the arguments may be copied; the same ones may be given to any number of calls."""
+        self._budget -= len(args)
+        if self._budget >= 0:
+            self._budget -= sum(len(arg) for arg in args if type(arg) in {str, bytes, list, tuple})
         return self._budget >= 0
 
 
@@ -90,7 +84,7 @@ def new_object(cls: Any, args: Any, kwargs: Any = None) -> ObjectOutline:
     arguments = args if type(args) is tuple else (args,)
     if type(cls) is GlobalOutline:
         return ObjectOutline(cls.name, arguments, kwargs)
-    return ObjectOutline("(object of a class that is made up)", (cls, *arguments), kwargs)
+    return ObjectOutline("(object of a class that is made up)", (cls, arguments), kwargs)
 
 
 def _is_count(value: Any) -> bool:

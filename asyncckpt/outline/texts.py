@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from asyncckpt.outline.nodes import (
+    SCALARS,
     GlobalOutline,
     KeyOutline,
     ObjectOutline,
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 _MAX_DEPTH = 4
 _UNORDERED = frozenset({set, frozenset})
-_SORTED = 100  # the size up to which sets are told in an order that is always the same
+_SORTED = 100  # the size up to which sets of plain items are told in an order that is always the same
 _MAX_BITS = 1 << 10
 _LONGEST_KEY = 80
 _BRACKETS: dict[Any, tuple[str, str]] = {
@@ -74,8 +75,8 @@ def _pieces(node: Any, depth: int, room: int) -> Iterator[str]:
         yield "…"
     elif kind in _BRACKETS:
         opening, closing = _BRACKETS[kind]
-        few = kind in _UNORDERED and len(node) <= _SORTED
-        items = sorted(node, key=lambda item: _short(item, depth + 1, room)) if few else node
+        ordered = kind in _UNORDERED and len(node) <= _SORTED and all(map(_is_flat, node))
+        items = sorted(node, key=lambda item: _short(item, depth + 1, room)) if ordered else node
         yield opening
         yield from _listed(((None, item) for item in items), depth, room)
         yield ",)" if kind is tuple and len(node) == 1 else closing
@@ -91,6 +92,12 @@ def _pieces(node: Any, depth: int, room: int) -> Iterator[str]:
         yield from _pieces(node.value, depth + 1, room)
     else:
         yield _plain(node, room)
+
+
+def _is_flat(item: Any) -> bool:
+    """Whether nothing in an item would have to be sorted, too: sets in sets take a hundred times as long."""
+    value = item.value if type(item) is KeyOutline else item
+    return type(value) in SCALARS or (type(value) is tuple and all(type(part) in SCALARS for part in value))
 
 
 def _listed(items: Iterable[tuple[str | None, Any]], depth: int, room: int) -> Iterator[str]:

@@ -16,6 +16,7 @@ from torch.storage import TypedStorage, UntypedStorage
 
 from asyncckpt.errors import SaveError, UnpicklableStateError
 from asyncckpt.snapshot.culprit import find_culprit
+from asyncckpt.types import STORAGE_DTYPES
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -31,20 +32,7 @@ _FIRST_MARK = int.from_bytes(b"\0\0\0\0" + MARK, "little")
 _REBUILD: Callable[..., torch.Tensor] = torch._utils._rebuild_tensor_v2
 
 # The dtypes that torch pickles by way of a typed storage class; it has another way for all others.
-STORAGE_CLASS = {
-    torch.float32: "FloatStorage",
-    torch.float64: "DoubleStorage",
-    torch.float16: "HalfStorage",
-    torch.bfloat16: "BFloat16Storage",
-    torch.int64: "LongStorage",
-    torch.int32: "IntStorage",
-    torch.int16: "ShortStorage",
-    torch.int8: "CharStorage",
-    torch.uint8: "ByteStorage",
-    torch.bool: "BoolStorage",
-    torch.complex64: "ComplexFloatStorage",
-    torch.complex128: "ComplexDoubleStorage",
-}
+STORAGE_CLASS = {getattr(torch, dtype): name for name, dtype in STORAGE_DTYPES.items()}
 _COMPLEX = frozenset({torch.complex64, torch.complex128})
 _PLAIN_DEVICES = frozenset({"cpu", "cuda", "mps", "xpu"})
 _STORAGES = (TypedStorage, UntypedStorage)
