@@ -23,7 +23,8 @@ import compare_data
 import compare_plan
 import compare_report
 import machine
-from harness import clear_up_when_told_to_go, run_apart
+from asyncckpt.bench.place import clear_up_when_told_to_go
+from harness import run_apart
 from measure import versions
 from peers import PEERS
 from peers.fsync_notes import Notes
@@ -56,6 +57,8 @@ def measure(job: Job, directory: Path, *, quick: bool) -> list[dict[str, Any]]:
             results = [{"error": f"took longer than {LIMIT:.0f} s and was stopped"}] * len(job.kinds)
         except subprocess.CalledProcessError as error:
             results = [{"error": f"its process ended with status {error.returncode}"}] * len(job.kinds)
+        except ValueError as error:
+            results = [{"error": f"its process told no result: {error}"}] * len(job.kinds)
     about = {"state": job.state, "peer": job.peer, "turn": job.turn}
     return [{"kind": kind, **about, **found} for kind, found in zip(job.kinds, results, strict=True)]
 
@@ -107,7 +110,13 @@ def options() -> argparse.Namespace:
     add("--quick", action="store_true", help="a small state, once: does the measuring work?")
     add("--only", nargs="+", choices=PEERS, metavar="PEER", help=f"some of {', '.join(PEERS)}")
     add("--state", nargs="+", metavar="STATE", help="some of gpt2, resnet, lora; or a file of torch.save")
-    add("--parts", nargs="+", choices=compare_plan.PARTS, metavar="PART", help="some of %(choices)s")
+    add(
+        "--parts",
+        nargs="+",
+        choices=compare_plan.PARTS,
+        metavar="PART",
+        help="some of %(choices)s; --state leaves out the last two, which have states of their own",
+    )
     add(
         "--repeat",
         type=int,
@@ -125,6 +134,10 @@ def options() -> argparse.Namespace:
     for state in found.state or ():
         if state not in compare_plan.STATES and not Path(state).is_file():
             parser.error(f"{state} is neither a file nor one of {', '.join(compare_plan.STATES)}")
+    if found.quick and (found.state or found.parts):
+        parser.error("--quick measures one small state; --state and --parts do not go with it")
+    if found.parts is None:
+        found.parts = compare_plan.OF_STATES if found.state else compare_plan.PARTS
     return found
 
 
@@ -139,7 +152,7 @@ def main() -> None:
         name if name in compare_plan.STATES else f"file:{Path(name).resolve()}"
         for name in given.state or compare_plan.STATES
     ]
-    plan = compare_plan.full(peers, chosen, given.parts or compare_plan.PARTS, given.repeat)
+    plan = compare_plan.full(peers, chosen, given.parts, given.repeat)
     runs, stopped = run(compare_plan.quick(peers) if given.quick else plan, given.dir, quick=given.quick)
     data = {
         "machine": described | {"load_after": machine.load()},

@@ -60,7 +60,7 @@ class Setting(NamedTuple):
 
     def make_state(self) -> Any:
         """Make the state, on the GPU if there is one."""
-        return states.on_device(states.named(self.state, quick=self.options.quick), states.device())
+        return states.named(self.state, quick=self.options.quick)
 
     @contextmanager
     def started(self, state: Any) -> Iterator[Peer]:
@@ -111,9 +111,7 @@ def saves(setting: Setting) -> dict[str, Any]:
     loop = Loop(training_step(states.device()))
     samples: defaultdict[str, list[Any]] = defaultdict(list)
     alone = loop.run(0.1 if setting.options.quick else 1.0)
-    began = time.perf_counter()
     with setting.started(state) as peer:
-        samples["start_s"].append(time.perf_counter() - began)
         for turn in range(setting.options.repeat + 1):
             alone, found = _save_in_loop(setting, peer, state, loop, alone)
             for name, value in found.items():
@@ -161,7 +159,6 @@ def _save_in_loop(
         "step_s": mean(steps),
         "longest_step_s": max(steps),
         "alone_step_s": alone,
-        "alone_longest_step_s": max(after),
         "file_bytes": float(nbytes),
         "steps_ms": {
             "before": _milliseconds(before[-200:]),
@@ -193,10 +190,6 @@ def bare(setting: Setting) -> dict[str, Any]:
             samples["step_s"].append(mean(loop.run_while(process.writing)))
             samples["write_s"].append(process.end_write(path).seconds)
             samples["alone_step_s"].append(mean(loop.run(0.1 if setting.options.quick else 1.0)))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    samples["copy_by_one_thread_s"] = [copy.run() for _ in range(3)]
-    samples["threads"].append(float(threads))
     samples["state_bytes"].append(float(nbytes))
     samples["tensors"].append(float(len(states.distinct_tensors(state))))
     return samples
@@ -279,7 +272,7 @@ def _stall(peer: Peer, state: Any, name: str) -> float:
 def kept(setting: Setting) -> dict[str, Any]:
     """Save beside as many checkpoints as the name of the state says, which the peer has written before."""
     count = int(setting.state.partition(":")[2])
-    state = states.on_device(states.named(f"bytes:{KEPT}"), states.device())
+    state = states.named(f"bytes:{KEPT}")
     samples: defaultdict[str, list[float]] = defaultdict(list)
     with setting.started(state) as peer:
         for turn in range(count):
@@ -321,7 +314,8 @@ def _change(state: Any) -> None:
     """Change every tensor and every number in place, as a training does."""
     for tensor in states.distinct_tensors(state):
         tensor.detach().zero_()
-    state["step"] = -1
+    if isinstance(state, dict) and "step" in state:
+        state["step"] = -1
 
 
 def _gpu_live() -> float:

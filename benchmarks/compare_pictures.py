@@ -9,6 +9,8 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
+from compare_plan import GROWING
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -18,8 +20,6 @@ if TYPE_CHECKING:
 
 OWN, OTHERS, LIMIT = "#1a7f37", "#6e7781", "#cf222e"
 STYLE: dict[Any, Any] = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
-# Whose steps are drawn one by one, if they were measured.
-TRACED = ("torch_save_fsync", "lightning_async", "dcp_cached", "torch_checkpointing", "ours")
 
 
 def write(found: Found, path: Path) -> None:
@@ -65,7 +65,7 @@ def stall(found: Found) -> Figure | None:
 def steps(found: Found) -> Figure | None:
     """Draw each training step around one save, a panel for each of some peers."""
     traces = {run["peer"]: run["samples"]["trace"][0] for run in found.data["runs"] if _has_trace(run)}
-    peers = [peer for peer in TRACED if peer in traces]
+    peers = [peer for peer in GROWING if peer in traces]
     if not peers:
         return None
     figure = Figure(figsize=(9, 1.5 * len(peers) + 0.6), layout="constrained")

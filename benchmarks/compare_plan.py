@@ -10,9 +10,10 @@ from harness import order
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-PARTS = ("saves", "loads", "memory", "burst", "growth")
+OF_STATES = ("saves", "loads", "memory")
+PARTS = (*OF_STATES, "burst", "growth")
 STATES = ("gpt2", "resnet", "lora")
-# How saves grow is shown for one of each kind; every point is a process of its own.
+# Of one of each kind: how saves grow, every point in a process of its own, and every step beside one.
 GROWING = ("torch_save_fsync", "lightning_async", "dcp_cached", "torch_checkpointing", "ours")
 POINTS = (
     *(f"bytes:{nbytes}" for nbytes in (1_000_000, 10_000_000, 100_000_000, 1_000_000_000)),

@@ -170,7 +170,7 @@ def _costs(found: Found, state: str) -> str:
     copy, write = seconds(found.copy(state)), seconds(limits.limit("write_s"))
     rows = [
         ["*limit: copy into warm buffers*", "", copy, "1", *[""] * 7],
-        ["*limit: parallel direct writes + fsync*", *[""] * 4, f"{step:.2f}", "", write, "1", "", "yes"],
+        [f"*limit: {_writes(found, state)}*", *[""] * 4, f"{step:.2f}", "", write, "1", "", "yes"],
     ]
     nbytes, tensors = (limits.limit(name) for name in ("state_bytes", "tensors"))
     count = max((len(found.of("saves", state, peer, "stall_s")) for peer in found.peers), default=0)
@@ -183,6 +183,11 @@ def _costs(found: Found, state: str) -> str:
             f"Up to {count} warm saves of each. With fewer than a hundred, p99 is the greatest.",
         ]
     )
+
+
+def _writes(found: Found, state: str) -> str:
+    direct = all(found.of("bare", state, "limits", "direct"))
+    return "parallel direct writes + fsync" if direct else "parallel writes + fsync (no O_DIRECT there)"
 
 
 def _takes(found: Found, state: str) -> str:
@@ -242,7 +247,8 @@ def _rows(found: Found, state: str, kind: str, columns: Columns) -> list[list[st
     for peer in found.peers:
         row = Row(found, state, peer)
         if row.all(kind, "stall_s"):
-            rows.append([_name(found, peer), *(cell(row) for cell in columns.values())])
+            name = _name(found, peer) + (f" ({error})" if (error := row.error(kind)) else "")
+            rows.append([name, *(cell(row) for cell in columns.values())])
         elif error := row.error(kind):
             rows.append([_name(found, peer), error, *[""] * (len(columns) - 1)])
     return rows

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -73,33 +74,22 @@ def run_apart(*arguments: str, limit: float | None = None, **environment: str) -
     Raises:
         subprocess.TimeoutExpired: it took longer than `limit` seconds, and was killed.
         subprocess.CalledProcessError: it failed.
+        ValueError: its last line is no JSON.
     """
-    with subprocess.Popen(
-        [sys.executable, *arguments],
-        env=os.environ | environment,
-        stdout=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    ) as process:
-        try:
-            output, _ = process.communicate(timeout=limit)
-        finally:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-    if process.returncode:
-        raise subprocess.CalledProcessError(process.returncode, process.args)
-    return json.loads(output.splitlines()[-1])
-
-
-def clear_up_when_told_to_go() -> None:
-    """Let SIGTERM and SIGHUP raise, as Ctrl-C does: what was started ends, what was written goes."""
-
-    def leave(number: int, _: object) -> None:
-        sys.exit(128 + number)
-
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is signal.SIG_DFL:  # and not ignored, as under nohup
-            signal.signal(number, leave)
+    # Not a pipe: what the program has started and left behind would keep its end open.
+    with tempfile.TemporaryFile() as output:
+        with subprocess.Popen(
+            [sys.executable, *arguments], env=os.environ | environment, stdout=output, start_new_session=True
+        ) as process:
+            try:
+                process.wait(limit)
+            finally:
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+        if process.returncode:
+            raise subprocess.CalledProcessError(process.returncode, process.args)
+        output.seek(0)
+        return json.loads([b"", *output.read().splitlines()][-1])
 
 
 def order(keys: Sequence[str], turn: int) -> Sequence[str]:

@@ -29,9 +29,9 @@ import asyncckpt.lightning as ours
 import machine
 import states
 from asyncckpt.bench.limits import PlainCopy, bring_in_memory
+from asyncckpt.bench.place import clear_up_when_told_to_go
 from harness import (
     Options,
-    clear_up_when_told_to_go,
     forget_peak,
     order,
     run_apart,

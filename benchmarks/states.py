@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -18,9 +18,11 @@ from asyncckpt.bench.states import (
     distinct_tensors,
     gpt2,
     on_device,
-    tensors_of,
     training,
 )
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
 
 __all__ = [
     "GPT2",
@@ -33,7 +35,6 @@ __all__ = [
     "lora",
     "many_tensors",
     "named",
-    "on_device",
     "resnet",
     "small",
     "spread",
@@ -120,8 +121,17 @@ def spread(nbytes: int) -> dict[str, Any]:
     return {"step": 0, "model": {f"layers.{i}.weight": random(shape) for i, shape in enumerate(shapes)}}
 
 
+def tensors_of(value: Any) -> Iterator[torch.Tensor]:
+    """Yield every tensor of nested dicts and lists."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (dict, list)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from tensors_of(item)
+
+
 def named(name: str, *, quick: bool = False) -> Any:
-    """Make the state that a name stands for, the same values each time.
+    """Make the state that a name stands for, the same values each time, on the GPU if there is one.
 
     Args:
         name: "gpt2", "resnet" or "lora"; "bytes:N" or "tensors:N"; "file:PATH", which torch.load reads.
@@ -130,15 +140,12 @@ def named(name: str, *, quick: bool = False) -> Any:
     torch.manual_seed(0)
     kind, _, rest = name.partition(":")
     if kind == "file":
-        return torch.load(rest, map_location="cpu", weights_only=True)
-    if kind == "bytes":
-        return spread(int(rest))
-    if kind == "tensors":
-        return many_tensors(int(rest))
-    if kind == "resnet":
-        return resnet(8, (1, 1)) if quick else resnet()
-    if kind == "lora":
-        return lora(2, 64) if quick else lora()
-    if kind == "gpt2":
-        return gpt2(QUICK if quick else GPT2)
-    raise ValueError(f"there is no state {name!r}")
+        return torch.load(rest, map_location=device(), weights_only=True)
+    makers: dict[str, Callable[[], Any]] = {
+        "bytes": lambda: spread(int(rest)),
+        "tensors": lambda: many_tensors(int(rest)),
+        "gpt2": lambda: gpt2(QUICK if quick else GPT2),
+        "resnet": lambda: resnet(8, (1, 1)) if quick else resnet(),
+        "lora": lambda: lora(2, 64) if quick else lora(),
+    }
+    return on_device(makers[kind](), device())

@@ -25,7 +25,8 @@ import torch
 
 import machine
 from asyncckpt.bench.limits import PlainCopy
-from harness import clear_up_when_told_to_go, forget_peak, run_apart, status
+from asyncckpt.bench.place import clear_up_when_told_to_go
+from harness import forget_peak, run_apart, status
 from measure import versions
 
 if TYPE_CHECKING:

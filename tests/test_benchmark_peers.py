@@ -45,7 +45,7 @@ ROUND_TRIPS = """
     from sameness import assert_same
 
     notes = Notes(Path(sys.argv[1]))
-    packages = {"asyncckpt", "lightning", "torch_checkpointing", "torchsnapshot"}
+    packages = {"lightning", "torch_checkpointing", "torchsnapshot"}
     result = {"imported": sorted(packages & sys.modules.keys())}
     result["about"] = {key: [p.key, p.name, p.package, p.blocks] for key, p in peers.PEERS.items()}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 import uuid
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,8 @@ from typer.testing import CliRunner
 from asyncckpt.bench.place import Place
 from asyncckpt.cli.app import app
 from asyncckpt.errors import StoreError
+from asyncckpt.stores import open_store
+from support import run_python
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -85,8 +88,54 @@ def test_a_directory_that_is_not_there_is_an_error(tmp_path: Path) -> None:
     assert "there is no directory" in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--option", "a=1"], "takes no storage_options"),
+        (["--dir", "unheard-of://x"], "unheard-of"),
+    ],
+)
+def test_a_store_that_cannot_be_opened_is_an_error(
+    arguments: list[str], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("asyncckpt.cli.benching.gpt2", lambda _: pytest.fail("a state was made"))
+    result = bench("--dir", tmp_path, *arguments)
+    assert result.exit_code == 2
+    assert told in result.stderr
+
+
+def test_what_is_written_goes_when_the_terminal_is_closed(tmp_path: Path) -> None:
+    script = """
+        import signal, sys
+        from asyncckpt.bench.short import Short
+        from asyncckpt.cli.app import app
+
+        Short.run = lambda *_: signal.raise_signal(signal.SIGHUP)
+        app(["bench", "--dir", sys.argv[1], "--state", sys.argv[2]])
+    """
+    torch.save({"weight": torch.rand(3)}, tmp_path / "state.pt")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    code, _, errors = run_python(script, str(disk), str(tmp_path / "state.pt"))
+    assert code == 128 + signal.SIGHUP, errors
+    assert list(disk.iterdir()) == []
+
+
+def test_tensors_are_found_wherever_they_are(tmp_path: Path, state: Path) -> None:
+    whole, apart = torch.rand(1000), torch.rand(10)
+    sparse = torch.eye(3).to_sparse()
+    held = {"t": (whole[3:5], {"x": apart}), "again": whole, "none": torch.empty(0), "sparse": sparse}
+    torch.save(held, state)
+    found = told(bench("--dir", tmp_path, "--state", state, "--json"))
+    tensors = (whole, apart, sparse.indices(), sparse.values())
+    assert found["state_bytes"] == sum(tensor.nbytes for tensor in tensors)
+
+
 def test_a_disk_that_is_too_full_is_an_error(tmp_path: Path) -> None:
-    with Place(str(tmp_path), {}) as place, pytest.raises(StoreError, match="GB free; the measurement needs"):
+    with (
+        Place(open_store(tmp_path), {}) as place,
+        pytest.raises(StoreError, match="GB free; the measurement needs"),
+    ):
         place.require(10**18)
 
 

@@ -107,6 +107,14 @@ def changed(compared: tuple[Path, Path, str], tmp_path_factory: pytest.TempPathF
             one["error"] = "OSError: the disk is gone\nand more"
     samples(data, "loads", "lightning_async")["difference"] = ["state['step'] is -1, not 1000"]
     samples(data, "saves", "lightning_async")["stall_s"] = [1e-9]
+    again = {
+        "kind": "saves",
+        "state": "gpt2",
+        "peer": "torch_save_fsync",
+        "turn": 1,
+        "error": "took too long",
+    }
+    data["runs"].append(again)
     path = tmp_path_factory.mktemp("changed") / "compare.json"
     path.write_text(json.dumps(data), encoding="utf-8")
     run("compare_report.py", str(path))
@@ -119,6 +127,10 @@ def row_of(table: str, *parts: str) -> bool:
 
 def test_what_failed_is_shown_as_failed(changed: str) -> None:
     assert row_of(changed, "DCP async_save, thread", "| failed: OSError: the disk is gone |")
+
+
+def test_what_failed_once_is_shown_beside_its_figures(changed: str) -> None:
+    assert row_of(changed, "torch.save + fsync", "(failed: took too long)", " ms |")
 
 
 def test_what_loads_as_something_else_is_shown(changed: str) -> None:

@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
+import signal
+import sys
 import time
 import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from fsspec.core import split_protocol, url_to_fs
+from fsspec.core import url_to_fs
 
+from asyncckpt.checkpointer import Checkpointer
+from asyncckpt.engine import get_engine
 from asyncckpt.errors import CheckpointNotFoundError, StoreError
+from asyncckpt.retention import LastN
+from asyncckpt.stores.local import LocalStore
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from types import TracebackType
 
     from typing_extensions import Self
+
+    from asyncckpt.stores.base import Store
 
 _PAUSE = 0.5
 
@@ -28,46 +35,39 @@ class Place:
     """A folder that is there for the length of a `with` block.
 
     Args:
-        directory: an existing local directory, or the URL of one of any fsspec file system.
-        options: for the file system behind a URL.
+        store: of a local directory, which has to exist, or of any other one.
+        options: those that the store was opened with.
 
     Attributes:
         is_local: whether it is on a disk of this machine.
-        url: the path or the URL of the folder, once the block is entered.
+        url: the path or the URL of the folder.
     """
 
-    def __init__(self, directory: str, options: Mapping[str, Any]) -> None:
-        protocol, path = split_protocol(directory)
-        self.is_local = protocol in {None, "file", "local"}
-        self._parent = path if self.is_local else directory.rstrip("/")
+    def __init__(self, store: Store, options: Mapping[str, Any]) -> None:
+        self._store = store
         self._options = dict(options)
-        self.url = ""
-        if self.is_local and not Path(self._parent).is_dir():
+        self._name = f"asyncckpt-bench-{uuid.uuid4().hex}"
+        self.is_local = isinstance(store, LocalStore)
+        self.url = store.path_of(self._name)
+        if self.is_local and not Path(self.url).parent.is_dir():
+            directory = Path(self.url).parent
             raise CheckpointNotFoundError(f"there is no directory {directory}; make it, or name another")
 
     def __enter__(self) -> Self:
         if self.is_local:
-            self.url = tempfile.mkdtemp(prefix="asyncckpt-bench-", dir=self._parent)
-        else:
-            self.url = f"{self._parent}/asyncckpt-bench-{uuid.uuid4().hex}"
+            Path(self.url).mkdir()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
     ) -> None:
-        if self.is_local:
-            shutil.rmtree(self.url)
-            return
-        files, path = url_to_fs(self.url, **self._options)
-        files.invalidate_cache()
-        if files.exists(path):
-            files.rm(path, recursive=True)
+        get_engine().call(self._store.remove, self._name)
 
     def require(self, nbytes: int) -> None:
         """Raise StoreError unless so many bytes are free, where that can be known."""
-        free = shutil.disk_usage(self._parent).free if self.is_local else nbytes
+        free = shutil.disk_usage(self.url).free if self.is_local else nbytes
         if free < nbytes:
-            msg = f"{self._parent} has {free / 1e9:.1f} GB free; the measurement needs {nbytes / 1e9:.1f} GB"
+            msg = f"{self.url} has {free / 1e9:.1f} GB free; the measurement needs {nbytes / 1e9:.1f} GB"
             raise StoreError(f"{msg}; make room, or give a smaller --state")
 
     def settle(self) -> None:
@@ -75,6 +75,10 @@ class Place:
         if self.is_local:
             sync(self.url)
         time.sleep(_PAUSE)
+
+    def checkpointer(self) -> Checkpointer:
+        """Make a Checkpointer that keeps one checkpoint in this folder."""
+        return Checkpointer(self.url, keep=LastN(1), storage_options=self._options or None)
 
     def torch_save(self, state: Any, name: str) -> None:
         """Save with torch.save, durably: synced and renamed on a disk, closed on a store."""
@@ -94,6 +98,17 @@ class Place:
     def local(self, name: str) -> Path:
         """Return the path of a file on a disk."""
         return Path(self.url, name)
+
+
+def clear_up_when_told_to_go() -> None:
+    """Let SIGTERM and SIGHUP raise, as Ctrl-C does: what was started ends, what was written goes."""
+
+    def leave(number: int, _: object) -> None:
+        sys.exit(128 + number)
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_DFL:  # and not ignored, as under nohup
+            signal.signal(number, leave)
 
 
 def sync(path: str | Path) -> None:

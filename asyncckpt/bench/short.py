@@ -11,13 +11,12 @@ from typing import TYPE_CHECKING, Any
 from asyncckpt.bench.limits import Bare, PlainCopy
 from asyncckpt.bench.loop import Loop, training_step
 from asyncckpt.bench.states import bytes_of, device, distinct_tensors
-from asyncckpt.checkpointer import Checkpointer
-from asyncckpt.retention import LastN
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
 
     from asyncckpt.bench.place import Place
+    from asyncckpt.checkpointer import Checkpointer
 
 # Of the time of a training, what saves may take at most.
 SHARE = 0.01
@@ -32,19 +31,17 @@ class Short:
     Args:
         state: what is saved.
         place: where to.
-        options: for the file system behind a URL.
 
     Attributes:
         samples: name -> seconds; those of torch.save begin with `torch_`, those of asyncckpt with `ours_`.
     """
 
-    def __init__(self, state: Any, place: Place, options: Mapping[str, Any]) -> None:
+    def __init__(self, state: Any, place: Place) -> None:
         self.samples: defaultdict[str, list[float]] = defaultdict(list)
         self.nbytes = bytes_of(state)
         self.tensors = len(distinct_tensors(state))
         self._state = state
         self._place = place
-        self._options = options
         self._loop = Loop(training_step(device()))
         self._alone: list[float] = []
 
@@ -61,7 +58,7 @@ class Short:
         place = self._place
         place.require(_FILES * self.nbytes)
         self._alone = self._loop.run(_ALONE)
-        with Checkpointer(place.url, keep=LastN(1), storage_options=self._options or None) as checkpointer:
+        with place.checkpointer() as checkpointer:
             for turn in range(repeat + 1):
                 tell(f"save {turn} of {repeat}" if turn else "the first saves")
                 first = "" if turn else "first_"

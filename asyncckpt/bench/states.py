@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
+from asyncckpt.snapshot.freeze import Freezer
 
 
 class Size(NamedTuple):
@@ -123,24 +122,19 @@ def adam_state(parameters: list[torch.Tensor], random: RandomTensors) -> dict[st
     return {"state": moments, "param_groups": groups}
 
 
-def tensors_of(value: Any) -> Iterator[torch.Tensor]:
-    """Yield every tensor of nested dicts and lists."""
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, (dict, list)):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from tensors_of(item)
-
-
 def distinct_tensors(state: Any) -> list[torch.Tensor]:
-    """Return one tensor for each storage of a state; here each of them is all of its storage."""
-    found = {tensor.untyped_storage().data_ptr(): tensor for tensor in tensors_of(state)}
-    return list(found.values())
+    """Return a flat tensor over all of each storage of a state, whatever in it holds that."""
+    frozen, storages = Freezer().freeze(state)
+    dtypes = {key: dtype for key, dtype, *_ in frozen.tensors}
+    return [
+        torch.empty(0, dtype=dtypes.get(key, torch.uint8), device=storage.device).set_(storage)
+        for key, storage in enumerate(storages)
+    ]
 
 
 def bytes_of(state: Any) -> int:
     """Return the bytes of all storages of a state, each counted once."""
-    return sum(tensor.untyped_storage().nbytes() for tensor in distinct_tensors(state))
+    return sum(Freezer().freeze(state)[0].sizes)
 
 
 def device() -> torch.device:
@@ -149,7 +143,7 @@ def device() -> torch.device:
 
 
 def on_device(state: Any, device: torch.device) -> Any:
-    """Return a state with its tensors on `device`; what shares memory goes on doing so."""
+    """Return a state of dicts, lists and whole tensors, as those above are, with its tensors on `device`."""
     moved: dict[int, torch.Tensor] = {}
 
     def move(value: Any) -> Any:

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import torch
 import typer
 
-from asyncckpt.bench.place import Place
+from asyncckpt.bench.place import Place, clear_up_when_told_to_go
 from asyncckpt.bench.short import SHARE, Short
 from asyncckpt.bench.states import GPT2, device, distinct_tensors, gpt2, on_device
-from asyncckpt.cli.locations import StorageOptions, file_at, parsed_options
+from asyncckpt.cli.locations import StorageOptions, file_at, parsed_options, store_at
 from asyncckpt.cli.output import (
     AsJson,
     counted,
@@ -24,7 +24,6 @@ from asyncckpt.cli.output import (
     size,
 )
 from asyncckpt.engine import get_engine
-from asyncckpt.errors import AsyncCkptError
 from asyncckpt.restore import load_state
 
 if TYPE_CHECKING:
@@ -48,10 +47,6 @@ WeightsOnly = Annotated[
 Repeat = Annotated[int, typer.Option("--repeat", min=1, help="Saves of each kind that are measured.")]
 
 
-class UnsafeStateError(AsyncCkptError, pickle.UnpicklingError):
-    """A file has to be trusted before its state can be saved."""
-
-
 def bench(  # noqa: PLR0913 - the options of the command
     *,
     directory: Disk,
@@ -68,13 +63,14 @@ def bench(  # noqa: PLR0913 - the options of the command
 
     Example: asyncckpt bench --dir /mnt/checkpoints --state last.pt
     """
-    options = parsed_options(option)
+    clear_up_when_told_to_go()
+    place = Place(store_at(directory, option), parsed_options(option))
     about = "GPT-2 124 M + Adam" if state is None else PurePosixPath(state).name
-    with Place(directory, options) as place, errors.status("making the state") as status:
-        made = on_device(gpt2(GPT2) if state is None else _loaded(state, weights_only, option), device())
+    with place, errors.status("making the state") as status:
+        made = on_device(gpt2(GPT2), device()) if state is None else _loaded(state, weights_only, option)
         if not distinct_tensors(made):
             raise typer.BadParameter(f"{state} holds no tensors that could be saved", param_hint="--state")
-        short = Short(made, place, options)
+        short = Short(made, place)
         short.run(repeat, status.update)
     found = {"directory": directory, "state": about, "device": _device(), **short.result()}
     if as_json:
@@ -86,10 +82,12 @@ def bench(  # noqa: PLR0913 - the options of the command
 def _loaded(path: str, weights_only: bool, option: list[str] | None) -> Any:  # noqa: FBT001 - as it is given
     store, file = file_at(path, option if "://" in path else None)
     try:
-        return load_state(get_engine(), store, file.name, "cpu", weights_only=weights_only)
+        return load_state(get_engine(), store, file.name, device(), weights_only=weights_only)
     except pickle.UnpicklingError as error:
         msg = f"{path} holds more than weights, which loading would execute"
-        raise UnsafeStateError(f"{msg}; if you trust it, add --no-weights-only ({error})") from error
+        raise typer.BadParameter(
+            f"{msg}; if you trust it, add --no-weights-only ({error})", param_hint="--state"
+        ) from error
 
 
 def _device() -> str:

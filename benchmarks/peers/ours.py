@@ -5,12 +5,13 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import asyncckpt
 from peers.base import Peer
+from peers.lightning_io import TorchCheckpointIO
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from asyncckpt import Checkpointer
     from asyncckpt.lightning import AsyncCheckpointIO
 
 FILENAME = "step-{step}.pt"
@@ -25,7 +26,7 @@ class OneInFlight(Peer):
     key = "ours"
     blocks = False
     max_in_flight: ClassVar[int] = 1
-    _checkpointer: Checkpointer
+    _checkpointer: asyncckpt.Checkpointer
 
     def __init__(self, directory: Path) -> None:
         super().__init__(directory)
@@ -33,9 +34,9 @@ class OneInFlight(Peer):
 
     def start(self, state: Any) -> None:  # noqa: ARG002 - it is not warmed up
         """Make the Checkpointer."""
-        from asyncckpt import Checkpointer  # noqa: PLC0415 - the others are measured without it
-
-        self._checkpointer = Checkpointer(self.directory, filename=FILENAME, max_in_flight=self.max_in_flight)
+        self._checkpointer = asyncckpt.Checkpointer(
+            self.directory, filename=FILENAME, max_in_flight=self.max_in_flight
+        )
 
     def save(self, state: Any, name: str) -> None:
         """Save under the step of that name."""
@@ -86,29 +87,27 @@ class Function(Peer):
     module = "asyncckpt"
     key = "ours_function"
     blocks = False
-    _package: Any
 
-    def start(self, state: Any) -> None:  # noqa: ARG002 - it is not warmed up
-        """Import the package."""
-        self._package = import_module("asyncckpt")
+    def start(self, state: Any) -> None:
+        """Do nothing."""
 
     def save(self, state: Any, name: str) -> None:
         """Save to the file of that name."""
-        self._package.save(state, self.path(name))
+        asyncckpt.save(state, self.path(name))
 
     def wait(self) -> None:
         """Wait until all is durable."""
-        self._package.wait()
+        asyncckpt.wait()
 
     def load(self, name: str, like: Any) -> Any:  # noqa: ARG002 - the file needs no pattern
         """Read the file and check every byte."""
-        return self._package.load(self.path(name))
+        return asyncckpt.load(self.path(name))
 
     def close(self) -> None:
         """Do nothing."""
 
 
-class Plugin(Peer):
+class Plugin(TorchCheckpointIO):
     """The plugin that takes the place of Lightning's AsyncCheckpointIO."""
 
     name = "asyncckpt AsyncCheckpointIO"
@@ -122,18 +121,6 @@ class Plugin(Peer):
         """Make the plugin."""
         self._io = import_module("asyncckpt.lightning").AsyncCheckpointIO()
 
-    def save(self, state: Any, name: str) -> None:
-        """Hand the state to the plugin."""
-        self._io.save_checkpoint(state, self.path(name))
-
     def wait(self) -> None:
         """Wait until all is durable."""
         self._io.wait()
-
-    def load(self, name: str, like: Any) -> Any:  # noqa: ARG002 - the file needs no pattern
-        """Read the file and check every byte."""
-        return self._io.load_checkpoint(self.path(name), weights_only=True)
-
-    def close(self) -> None:
-        """End the plugin."""
-        self._io.teardown()
