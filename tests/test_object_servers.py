@@ -45,24 +45,6 @@ SIGNED = {  # moto wants a signature, and takes any
 pytestmark = pytest.mark.timeout(60)
 
 
-@pytest.fixture(scope="module")
-def moto() -> Iterator[MotoServer]:
-    with MotoServer() as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def running_proxy(moto: MotoServer) -> Iterator[FaultyProxy]:
-    with FaultyProxy(moto.url) as proxy:
-        yield proxy
-
-
-@pytest.fixture
-def proxy(running_proxy: FaultyProxy) -> FaultyProxy:
-    running_proxy.reset()
-    return running_proxy
-
-
 _numbers = itertools.count()
 
 
@@ -98,9 +80,9 @@ def is_a(operation: str) -> Callable[[Request], bool]:
     return lambda request: request.operation == operation
 
 
-def test_the_server_knows_buckets_objects_and_uploads(moto: MotoServer, proxy: FaultyProxy) -> None:
-    bucket = moto.make_bucket("to-be-forgotten")
-    with client(proxy, NO_RETRIES) as fs:
+def test_the_server_knows_buckets_objects_and_uploads() -> None:
+    with MotoServer() as moto, FaultyProxy(moto.url) as proxy, client(proxy, NO_RETRIES) as fs:
+        bucket = moto.make_bucket("to-be-forgotten")
         fs.pipe(f"{bucket}/a", b"12345")
         call(fs, "create_multipart_upload", Bucket=bucket, Key="b")
         assert moto.objects(bucket) == {"a": 5}
