@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from compare_data import Found
 
 OWN, OTHERS, LIMIT = "#1a7f37", "#6e7781", "#cf222e"
+GROWN = ("#1f77b4", "#ff7f0e", "#9467bd", "#8c564b", "#e377c2", "#17becf", "#bcbd22")
 STYLE: dict[Any, Any] = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
 
 
@@ -55,7 +57,10 @@ def stall(found: Found) -> Figure | None:
         write_s, color=LIMIT, linewidth=1, linestyle=":", label="limit: parallel direct writes + fsync"
     )
     axes.set_xscale("log")
+    axes.set_xlim(left=min(found.middle("saves", state, peer, "stall_s") for peer in peers) / 2)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("seconds. Bar: training stands still, warm. |: the first save. ◇: durable")
     axes.set_yticks(range(len(peers)), [found.label(peer) for peer in peers])
     figure.legend(loc="outside upper center", ncols=2, frameon=False, fontsize=8)
@@ -118,10 +123,11 @@ def growth(found: Found) -> Figure | None:
     for axes, (of, kind, name) in zip(grid, panels, strict=True):
         points = [state for state in found.states(kind) if state.startswith(f"{of}:")]
         numbers = [float(point.partition(":")[2]) for point in points]
-        for peer in found.peers:
+        for color, peer in zip(cycle(GROWN), found.peers):  # a peer has one color in all panels
             values = [found.middle(kind, point, peer, name) for point in points]
             if not all(math.isnan(value) for value in values):
-                style = {"color": OWN, "linewidth": 2.2} if found.own(peer) else {"linewidth": 1}
+                own = found.own(peer)
+                style = {"color": OWN if own else color, "linewidth": 2.2 if own else 1.0}
                 axes.plot(numbers, values, marker=".", label=found.peers[peer]["name"], **style)
         if kind == "saves" and name == "stall_s":
             copies = [found.copy(point) for point in points]
@@ -132,5 +138,6 @@ def growth(found: Found) -> Figure | None:
             {"stall_s": "stall, s", "complete_s": "complete, s"}[name], loc="left", fontsize="medium"
         )
         axes.set_xlabel({"bytes": "bytes", "tensors": "tensors of 1 KiB", "kept": "checkpoints kept"}[of])
-    grid[0].legend(frameon=False, fontsize=7)
+    handles, labels = grid[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False, fontsize=8)
     return figure
