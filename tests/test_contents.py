@@ -256,7 +256,7 @@ def _tar() -> bytes:
         (_saved_by(np.savez_compressed, np.ones(3)), "compressed records"),
         (b"PK\x03\x04" + bytes(100), "cut off"),
     ],
-    ids=lambda value: value if isinstance(value, str) else f"{len(value)} bytes",
+    ids=lambda value: value if isinstance(value, str) else "file",  # not all bytes are always the same
 )
 def test_other_files_are_named(data: bytes, meaning: str, tmp_path: Path) -> None:
     path = tmp_path / "x.pt"
