@@ -73,7 +73,14 @@ class Found:
 
     def main_states(self) -> list[str]:
         """Return the states that stand for a training, not for a size."""
-        return [state for state in self.states("saves") if not is_point(state)]
+        measured = dict.fromkeys(
+            state for kind in ("saves", "loads", "memory") for state in self.states(kind)
+        )
+        return [state for state in measured if not is_point(state)]
+
+    def measured(self, kind: str, state: str, peer: str) -> bool:
+        """Whether something was measured, or failed."""
+        return (kind, state, peer) in self._samples or (kind, state, peer) in self._errors
 
     def own(self, peer: str) -> bool:
         """Whether this is one of asyncckpt's own ways."""

@@ -34,10 +34,10 @@ def write(found: Found, path: Path) -> None:
 
 def stall(found: Found) -> Figure | None:
     """Draw the standstill of each peer, and when its checkpoint is durable, for the first of the states."""
-    if not found.main_states():
-        return None
-    state = found.main_states()[0]
+    state = next(iter(found.main_states()), "")
     peers = [peer for peer in reversed(found.peers) if found.of("saves", state, peer, "stall_s")]
+    if not peers:
+        return None
     figure = Figure(figsize=(9, 0.42 * len(peers) + 1.4), layout="constrained")
     axes = figure.subplots()
     for row, peer in enumerate(peers):

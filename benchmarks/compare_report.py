@@ -140,7 +140,8 @@ def draw(found: Found) -> str:
     """Return all tables of a comparison."""
     sections = [_heading(found)]
     for state in found.main_states():
-        sections += [_costs(found, state), _takes(found, state)]
+        sections += [_costs(found, state)] if state in found.states("saves") else []
+        sections.append(_takes(found, state))
     sections += [_burst(found, state) for state in found.states("burst")]
     sections += [_growth(found, of) for of in GROWTH if found.points(of)]
     sections.append(_behind(found))
@@ -196,7 +197,12 @@ def _takes(found: Found, state: str) -> str:
     if not found.data["gpu"]:
         columns.pop(ON_GPU, None)
     head = f"### What it takes, and what comes back: {title(state)}"
-    return "\n".join([head, "", *_markdown(columns, _rows(found, state, "saves", columns))])
+    rows = [
+        [_name(found, peer), *(cell(Row(found, state, peer)) for cell in columns.values())]
+        for peer in found.peers
+        if any(found.measured(kind, state, peer) for kind in kinds)
+    ]
+    return "\n".join([head, "", *_markdown(columns, rows)])
 
 
 def _burst(found: Found, state: str) -> str:

@@ -142,5 +142,17 @@ def test_a_peer_that_is_better_is_named(changed: str) -> None:
     assert row_of(behind, "stall, warm: asyncckpt", "Lightning AsyncCheckpointIO")
 
 
+def test_loads_alone_have_their_table(compared: tuple[Path, Path, str], tmp_path: Path) -> None:
+    data = data_of(compared[1])
+    data["runs"] = [one for one in data["runs"] if one["kind"] == "loads"]
+    (tmp_path / "compare.json").write_text(json.dumps(data), encoding="utf-8")
+    run("compare_report.py", str(tmp_path / "compare.json"))
+    table = (tmp_path / "compare.md").read_text(encoding="utf-8")
+    assert row_of(table, "| | load | loads what was saved | ties kept |")
+    assert row_of(table, "Lightning AsyncCheckpointIO", " ms | yes | no |")
+    assert "What a save costs" not in table
+    assert not list(tmp_path.glob("*.png"))
+
+
 def test_nothing_is_left_behind(compared: tuple[Path, Path, str]) -> None:
     assert list(compared[0].iterdir()) == []
