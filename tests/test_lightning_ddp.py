@@ -136,6 +136,7 @@ def run_in_two_processes(directory: Path, strategy: str, fits: list[str]) -> Any
         output, _ = process.communicate()
         pytest.fail(f"it hangs:\n{output}")
     assert process.returncode == 0, output
+    sys.stdout.write(output)  # shown if the test fails: a rank that dies says there of what
     return json.loads((directory / "ends.json").read_text())
 
 
