@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from asyncckpt.errors import CorruptCheckpointError, StoreError
@@ -14,12 +15,27 @@ from asyncckpt.threads import for_each
 from asyncckpt.types import Checkpoint
 
 if TYPE_CHECKING:
-    from asyncckpt.stores.base import Store, StoredFile
+    from asyncckpt.stores.base import OpenFile, Store, StoredFile
 
 logger = logging.getLogger("asyncckpt")
 
 # Descriptions are small reads: more of them at once than of bulk reads.
 READERS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A file of a directory.
+
+    Attributes:
+        file: as it was listed.
+        checkpoint: what it says that it is; None if it has no description, or none with a step.
+        error: why it cannot be a whole checkpoint, if it cannot.
+    """
+
+    file: StoredFile
+    checkpoint: Checkpoint | None = None
+    error: CorruptCheckpointError | None = None
 
 
 class _UnreadableError(Exception):
@@ -35,70 +51,66 @@ class Catalog:
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._known: dict[str, tuple[str, Checkpoint | None]] = {}
+        self._known: dict[str, Entry] = {}
 
     async def checkpoints(self) -> list[Checkpoint]:
         """Return the checkpoints in order of commit. Files without our description are none."""
+        return [entry.checkpoint for entry in await self.entries() if entry.checkpoint is not None]
+
+    async def entries(self) -> list[Entry]:
+        """Return all files, the checkpoints in order of commit."""
         files = await self._store.list()
         found = {file.name: self._known[file.name] for file in files if self._is_known(file)}
 
         async def read(file: StoredFile) -> None:
-            with contextlib.suppress(_UnreadableError):
-                found[file.name] = (file.version, await self._listed(file))
+            with contextlib.suppress(_UnreadableError, FileNotFoundError):
+                found[file.name] = await self._entry(file)
 
         await for_each(read, [file for file in files if file.name not in found], READERS)
         self._known = found
-        listed = [checkpoint for _, checkpoint in found.values() if checkpoint is not None]
-        return sorted(listed, key=lambda c: (c.sequence, c.created, c.path))
+        return sorted(found.values(), key=_order)
 
     def _is_known(self, file: StoredFile) -> bool:
         known = self._known.get(file.name)
-        return known is not None and known[0] == file.version
+        return known is not None and known.file.version == file.version
 
-    async def _listed(self, file: StoredFile) -> Checkpoint | None:
+    async def _entry(self, file: StoredFile) -> Entry:
+        path = self._store.path_of(file.name)
         try:
-            checkpoint = await _read_checkpoint(self._store, file)
-        except FileNotFoundError:  # removed since it was listed
-            return None
+            async with self._store.open(file.name) as opened:
+                description = await read_described(opened)
         except CorruptCheckpointError as error:
-            logger.debug("%s is not listed: %s", self._store.path_of(file.name), error)
-            return None
+            logger.debug("%s is not listed: %s", path, error)
+            return Entry(file, error=error)
         except StoreError as error:
-            logger.warning("%s cannot be read and is not listed: %s", self._store.path_of(file.name), error)
+            logger.warning("%s cannot be read and is not listed: %s", path, error)
             raise _UnreadableError from error
-        return None if checkpoint is None or checkpoint.step is None else checkpoint
+        if description is None or description.step is None:
+            return Entry(opened.file)
+        return Entry(opened.file, checkpoint_of(path, description, opened.file.nbytes))
 
 
-async def describe(store: Store, name: str) -> Checkpoint:
-    """Return what one file is; little more than its size if it was not written by asyncckpt."""
-    file = await store.stat(name)
-    return await _read_checkpoint(store, file) or Checkpoint(None, store.path_of(name), {}, file.nbytes)
-
-
-async def is_described(store: Store, name: str) -> bool:
-    """Return whether a file was written by asyncckpt: whether it says so itself."""
-    file = await store.stat(name)
-    return await answer(read_description(file.nbytes), store, file.name) is not None
-
-
-async def read_described(store: Store, file: StoredFile) -> Description | None:
+async def read_described(file: OpenFile) -> Description | None:
     """Return what a file says of itself; None if it was not written by asyncckpt."""
-    record = await answer(read_description(file.nbytes), store, file.name)
+    record = await answer(read_description(file.file.nbytes), file)
     return None if record is None else Description.decode(record)
 
 
-async def _read_checkpoint(store: Store, file: StoredFile) -> Checkpoint | None:
-    description = await read_described(store, file)
-    return None if description is None else checkpoint_of(store, file.name, description, file.nbytes)
-
-
-def checkpoint_of(store: Store, name: str, description: Description, nbytes: int) -> Checkpoint:
+def checkpoint_of(path: str, description: Description, nbytes: int) -> Checkpoint:
     """Return the checkpoint that a file with this description is."""
     return Checkpoint(
         description.step,
-        store.path_of(name),
+        path,
         description.metrics,
         nbytes,
         description.created,
         description.sequence,
+        description.filename,
+    )
+
+
+def _order(entry: Entry) -> tuple[int, float, str]:
+    checkpoint = entry.checkpoint
+    return (0, 0.0, entry.file.name) if checkpoint is None else (
+        checkpoint.sequence, checkpoint.created, checkpoint.path
     )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import operator
 import os
 import time
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -13,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, Union
 from anyio import to_thread
 
 from asyncckpt.apply import apply_state
-from asyncckpt.catalog import Catalog, describe
+from asyncckpt.callers import callers_level
 from asyncckpt.engine import get_engine, wait_for_pending
 from asyncckpt.errors import (
     AsyncCkptError,
@@ -24,9 +26,11 @@ from asyncckpt.errors import (
 )
 from asyncckpt.layout.description import MAX_BYTES, Description
 from asyncckpt.naming import NameTemplate
-from asyncckpt.restore import load_state, locate, verify_file
-from asyncckpt.retention import KeepAll, Policy, evict, first_best, rank
+from asyncckpt.ranks import claim
+from asyncckpt.restore import load_state, load_wanted, locate, verify_file
+from asyncckpt.retention import KeepAll, Policy, check_metrics, evict, first_best, rank
 from asyncckpt.saver import Saver
+from asyncckpt.series import Series
 from asyncckpt.stateful import collect
 from asyncckpt.stores import open_store
 from asyncckpt.targets import FileTarget
@@ -36,34 +40,47 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
+    from asyncckpt.restore import Loaded
     from asyncckpt.save import Save
-    from asyncckpt.saver import OnError, WhenBusy
+    from asyncckpt.saver import OnCommit, OnError, WhenBusy
+    from asyncckpt.series import Wanted
     from asyncckpt.stores.base import Store
     from asyncckpt.types import Checkpoint
     from asyncckpt.unpickle import MapLocation
 
 Which = Union[int, str, "os.PathLike[str]"]
 
+logger = logging.getLogger("asyncckpt")
+
 
 class Checkpointer:
     """Saves the checkpoints of one run into a directory, in the background, and finds them again.
 
+    The checkpoints of one `filename` are a series. Several Checkpointers may have a series each in one
+    directory: none lists, restores or removes what is of another one. A path reads any file.
+
     Args:
         directory: a local path, or the URL of one of any fsspec file system; made if it is not there.
         filename: template of the file names over `step` and the metrics, see `NameTemplate`.
-        keep: which checkpoints stay after a commit: `BestK`, `LastN`, `EveryN`, `KeepAll`, several of them
-            combined with `|`, or any object with their `keep` method. The newest always stays. Only files
-            that carry asyncckpt's description and match `filename` are ever removed.
+        keep: which checkpoints of the series stay after a commit: `BestK`, `LastN`, `EveryN`, `KeepAll`,
+            several of them combined with `|`, or any object with their `keep` method. The newest always
+            stays.
         max_in_flight: snapshots held in host memory at once.
         when_busy: what `save` does when there are that many: "wait" for one to be durable, "skip" the new
             one, or, from `max_in_flight=2`, "replace" the one that is still queued.
         on_error: "raise" what failed from the next call, or a callable given the `Save` and its error, on a
             background thread.
+        on_commit: called with each `Checkpoint` once it is durable, on a background thread, before older
+            ones are evicted.
         storage_options: for the file system behind a URL, as fsspec takes them; a local path takes none.
         overwrite: whether a checkpoint of another step may be replaced by one of the same name.
+        create: make the directory and remove what dead writers left there. With False, which is for programs
+            that only read, nothing is changed before the first save, and a directory that is not there is an
+            error.
 
     Raises:
         StoreError: the directory cannot be made, read or written to.
+        CheckpointNotFoundError: with `create=False`, there is no such directory.
     """
 
     def __init__(  # noqa: PLR0913 - each is one decision of the user's
@@ -75,8 +92,10 @@ class Checkpointer:
         max_in_flight: int = 1,
         when_busy: WhenBusy = "wait",
         on_error: OnError = "raise",
+        on_commit: OnCommit | None = None,
         storage_options: Mapping[str, Any] | None = None,
         overwrite: bool = False,
+        create: bool = True,
     ) -> None:
         self.directory = os.fspath(directory)
         self._names = NameTemplate(filename)
@@ -86,17 +105,27 @@ class Checkpointer:
                 f"keep must be a policy such as LastN(3), or have its method keep(); it is {keep!r}"
             )
         self._overwrite = overwrite
-        self._saver = Saver(max_in_flight, when_busy, on_error)
+        self._saver = Saver(max_in_flight, when_busy, on_error, on_commit)
         self._closed = False
+        self._claimed = False
         self._store: Store = open_store(directory, storage_options)
-        self._catalog = Catalog(self._store)
-        get_engine().call(self._store.prepare)
-        found = self.checkpoints()
+        self._series = Series(self._store, self.directory, self._names)
+        self._prepared = create
+        if create:
+            get_engine().call(self._store.prepare)
+        elif not get_engine().call(self._store.exists):
+            raise CheckpointNotFoundError(f"there is no directory {self.directory}")
+        found = get_engine().call(self._series.all_checkpoints)
         self._sequence = max((c.sequence for c in found), default=0)
         self._steps = {_name_of(c): c.step for c in found}
+        self._count = sum(map(self._names.owns, found))
 
     def __repr__(self) -> str:
-        return f"<Checkpointer {self.directory!r} {self._saver!r} {get_engine().arena!r}>"
+        state = "closed, " if self._closed else ""
+        return (
+            f"<Checkpointer {self.directory!r} {self._names.template!r}: {state}{self._count} checkpoints,"
+            f" {self._saver.in_flight} in flight>"
+        )
 
     def __enter__(self) -> Self:
         return self
@@ -118,7 +147,16 @@ class Checkpointer:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        await to_thread.run_sync(self.__exit__, kind, error, trace)
+        del kind, trace
+        self._closed = True
+        try:
+            # Whoever is cancelled here leaves at once. What then fails is told by the next call, or at exit.
+            await to_thread.run_sync(self._saver.drain, abandon_on_cancel=True)
+            self._saver.raise_failures()
+        except AsyncCkptError as failure:
+            if error is None:
+                raise
+            add_note(error, failure)
 
     def save(self, step: int, state: Any, *, metrics: Mapping[str, float] | None = None) -> Save:
         """Save `state` in the background; returns as soon as it may change again.
@@ -133,15 +171,21 @@ class Checkpointer:
             SaveError: the state cannot be saved (the message gives the path of the entry), or an earlier save
                 failed and nobody has been told. Nothing was taken.
             CheckpointExistsError: a checkpoint of another step has the name of this one.
+            ValueError: `keep` ranks by a metric that is not among `metrics`, or `filename` needs one.
+            BusyError: called from a callback or a signal handler, it would wait for itself.
         """
         began = time.perf_counter()
         step = _checked_step(step, state)
         if self._closed:
             raise SaveError(f"the Checkpointer of {self.directory} is closed; make a new one")
         numbers = _checked_metrics(metrics)
+        check_metrics(self._keep, numbers)
         name = self._names.name(step, numbers)
+        if not self._claimed:
+            claim(self.directory, self._names.template)
+            self._claimed = True
         self._refuse_taken(name, step)
-        description = Description(0, step, numbers, time.time())
+        description = Description(0, step, numbers, time.time(), filename=self._names.template)
         if len(description.encode()) > MAX_BYTES:
             raise ValueError(f"the metrics take more than {MAX_BYTES} bytes; put them into the state instead")
         target = FileTarget(self._store, name, partial(self._describe, name, description), self._evict)
@@ -176,8 +220,10 @@ class Checkpointer:
         self.wait(timeout)
 
     def checkpoints(self) -> list[Checkpoint]:
-        """Return the committed checkpoints of the directory, in order of commit."""
-        return get_engine().call(self._catalog.checkpoints)
+        """Return the committed checkpoints of the series, in order of commit."""
+        listed = get_engine().call(self._series.look).checkpoints
+        self._count = len(listed)
+        return listed
 
     def latest(self) -> Checkpoint | None:
         """Return the checkpoint committed last, if there is one."""
@@ -190,6 +236,111 @@ class Checkpointer:
             metric: its name; if not given, that of the `BestK` in `keep`.
             mode: "min" or "max"; if not given, that of the same `BestK`, else "min".
         """
+        return next(iter(rank(self.checkpoints(), *self._ranking(metric, mode))), None)
+
+    def load(
+        self,
+        which: Which = "latest",
+        *,
+        map_location: MapLocation = "cpu",
+        weights_only: bool = True,
+        fallback: bool = False,
+    ) -> Any:
+        """Return the state of a checkpoint, every byte of it checked. Waits for pending saves first.
+
+        Args:
+            which: "latest", "best", a step, or a path.
+            map_location: as in torch.load.
+            weights_only: as in torch.load.
+            fallback: where the latest or the best is damaged, warn and take the next one that is whole.
+
+        Raises:
+            CheckpointNotFoundError: there is no such checkpoint.
+            CorruptCheckpointError: names the damaged record.
+        """
+        return self._load(which, map_location, weights_only=weights_only, fallback=fallback).state
+
+    def restore(
+        self,
+        state: Any,
+        which: Which = "latest",
+        *,
+        missing_ok: bool = False,
+        fallback: bool = False,
+        weights_only: bool = True,
+    ) -> Checkpoint | None:
+        """Put a checkpoint into `state`, all of it or nothing.
+
+        Where there is a `load_state_dict` it is called, tensors are changed in place, values replaced.
+
+        Args:
+            state: what is given to `save`.
+            which: "latest", "best", a step, or a path.
+            missing_ok: return None and leave `state` alone where there is no such checkpoint; a warning tells
+                what else is there.
+            fallback: where the latest or the best is damaged, warn and take the next one that is whole.
+            weights_only: as in torch.load.
+
+        Raises:
+            CheckpointNotFoundError: there is no such checkpoint.
+            CorruptCheckpointError: names the damaged record; nothing was changed.
+            StateMismatchError: lists every entry that does not fit; nothing was changed.
+        """
+        try:
+            loaded = self._load(which, "cpu", weights_only=weights_only, fallback=fallback)
+        except CheckpointNotFoundError as error:
+            if not missing_ok:
+                raise
+            if get_engine().call(self._series.look).others:
+                warnings.warn(f"nothing is restored: {error}", stacklevel=callers_level())
+            return None
+        apply_state(state, loaded.state, loaded.checkpoint.path)
+        return loaded.checkpoint
+
+    def verify(self, which: Which = "latest") -> None:
+        """Read every byte of a checkpoint and compare every checksum.
+
+        Raises:
+            CheckpointNotFoundError: there is no such checkpoint.
+            CorruptCheckpointError: names the damaged record.
+        """
+        wait_for_pending()
+        wanted = self._wanted(which)
+        if wanted is None:
+            store, name = locate(os.fspath(which), self._store)  # type: ignore[arg-type] # it is a path
+        else:
+            choice = get_engine().call(self._series.look).choose(wanted)
+            store, name = self._store, (*choice.damaged, *choice.entries)[0].file.name
+        get_engine().call(verify_file, store, name)
+
+    def _load(self, which: Which, map_location: MapLocation, *, weights_only: bool, fallback: bool) -> Loaded:
+        wait_for_pending()
+        wanted = self._wanted(which)
+        if fallback and (wanted is None or isinstance(wanted, int)):
+            raise ValueError(f'fallback=True goes with "latest" and "best", not with {which!r}')
+        if wanted is None:
+            store, name = locate(os.fspath(which), self._store)  # type: ignore[arg-type] # it is a path
+            return load_state(store, name, map_location, weights_only=weights_only)
+        return load_wanted(
+            self._series, self._store, wanted, map_location, weights_only=weights_only, fallback=fallback
+        )
+
+    def _wanted(self, which: Which) -> Wanted | None:
+        """Return what of the series is asked for; None if it is a path."""
+        if which == "latest":
+            return "latest"
+        if which == "best":
+            return self._ranking(None, None)
+        if isinstance(which, int) and not isinstance(which, bool):
+            return which
+        if isinstance(which, (str, os.PathLike)):
+            return None
+        raise TypeError(f'which must be "latest", "best", a step or a path, not {which!r}')
+
+    def _ranking(
+        self, metric: str | None, mode: Literal["min", "max"] | None
+    ) -> tuple[str, Literal["min", "max"]]:
+        """Return what "best" means: what is not given is that of the `BestK` in `keep`."""
         policy = first_best(self._keep)
         if metric is None:
             if policy is None:
@@ -199,80 +350,7 @@ class Checkpointer:
             metric = policy.metric
         if mode is None:
             mode = policy.mode if policy is not None and policy.metric == metric else "min"
-        return next(iter(rank(self.checkpoints(), metric, mode)), None)
-
-    def load(
-        self, which: Which = "latest", *, map_location: MapLocation = "cpu", weights_only: bool = True
-    ) -> Any:
-        """Return the state of a checkpoint, every byte of it checked. Waits for pending saves first.
-
-        Args:
-            which: "latest", "best", a step, or a path.
-            map_location: as in torch.load.
-            weights_only: as in torch.load.
-
-        Raises:
-            CheckpointNotFoundError: there is no such checkpoint.
-            CorruptCheckpointError: names the damaged record.
-        """
-        store, name = self._locate(which)
-        return load_state(get_engine(), store, name, map_location, weights_only=weights_only)
-
-    def restore(
-        self, state: Any, which: Which = "latest", *, missing_ok: bool = False, weights_only: bool = True
-    ) -> Checkpoint | None:
-        """Put a checkpoint into `state`, all of it or nothing.
-
-        Where there is a `load_state_dict` it is called, tensors are changed in place, values replaced.
-
-        Args:
-            state: what is given to `save`.
-            which: "latest", "best", a step, or a path.
-            missing_ok: return None and leave `state` alone where there is no such checkpoint.
-            weights_only: as in torch.load.
-
-        Raises:
-            CheckpointNotFoundError: there is no such checkpoint.
-            CorruptCheckpointError: names the damaged record; nothing was changed.
-            StateMismatchError: lists every entry that does not fit; nothing was changed.
-        """
-        try:
-            store, name = self._locate(which)
-            saved = load_state(get_engine(), store, name, "cpu", weights_only=weights_only)
-        except CheckpointNotFoundError:
-            if missing_ok:
-                return None
-            raise
-        apply_state(state, saved, store.path_of(name))
-        return get_engine().call(describe, store, name)
-
-    def verify(self, which: Which = "latest") -> None:
-        """Read every byte of a checkpoint and compare every checksum.
-
-        Raises:
-            CheckpointNotFoundError: there is no such checkpoint.
-            CorruptCheckpointError: names the damaged record.
-        """
-        store, name = self._locate(which)
-        get_engine().call(verify_file, store, name)
-
-    def _locate(self, which: Which) -> tuple[Store, str]:
-        """Find the store and the name of a checkpoint that is asked for."""
-        wait_for_pending()
-        if which == "latest":
-            found = self.latest()
-        elif which == "best":
-            found = self.best()
-        elif isinstance(which, int) and not isinstance(which, bool):
-            found = next((c for c in reversed(self.checkpoints()) if c.step == which), None)
-        elif isinstance(which, (str, os.PathLike)):
-            return locate(which, self._store)
-        else:
-            raise TypeError(f'which must be "latest", "best", a step or a path, not {which!r}')
-        if found is None:
-            what = f"step {which}" if isinstance(which, int) else f"{which} checkpoint"
-            raise CheckpointNotFoundError(f"{self.directory} holds no {what}")
-        return self._store, _name_of(found)
+        return metric, mode
 
     def _refuse_taken(self, name: str, step: int) -> None:
         """Raise if another step has this name, by what is known without asking the store."""
@@ -290,26 +368,30 @@ class Checkpointer:
         except FileNotFoundError:
             return
         path = self._store.path_of(name)
-        there = next((c for c in await self._catalog.checkpoints() if c.path == path), None)
+        there = next((c for c in await self._series.all_checkpoints() if c.path == path), None)
         if there is None or there.step != step:
             raise _exists(path, there.step if there else None, step)
 
     async def _describe(self, name: str, description: Description) -> Description:
         """Give a save its place in the order of commits, behind whatever others have committed here."""
+        if not self._prepared:
+            await self._store.prepare()
+            self._prepared = True
         if not self._overwrite and description.step is not None:
             await self._refuse_other_step(name, description.step)
-        last = max((c.sequence for c in await self._catalog.checkpoints()), default=0)
+        last = max((c.sequence for c in await self._series.all_checkpoints()), default=0)
         self._sequence = max(self._sequence, last) + 1
         return replace(description, sequence=self._sequence)
 
     async def _evict(self, committed: Checkpoint) -> None:
-        if isinstance(self._keep, KeepAll):
-            return
-        listed = [c for c in await self._catalog.checkpoints() if self._names.matches(_name_of(c))]
+        listed = (await self._series.look()).checkpoints
+        self._count = len(listed)
         for checkpoint in evict(self._keep, listed):
             if checkpoint.path != committed.path:
                 await self._store.remove(_name_of(checkpoint))
+                logger.debug("%s is evicted", checkpoint.path)
                 self._steps.pop(_name_of(checkpoint), None)
+                self._count -= 1
 
 
 def _name_of(checkpoint: Checkpoint) -> str:
@@ -317,8 +399,12 @@ def _name_of(checkpoint: Checkpoint) -> str:
 
 
 def _exists(path: str, there: int | None, step: int) -> CheckpointExistsError:
-    what = "a file that is no checkpoint of asyncckpt" if there is None else f"the checkpoint of step {there}"
-    msg = f"{path} is {what} and would be replaced by step {step}"
+    if there is None:
+        return CheckpointExistsError(
+            f"{path} is a file that asyncckpt did not write, or is damaged, and would be replaced by step"
+            f" {step}; move it away, describe it with `asyncckpt adopt`, or set overwrite=True"
+        )
+    msg = f"{path} is the checkpoint of step {there} and would be replaced by step {step}"
     return CheckpointExistsError(f"{msg}; put {{step}} into filename, or set overwrite=True")
 
 

@@ -16,7 +16,7 @@ class Failures:
     """The failures that nobody may have heard of yet."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal handler may save in the middle of it
         self._failures: list[tuple[Outcome[Checkpoint] | None, SaveError]] = []
 
     def add(self, failure: SaveError, outcome: Outcome[Checkpoint] | None = None) -> None:

@@ -6,7 +6,7 @@ import os
 import time
 from typing import TYPE_CHECKING, Any
 
-from asyncckpt.engine import get_engine, wait_for_pending
+from asyncckpt.engine import wait_for_pending
 from asyncckpt.layout.description import Description
 from asyncckpt.restore import load_state, locate
 from asyncckpt.saver import Saver
@@ -14,6 +14,8 @@ from asyncckpt.stores import open_store
 from asyncckpt.targets import FileTarget
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from asyncckpt.save import Save
     from asyncckpt.unpickle import MapLocation
 
@@ -21,18 +23,25 @@ if TYPE_CHECKING:
 _saver = Saver(max_in_flight=2)
 
 
-def save(state: Any, path: str | os.PathLike[str]) -> Save:
+def save(
+    state: Any, path: str | os.PathLike[str], *, storage_options: Mapping[str, Any] | None = None
+) -> Save:
     """Save `state` to a file in the background, as torch.save would; returns when the state may change.
 
     The file appears under its name when it is complete and durable, and then replaces what was there. Missing
     directories are made. At most two snapshots are held in host memory; a third save waits for the first.
+
+    Args:
+        state: anything torch.save takes.
+        path: a local path, or the URL of a file of any fsspec file system.
+        storage_options: for the file system behind a URL, as fsspec takes them.
 
     Raises:
         SaveError: the state cannot be saved, or an earlier save failed and nobody has been told. Nothing was
             taken.
     """
     began = time.perf_counter()
-    store, name = locate(_checked(path), open_store("."))
+    store, name = locate(_checked(path), open_store("."), storage_options)
     description = Description(0, None, {}, time.time())
 
     async def describe() -> Description:
@@ -42,18 +51,30 @@ def save(state: Any, path: str | os.PathLike[str]) -> Save:
     return _saver.save(state, FileTarget(store, name, describe), None, began)
 
 
-def load(path: str | os.PathLike[str], *, map_location: MapLocation = None, weights_only: bool = True) -> Any:
+def load(
+    path: str | os.PathLike[str],
+    *,
+    map_location: MapLocation = None,
+    weights_only: bool = True,
+    storage_options: Mapping[str, Any] | None = None,
+) -> Any:
     """Load a file of asyncckpt or torch.save, as torch.load would, in parallel and with every byte checked.
 
     Waits for pending saves of this process first.
+
+    Args:
+        path: a local path, or the URL of a file of any fsspec file system.
+        map_location: as in torch.load.
+        weights_only: as in torch.load.
+        storage_options: for the file system behind a URL, as fsspec takes them.
 
     Raises:
         CheckpointNotFoundError: there is no such file.
         CorruptCheckpointError: names the damaged record.
     """
     wait_for_pending()
-    store, name = locate(_checked(path), open_store("."))
-    return load_state(get_engine(), store, name, map_location, weights_only=weights_only)
+    store, name = locate(_checked(path), open_store("."), storage_options)
+    return load_state(store, name, map_location, weights_only=weights_only).state
 
 
 def wait(timeout: float | None = None) -> None:

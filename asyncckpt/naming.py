@@ -9,6 +9,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from asyncckpt.types import Checkpoint
+
+_WHOLE = re.compile(r"0?\d*d?")  # formats that leave a step its digits
+_DIGITS = r"-?\d+"
+_STEP = rf"(?P<step>{_DIGITS})"
+
 
 class NameTemplate:
     """A template such as `step-{step:08d}-{val_loss:.3f}.pt`.
@@ -29,8 +35,10 @@ class NameTemplate:
             msg = f"filename={template!r} must be the name of one visible file"
             raise ValueError(f"{msg}; a folder belongs into the directory")
         self.template = template
-        pieces = [re.escape(text) + ("" if field is None else ".*") for text, field, _, _ in parsed]
-        self._pattern = re.compile("".join(pieces), re.DOTALL)
+        pieces = [re.escape(text) + _values(field, spec) for text, field, spec, _ in parsed]
+        # All after the first step is the same step: the group may be named once only.
+        first, *rest = "".join(pieces).split(_STEP)
+        self._pattern = re.compile(first + (_STEP + _DIGITS.join(rest) if rest else ""), re.DOTALL)
 
     def name(self, step: int, metrics: Mapping[str, float]) -> str:
         """Return the name of a checkpoint.
@@ -51,6 +59,33 @@ class NameTemplate:
             raise ValueError(f"filename={self.template!r}: {error}") from error
         return name.replace("/", "_")
 
+    def owns(self, checkpoint: Checkpoint) -> bool:
+        """Return whether a checkpoint is of the series that this template names.
+
+        The file says which template named it. One of an older version does not: then its name has to be what
+        this template makes of its step and metrics. That is asked of all, so that a copy under another name
+        is of no series.
+        """
+        if checkpoint.step is None or checkpoint.filename not in {None, self.template}:
+            return False
+        try:
+            name = self.name(checkpoint.step, checkpoint.metrics)
+        except ValueError:
+            return False
+        return name == checkpoint.path.rpartition("/")[2]
+
     def matches(self, name: str) -> bool:
-        """Whether `name` may have been made by this template."""
+        """Return whether `name` may have been made by this template: all there is to ask of a damaged file."""
         return self._pattern.fullmatch(name) is not None
+
+    def step_of(self, name: str) -> int | None:
+        """Return the step that stands in a file name, if this template may have made it and shows the step."""
+        found = self._pattern.fullmatch(name)
+        return int(found["step"]) if found and "step" in self._pattern.groupindex else None
+
+
+def _values(field: str | None, spec: str | None) -> str:
+    """Return a regular expression for what a field of a template is replaced with."""
+    if field is None:
+        return ""
+    return _STEP if field == "step" and _WHOLE.fullmatch(spec or "") else ".+"

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from asyncckpt.layout.zip_reader import Directory, Request
     from asyncckpt.snapshot.memory import Mapping
-    from asyncckpt.stores.base import Store, StoredFile
+    from asyncckpt.stores.base import OpenFile
     from asyncckpt.types import Offsets
 
 R = TypeVar("R")
@@ -28,13 +28,13 @@ CHUNK = 16 << 20
 READERS = 8
 
 
-async def answer(requests: Generator[Request, bytes, R], store: Store, name: str) -> R:
+async def answer(requests: Generator[Request, bytes, R], file: OpenFile) -> R:
     """Run one of the layout's reading generators against a file."""
     try:
         offset, length = next(requests)
         while True:
             data = bytearray(length)
-            await store.read(name, offset, memoryview(data))
+            await file.read(offset, memoryview(data))
             offset, length = requests.send(bytes(data))
     except StopIteration as stop:
         result: R = stop.value
@@ -46,46 +46,55 @@ class Image:
     """A whole file in memory, every record of it checked.
 
     Attributes:
+        path: path or URL of the file.
         mapping: the memory; the file begins at its first byte.
         nbytes: size of the file.
         directory: its records, the payload ranges as the local headers tell them.
     """
 
+    path: str
     mapping: Mapping
     nbytes: int
     directory: Directory
 
+    def record(self, name: str) -> bytes | None:
+        """Return the payload of a record, or None if there is no such record."""
+        if name not in self.directory.names:
+            return None
+        row = self.directory.names.index(name)
+        return bytes(self.mapping.view[int(self.directory.starts[row]) : int(self.directory.stops[row])])
 
-async def read_image(store: Store, file: StoredFile) -> Image:
+
+async def read_image(file: OpenFile) -> Image:
     """Read a whole file into memory of its own.
 
     Raises:
         CorruptCheckpointError: names the damaged record.
         StoreError: the file could not be read.
     """
-    directory = await answer(read_directory(file.nbytes), store, file.name)
-    mapping = map_private(file.nbytes)
+    nbytes = file.file.nbytes
+    directory = await answer(read_directory(nbytes), file)
+    mapping = map_private(nbytes)
     try:
-        check = _Check(directory, store.path_of(file.name))
+        check = _Check(directory, file.path)
 
         async def read(start: int, stop: int) -> None:
             piece = mapping.view[start:stop]
-            await store.read(file.name, start, piece)
+            await file.read(start, piece)
             await in_thread(check.add, start, piece)
 
-        await _in_parallel(read, file.nbytes)
+        await _in_parallel(read, nbytes)
         await in_thread(check.finish)
     except BaseException:
         mapping.close()
         raise
-    return Image(mapping, file.nbytes, directory)
+    return Image(file.path, mapping, nbytes, directory)
 
 
-async def verify(store: Store, file: StoredFile, progress: Callable[[int], None] | None = None) -> None:
+async def verify(file: OpenFile, progress: Callable[[int], None] | None = None) -> None:
     """Read every byte of a file and compare every checksum, in a fixed amount of memory.
 
     Args:
-        store: where it is.
         file: which one.
         progress: called with how many more bytes were checked, on the event loop's thread.
 
@@ -93,22 +102,23 @@ async def verify(store: Store, file: StoredFile, progress: Callable[[int], None]
         CorruptCheckpointError: names the damaged record.
         StoreError: the file could not be read.
     """
-    directory = await answer(read_directory(file.nbytes), store, file.name)
-    check = _Check(directory, store.path_of(file.name))
+    nbytes = file.file.nbytes
+    directory = await answer(read_directory(nbytes), file)
+    check = _Check(directory, file.path)
     buffers = [map_private(CHUNK) for _ in range(READERS)]
     free = [mapping.view for mapping in buffers]
 
     async def read(start: int, stop: int) -> None:
         buffer = free.pop()
         piece = buffer[: stop - start]
-        await store.read(file.name, start, piece)
+        await file.read(start, piece)
         await in_thread(check.add, start, piece)
         free.append(buffer)
         if progress is not None:
             progress(stop - start)
 
     try:
-        await _in_parallel(read, file.nbytes)
+        await _in_parallel(read, nbytes)
         await in_thread(check.finish)
     finally:
         for mapping in buffers:

@@ -3,46 +3,132 @@
 from __future__ import annotations
 
 import os
+import warnings
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from asyncckpt.errors import CheckpointNotFoundError, CorruptCheckpointError
+from asyncckpt.callers import callers_level
+from asyncckpt.catalog import checkpoint_of
+from asyncckpt.engine import get_engine
+from asyncckpt.errors import CheckpointNotFoundError, CorruptCheckpointError, StoreError
+from asyncckpt.layout.description import Description
+from asyncckpt.layout.torch_zip import DESCRIPTION
 from asyncckpt.reader import read_image, verify
+from asyncckpt.series import damage
 from asyncckpt.stores import open_store
+from asyncckpt.types import Checkpoint
 from asyncckpt.unpickle import LoadedMemory, PayloadFile, load_file
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Mapping
 
-    from asyncckpt.engine import Engine
     from asyncckpt.reader import Image
-    from asyncckpt.stores.base import Store, StoredFile
+    from asyncckpt.series import Choice, Series, Wanted
+    from asyncckpt.stores.base import OpenFile, Store
     from asyncckpt.unpickle import MapLocation
 
 T = TypeVar("T")
 
 
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A state, and the checkpoint that it was read from."""
+
+    state: Any
+    checkpoint: Checkpoint
+
+
 def load_state(
-    engine: Engine, store: Store, name: str, map_location: MapLocation, *, weights_only: bool | None
-) -> Any:
-    """Read a file in parallel, check it, and return its state.
+    store: Store, name: str, map_location: MapLocation = "cpu", *, weights_only: bool | None
+) -> Loaded:
+    """Read a file in parallel, check it, and build its state.
 
     Raises:
         CheckpointNotFoundError: there is no such file.
         CorruptCheckpointError: names the damaged record.
         pickle.UnpicklingError: `weights_only` does not allow what is in it.
     """
-    image = engine.call(_read, store, name)
-    return state_of(image, map_location, weights_only=weights_only)
+    image = get_engine().call(read_file, read_image, store, name)
+    record = image.record(DESCRIPTION)
+    description = None if record is None else Description.decode(record)
+    nbytes = image.nbytes
+    state = state_of(image, map_location, weights_only=weights_only)
+    if description is None:
+        return Loaded(state, Checkpoint(None, image.path, {}, nbytes))
+    return Loaded(state, checkpoint_of(image.path, description, nbytes))
 
 
-def locate(path: str | os.PathLike[str], home: Store) -> tuple[Store, str]:
+def load_wanted(
+    series: Series,
+    store: Store,
+    wanted: Wanted,
+    map_location: MapLocation = "cpu",
+    *,
+    weights_only: bool | None,
+    fallback: bool,
+) -> Loaded:
+    """Load the checkpoint of a series that answers to `wanted`.
+
+    Args:
+        series: where to look.
+        store: of the series.
+        wanted: which one.
+        map_location, weights_only: as in torch.load.
+        fallback: take the next one where one is damaged, and warn.
+
+    Raises:
+        CheckpointNotFoundError: there is none.
+        CorruptCheckpointError: it is damaged, or all are.
+        StoreError: a file is listed and cannot be opened.
+    """
+    vanished: set[str] = set()
+    while True:
+        view = get_engine().call(series.look)
+        choice = view.choose(wanted)
+        errors = [damage(view.directory, entry) for entry in choice.damaged]
+        for index, entry in enumerate(choice.entries):
+            if errors and not fallback:
+                raise _damaged(errors[0], choice, index)
+            try:
+                loaded = load_state(store, entry.file.name, map_location, weights_only=weights_only)
+            except CorruptCheckpointError as error:
+                errors.append(error)
+            except CheckpointNotFoundError:
+                # Evicted since it was listed. What is there now?
+                if entry.file.version in vanished:
+                    raise
+                vanished.add(entry.file.version)
+                break
+            else:
+                if errors:
+                    problems = "; ".join(map(str, errors))
+                    msg = f"{loaded.checkpoint.path} is used, since what comes before it is damaged: {problems}"
+                    warnings.warn(msg, stacklevel=callers_level())
+                return loaded
+        else:
+            raise _damaged(errors[0], choice, len(choice.entries))
+
+
+def _damaged(error: CorruptCheckpointError, choice: Choice, used: int) -> CorruptCheckpointError:
+    left = choice.entries[used:]
+    if not left:
+        return error
+    hint = f"fallback=True takes the next one that is whole, maybe {left[0].file.name}"
+    raised = CorruptCheckpointError(f"{error}; {hint}")
+    raised.__cause__ = error
+    return raised
+
+
+def locate(
+    path: str | os.PathLike[str], home: Store, options: Mapping[str, Any] | None = None
+) -> tuple[Store, str]:
     """Return the store and the name of a path; a bare name is one of `home`, and so is what `home` lists."""
     given = os.fspath(path)
     directory, _, name = given.rpartition("/")
     if "/" not in given or given == home.path_of(name):
         return home, name
-    return open_store(directory or "/"), name
+    return open_store(directory or "/", options), name
 
 
 async def verify_file(store: Store, name: str, progress: Callable[[int], None] | None = None) -> None:
@@ -57,17 +143,20 @@ async def verify_file(store: Store, name: str, progress: Callable[[int], None] |
         CheckpointNotFoundError: there is no such file.
         CorruptCheckpointError: names the damaged record.
     """
-    await _checked(partial(verify, progress=progress), store, name)
+    await read_file(partial(verify, progress=progress), store, name)
 
 
-async def _read(store: Store, name: str) -> Image:
-    return await _checked(read_image, store, name)
+async def read_file(read: Callable[[OpenFile], Awaitable[T]], store: Store, name: str) -> T:
+    """Open a file for `read`; errors name it.
 
-
-async def _checked(read: Callable[[Store, StoredFile], Awaitable[T]], store: Store, name: str) -> T:
+    Raises:
+        CheckpointNotFoundError: there is no such file.
+        CorruptCheckpointError: what `read` raises, with the path of the file.
+    """
     where = store.path_of(name)
     try:
-        return await read(store, await store.stat(name))
+        async with store.open(name) as file:
+            return await read(file)
     except FileNotFoundError as error:
         raise CheckpointNotFoundError(f"there is no checkpoint {where}") from error
     except CorruptCheckpointError as error:

@@ -8,16 +8,21 @@ them. Policies are combined with `|`: a checkpoint stays if any of them keeps it
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args, runtime_checkable
 
 from asyncckpt.types import Checkpoint
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
 Mode = Literal["min", "max"]
+
+_NOT_LETTERS = re.compile(r"[\W_]+")
+_NEAR = 0.8  # how alike two names are that may be meant to be one
 
 
 @runtime_checkable
@@ -131,6 +136,33 @@ def rank(checkpoints: Iterable[Checkpoint], metric: str, mode: Mode = "min") -> 
 
     newest_first = reversed(_in_order(c for c in checkpoints if metric in c.metrics))
     return sorted(newest_first, key=badness)
+
+
+def check_metrics(policy: object, metrics: Mapping[str, float]) -> None:
+    """Raise if a save with these metrics would be evicted because of a wrong name.
+
+    It needs a metric that a `BestK` ranks by, unless something else than a `BestK` decides, too: then a save
+    may do without, but not with a name that is nearly the same.
+
+    Raises:
+        ValueError: names the metric that is missing, and the nearest that is there.
+    """
+    members = _members(policy)
+    wanted = [member.metric for member in members if isinstance(member, BestK)]
+    missing = [metric for metric in wanted if metric not in metrics]
+    others_decide = len(wanted) < len(members)
+    for metric in missing:
+        near = _nearest(metric, metrics)
+        if near is not None or (len(missing) == len(wanted) and not others_decide):
+            given = ", ".join(map(repr, metrics)) or "none"
+            hint = f"; did you mean {near!r}?" if near is not None else ""
+            raise ValueError(f"keep ranks by the metric {metric!r}, and metrics has {given}{hint}")
+
+
+def _nearest(name: str, names: Iterable[str]) -> str | None:
+    plain = {_NOT_LETTERS.sub("", other).lower(): other for other in names}
+    found = get_close_matches(_NOT_LETTERS.sub("", name).lower(), plain, n=1, cutoff=_NEAR)
+    return plain[found[0]] if found else None
 
 
 def first_best(policy: object) -> BestK | None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 from concurrent.futures import Future
+from concurrent.futures._base import FINISHED
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from asyncckpt.errors import SaveSkipped
+from asyncckpt.threads import Condition
 from asyncckpt.types import Checkpoint, SaveStats
 
 if TYPE_CHECKING:
@@ -22,13 +23,18 @@ class Outcome(Future[T]):
 
     heard = False
 
+    def __init__(self) -> None:
+        super().__init__()
+        # An interrupt in whoever waits must not keep the engine from setting the result.
+        self._condition = Condition()  # type: ignore[assignment] # it has what a future needs of it
+
     def cancel(self) -> bool:
         """Refuse: the save goes on, and others may be waiting for it."""
         return False
 
     def abandon(self, error: BaseException | None) -> None:
         """End it in a forked child, where nobody else will; another thread may have held its lock."""
-        self._condition = threading.Condition()
+        self._condition = Condition()  # type: ignore[assignment]
         self.heard = True
         if not self.done():
             self.set_exception(error)
@@ -39,17 +45,26 @@ class Outcome(Future[T]):
 
     def result(self, timeout: float | None = None) -> T:
         """Return what the save became, or raise what it failed with."""
+        self._wait(timeout)
         try:
-            return super().result(timeout)
+            return super().result(0)
         finally:
             self.heard = self.done()
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
         """Return what the save failed with, or None."""
+        self._wait(timeout)
         try:
-            return super().exception(timeout)
+            return super().exception(0)
         finally:
             self.heard = self.done()
+
+    def _wait(self, timeout: float | None) -> None:
+        condition: Any = self._condition
+        condition.until(self._is_done, timeout)
+
+    def _is_done(self) -> bool:
+        return self._state == FINISHED
 
 
 @dataclass(eq=False, slots=True)

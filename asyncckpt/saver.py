@@ -1,4 +1,4 @@
-"""One face's way into the engine: snapshots in, bounded in number; checkpoints out; no failure unheard."""
+"""Take snapshots, queue their writes, report each failure once."""
 
 from __future__ import annotations
 
@@ -8,19 +8,18 @@ import sys
 import threading
 import time
 import weakref
-from collections import deque
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Literal
 
-from asyncckpt.engine import Operation, current_engine, get_engine, refuse_to_wait_in_callback
+from asyncckpt.engine import Operation, at_exit, get_engine, in_callback
 from asyncckpt.errors import AsyncCkptError, BusyError, SaveError
 from asyncckpt.failures import Failures, eviction_failure, failure_of
 from asyncckpt.save import Save, skipped
 from asyncckpt.staging import Stager
 from asyncckpt.targets import copy_or_write
-from asyncckpt.threads import in_thread
+from asyncckpt.threads import Condition, in_thread
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
@@ -31,6 +30,8 @@ if TYPE_CHECKING:
     from asyncckpt.types import Checkpoint
 
     OnError = Literal["raise"] | Callable[[Save, AsyncCkptError], object]
+    OnCommit = Callable[[Checkpoint], object]
+    _Write = Callable[[], Awaitable[Checkpoint]]
 WhenBusy = Literal["wait", "skip", "replace"]
 
 logger = logging.getLogger("asyncckpt")
@@ -40,16 +41,33 @@ logger = logging.getLogger("asyncckpt")
 _OVERLAP_FROM = 32 << 20
 
 
+class _Place:
+    """One of the places in flight: taken before a state is frozen, free when its buffer is, or when dropped.
+
+    Attributes:
+        thread: who takes the snapshot; None once it is in host memory and queued.
+    """
+
+    def __init__(self) -> None:
+        self.thread: int | None = threading.get_ident()
+
+
 @dataclass(slots=True, eq=False)
 class _Job:
-    """A save on its way."""
+    """A save on its way.
+
+    Attributes:
+        place: of the places in flight, as soon as it has one.
+        snapshot: the state, as soon as it is frozen.
+        operation: what writes it, as soon as it is submitted.
+    """
 
     save: Save
     target: Target
     began: float
-    write: Callable[[], Awaitable[Checkpoint]]
-    snapshot: Snapshot
-    operation: Operation = field(init=False)
+    place: _Place | None = None
+    snapshot: Snapshot | None = None
+    operation: Operation | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -69,21 +87,34 @@ class Saver:
         when_busy: what a save does when there are that many: "wait" for one to be durable, "skip" this one,
             or "replace" one that is still queued.
         on_error: "raise" from whichever call comes next, or a callable that is given the `Save` and its
-            error, on the engine's thread.
+            error, on a background thread.
+        on_commit: called with each checkpoint once it is durable, on a background thread.
     """
 
-    def __init__(self, max_in_flight: int, when_busy: WhenBusy = "wait", on_error: OnError = "raise") -> None:
-        _validate(max_in_flight, when_busy, on_error)
+    def __init__(
+        self,
+        max_in_flight: int,
+        when_busy: WhenBusy = "wait",
+        on_error: OnError = "raise",
+        on_commit: OnCommit | None = None,
+    ) -> None:
+        _validate(max_in_flight, when_busy, on_error, on_commit)
         self._max_in_flight = max_in_flight
         self._when_busy: WhenBusy = when_busy
         self._on_error = on_error
+        self._on_commit = on_commit
         self._stager: Stager | None = None
         self._instant: _Instant | None = None
         self._reset()
         _savers.add(self)
 
     def __repr__(self) -> str:
-        return f"<Saver in_flight={self._in_flight}/{self._max_in_flight} pending={self._pending}>"
+        return f"<Saver in_flight={self.in_flight}/{self._max_in_flight} pending={len(self._jobs)}>"
+
+    @property
+    def in_flight(self) -> int:
+        """How many snapshots are held in host memory, or being taken."""
+        return len(self._places)
 
     def save(self, state: object, target: Target, step: int | None, began: float) -> Save:
         """Take a snapshot of `state` and queue its file; returns when the state may change.
@@ -97,78 +128,92 @@ class Saver:
         Raises:
             SaveError: an earlier save failed and nobody was told, or the state cannot be saved. Nothing was
                 taken.
+            BusyError: it would have to wait for itself: it was called in a callback, or by a signal handler
+                that broke into a save. Nothing was taken.
         """
-        with self._taking:
-            return self._save(state, target, step, began)
-
-    def _save(self, state: object, target: Target, step: int | None, began: float) -> Save:
         self.raise_failures("; the save that is told of it was not taken")
-        save = Save(step, target.path)
         engine = get_engine()
-        entered, frozen = time.perf_counter(), None
+        job = _Job(Save(step, target.path), target, began)
+        try:
+            self._take(engine, job, state)
+        except BaseException:
+            self._abandon(engine, job)
+            raise
+        job.save.stats.stall = time.perf_counter() - began
+        return job.save
+
+    def _take(self, engine: Engine, job: _Job, state: object) -> None:
+        save, stats, frozen = job.save, job.save.stats, None
+        entered = time.perf_counter()
         if self._instant is not None:
-            frozen = self._instant.stager.freeze(state)
-            if self._save_again(engine, self._instant, frozen, save, target, began):
-                return save
+            frozen = self._freeze(self._instant.stager, state)
+            if self._save_again(engine, self._instant, frozen, job):
+                return
         self._end_instant()  # what it holds may be what there has to be room for
         compared = time.perf_counter()
-        if not self._admit(engine):
-            return skipped(save, f"{self._max_in_flight} saves are still being written")
+        if not self._admit(engine, job):
+            skipped(save, f"{self._max_in_flight} saves are still being written")
+            return
         admitted = time.perf_counter()
+        stager = self._stager_of(engine)
+        if frozen is None:
+            frozen = self._freeze(stager, state)
         try:
-            stager = self._stager_of(engine)
-            snapshot = stager.stage(state, wait=self._when_busy != "skip", frozen=frozen)
+            job.snapshot = stager.stage(frozen, wait=self._when_busy != "skip" and not self._is_nested(job))
         except BusyError as error:
-            self._leave()
-            return skipped(save, str(error))
-        except BaseException:
-            self._leave()
-            raise
-        stats = save.stats
-        stats.freeze = compared - entered + snapshot.freeze_seconds
-        stats.wait = admitted - compared + snapshot.wait_seconds
-        job = self._job(save, target, began, partial(target.write, stager, snapshot, stats), snapshot)
+            if self._when_busy != "skip":
+                raise
+            self._abandon(engine, job)
+            skipped(save, str(error))
+            return
+        stats.freeze = compared - entered + time.perf_counter() - admitted - job.snapshot.wait_seconds
+        stats.wait = admitted - compared + job.snapshot.wait_seconds
         if self._in_instant:
-            self._instant = _Instant(job, stager, snapshot.share(snapshot.frozen))
+            self._instant = _Instant(job, stager, job.snapshot.share(job.snapshot.frozen))
         try:
-            self._copy_and_submit(engine, job)
+            self._copy_and_submit(
+                engine, job, job.snapshot, partial(job.target.write, stager, job.snapshot, stats)
+            )
         except BaseException:
             self._end_instant()
             raise
-        stats.stall = time.perf_counter() - began
-        return save
 
-    def _copy_and_submit(self, engine: Engine, job: _Job) -> None:
-        if job.target.overlaps and job.snapshot.body.nbytes >= _OVERLAP_FROM:
+    def _freeze(self, stager: Stager, state: object) -> Frozen:
+        with self._freezing:
+            return stager.freeze(state)
+
+    def _copy_and_submit(self, engine: Engine, job: _Job, snapshot: Snapshot, write: _Write) -> None:
+        if job.target.overlaps and snapshot.body.nbytes >= _OVERLAP_FROM:
             try:
-                self._submit(engine, job)
-                self._copy(job)
+                self._submit(engine, job, write, awaits=threading.get_ident())
+                self._copy(job, snapshot)
             finally:
-                job.snapshot.end_copy()
-            return
-        try:
-            self._copy(job)
-        except BaseException:
-            self._give_back(job.snapshot)
-            raise
-        job.save.stats.stall = time.perf_counter() - job.began
-        self._submit(engine, job)
+                snapshot.end_copy()
+                if job.operation is not None:
+                    job.operation.awaits = None
+        else:
+            self._copy(job, snapshot)
+            job.save.stats.stall = time.perf_counter() - job.began
+            self._submit(engine, job, write)
+        if job.place is not None:
+            job.place.thread = None
 
-    def _save_again(  # noqa: PLR0913, PLR0917 - what a save consists of
-        self, engine: Engine, last: _Instant, frozen: Frozen, save: Save, target: Target, began: float
-    ) -> bool:
+    def _save_again(self, engine: Engine, last: _Instant, frozen: Frozen, job: _Job) -> bool:
         """Save what has been copied in this instant already; returns false if it has changed."""
         snapshot = last.stager.stage_again(frozen, last.snapshot)
         if snapshot is None:
             return False
-        write = partial(target.write, last.stager, snapshot, save.stats)
-        if snapshot.frozen == last.job.snapshot.frozen and save.path != last.job.save.path:
-            copy = target.copying(last.job.target)
-            write = write if copy is None else partial(copy_or_write, last.job.save, copy, write)
+        save, before = job.save, last.job
+        job.snapshot, job.place = snapshot, before.place
+        write: _Write = partial(job.target.write, last.stager, snapshot, save.stats)
+        same = before.snapshot is not None and snapshot.frozen == before.snapshot.frozen
+        if same and save.path != before.save.path:
+            copy = job.target.copying(before.target)
+            write = write if copy is None else partial(copy_or_write, before.save, copy, write)
         save.snapshotted.set_result(None)
-        save.stats.freeze = save.stats.stall = time.perf_counter() - began
-        last.job = self._job(save, target, began, write, snapshot)
-        self._submit(engine, last.job)
+        save.stats.freeze = save.stats.stall = time.perf_counter() - job.began
+        last.job = job
+        self._submit(engine, job, write)
         return True
 
     @contextmanager
@@ -188,22 +233,22 @@ class Saver:
     def _end_instant(self) -> None:
         instant, self._instant = self._instant, None
         if instant is not None:
-            self._give_back(instant.snapshot)
+            self._give_back(instant.job.place, instant.snapshot)
 
     def reserve(self, state: object) -> int:
         """Make host memory for the snapshots of `state` ready; returns the bytes of one."""
-        return self._stager_of(get_engine()).reserve(state, self._max_in_flight)
+        with self._freezing:
+            return self._stager_of(get_engine()).reserve(state, self._max_in_flight)
 
     def drain(self, timeout: float | None = None) -> None:
         """Wait until everything submitted is carried out, evictions included.
 
         Raises:
-            BusyError: it was not within `timeout` seconds; it goes on.
+            BusyError: it was not within `timeout` seconds, and goes on; or the caller would wait for itself.
         """
-        refuse_to_wait_in_callback()
-        with self._changed:
-            if not self._changed.wait_for(lambda: not self._pending, timeout):
-                raise BusyError(f"{self._pending} saves were still pending after {timeout} s; they go on")
+        get_engine().refuse_to_wait("wait()")
+        if not self._changed.until(lambda: not self._jobs, timeout):
+            raise BusyError(f"{len(self._jobs)} saves were still pending after {timeout} s; they go on")
 
     def raise_failures(self, hint: str = "") -> None:
         """Raise what failed since the last time and nobody was told, once.
@@ -213,96 +258,123 @@ class Saver:
         """
         self._failures.raise_unheard(hint)
 
-    def _job(
-        self,
-        save: Save,
-        target: Target,
-        began: float,
-        write: Callable[[], Awaitable[Checkpoint]],
-        snapshot: Snapshot,
-    ) -> _Job:
-        job = _Job(save, target, began, write, snapshot)
-        job.operation = Operation(partial(self._carry_out, job), {save.path: True})
-        return job
-
-    def _copy(self, job: _Job) -> None:
+    def _copy(self, job: _Job, snapshot: Snapshot) -> None:
         try:
-            job.snapshot.copy()
+            snapshot.copy()
         except SaveError:
             job.save.committed.heard = True  # the caller is told here
             raise
-        job.save.stats.copy = job.snapshot.copy_seconds
+        job.save.stats.copy = snapshot.copy_seconds
         job.save.snapshotted.set_result(None)
 
-    def _submit(self, engine: Engine, job: _Job) -> None:
+    def _submit(self, engine: Engine, job: _Job, write: _Write, awaits: int | None = None) -> None:
+        job.operation = Operation(partial(self._carry_out, job, write), {job.save.path: True}, awaits)
         job.save.stats.queue_depth = engine.depth()
         with self._changed:
-            self._pending += 1
-            self._queued.append(job)
-            self._open.append(job.save)
+            self._jobs.append(job)
         engine.submit(job.operation)
 
-    def _admit(self, engine: Engine) -> bool:
+    def _admit(self, engine: Engine, job: _Job) -> bool:
         """Take one of the places in flight; returns whether there was one, or was made."""
+
+        def attempt() -> bool:
+            if len(self._places) >= self._max_in_flight and self._when_busy == "replace":
+                self._withdraw_queued(engine)
+            if len(self._places) < self._max_in_flight:
+                job.place = _Place()
+                self._places.add(job.place)
+                return True
+            if self._when_busy != "skip":
+                self._refuse_to_wait()
+            return False
+
+        return self._changed.until(attempt, 0 if self._when_busy == "skip" else None)
+
+    def _refuse_to_wait(self) -> None:
+        """Raise where no place will be free before the caller goes on."""
+        get_engine().refuse_to_wait("save()")
+        me = threading.get_ident()
+        if all(place.thread == me for place in self._places):
+            raise BusyError(
+                "save() was called while this thread is inside save(), by a signal handler: no place in flight"
+                " would ever be free; set a flag in the handler and save in the loop (see"
+                " asyncckpt.stop_on_signal), or use max_in_flight=2"
+            )
+
+    def _is_nested(self, job: _Job) -> bool:
+        """Return whether nobody would make room in host memory while this save waits for it."""
+        me = threading.get_ident()
+        places = [place for saver in list(_savers) for place in saver._places if place is not job.place]
+        return in_callback() or any(place.thread == me for place in places)
+
+    def _withdraw_queued(self, engine: Engine) -> None:
+        """Give up the newest save that is still queued, if there is one."""
+        for job in reversed(self._jobs):
+            if job.operation is not None and engine.withdraw(job.operation):
+                self._forget(job)
+                skipped(job.save, "a newer save took its place while it was queued")
+                return
+
+    def _abandon(self, engine: Engine, job: _Job) -> None:
+        """Undo what a save that raises has taken; one that is being written fails by itself."""
+        if job.snapshot is not None:
+            job.snapshot.end_copy()
+        if job.operation is None or engine.withdraw(job.operation):
+            self._forget(job)
+
+    def _forget(self, job: _Job) -> None:
+        self._give_back(job.place, job.snapshot)
         with self._changed:
-            while self._in_flight >= self._max_in_flight:
-                if self._when_busy == "skip":
-                    return False
-                if (
-                    self._when_busy == "replace"
-                    and self._queued
-                    and engine.withdraw(self._queued[-1].operation)
-                ):
-                    self._withdrawn(self._queued.pop())
-                else:
-                    refuse_to_wait_in_callback()
-                    self._changed.wait()
-            self._in_flight += 1
-        return True
+            if job in self._jobs:
+                self._jobs.remove(job)
+        self._changed.notify_all()
 
-    def _withdrawn(self, job: _Job) -> None:
-        if job.snapshot.lease.release():
-            self._in_flight -= 1
-        self._pending -= 1
-        self._open.remove(job.save)
-        skipped(job.save, "a newer save took its place while it was queued")
-
-    def _give_back(self, snapshot: Snapshot) -> None:
-        if snapshot.lease.release():
-            self._leave()
-
-    def _leave(self) -> None:
+    def _give_back(self, place: _Place | None, snapshot: Snapshot | None) -> None:
+        """Free a place in flight, and its buffer unless somebody shares that."""
+        if place is None or (snapshot is not None and not snapshot.lease.release()):
+            return
         with self._changed:
-            self._in_flight -= 1
-            self._changed.notify_all()
+            self._places.discard(place)
+        self._changed.notify_all()
 
-    async def _carry_out(self, job: _Job) -> None:
-        save, target, snapshot = job.save, job.target, job.snapshot
-        with self._changed:
-            if job in self._queued:
-                self._queued.remove(job)
+    async def _carry_out(self, job: _Job, write: _Write) -> None:
+        save, target = job.save, job.target
         try:
             try:
-                checkpoint = await job.write()
+                checkpoint = await write()
             finally:
                 # A save may fail while its state is still being copied: only then is the buffer free.
-                await in_thread(snapshot.copy_ended.wait)
-                self._give_back(snapshot)
+                if job.snapshot is not None:
+                    await in_thread(job.snapshot.copy_ended.wait)
+                self._give_back(job.place, job.snapshot)
         except Exception as error:  # noqa: BLE001 - told to the caller, whatever it is
-            get_engine().settle(job.operation)
+            self._settle(job)
             # Callbacks run on a worker thread, from which they may use the engine.
             await in_thread(_guarded, self._fail, save, error)
         else:
             save.stats.nbytes = checkpoint.nbytes
             save.stats.durable = time.perf_counter() - job.began
-            get_engine().settle(job.operation)
-            await in_thread(_guarded, save.committed.set_result, checkpoint)
+            self._settle(job)
+            await in_thread(self._tell, save, checkpoint)
             await self._after(target, checkpoint)
         finally:
             with self._changed:
-                self._pending -= 1
-                self._open.remove(save)
-                self._changed.notify_all()
+                self._jobs.remove(job)
+            self._changed.notify_all()
+
+    def _settle(self, job: _Job) -> None:
+        if job.operation is not None:
+            get_engine().settle(job.operation)
+
+    def _tell(self, save: Save, checkpoint: Checkpoint) -> None:
+        stats = save.stats
+        logger.info(
+            "%s is durable: %d bytes, training stood still for %.3f s, durable after %.3f s",
+            checkpoint.path, stats.nbytes, stats.stall, stats.durable,
+        )  # fmt: skip
+        _guarded(save.committed.set_result, checkpoint)
+        if self._on_commit is not None:
+            _guarded(self._on_commit, checkpoint)
 
     async def _after(self, target: Target, checkpoint: Checkpoint) -> None:
         if target.after is None:
@@ -333,12 +405,10 @@ class Saver:
         """Begin with nothing in flight: at first, and in a forked child."""
         self._in_instant = False
         self._instant = None
-        self._taking = threading.Lock()  # snapshots are taken one after another, whatever the thread
-        self._changed = threading.Condition()
-        self._in_flight = 0
-        self._pending = 0
-        self._queued: deque[_Job] = deque()
-        self._open: list[Save] = []
+        self._freezing = threading.RLock()  # a signal handler may save in the middle of it
+        self._changed = Condition()
+        self._places: weakref.WeakSet[_Place] = weakref.WeakSet()
+        self._jobs: list[_Job] = []  # submitted, and not carried out
         self._failures = Failures()
 
 
@@ -350,7 +420,7 @@ def _guarded(tell: Callable[..., object], *args: object) -> None:
         logger.exception("a callback of a save failed")
 
 
-def _validate(max_in_flight: int, when_busy: str, on_error: object) -> None:
+def _validate(max_in_flight: int, when_busy: str, on_error: object, on_commit: object) -> None:
     if isinstance(max_in_flight, bool) or not isinstance(max_in_flight, int):
         raise TypeError(f"max_in_flight must be an int, not {max_in_flight!r}")
     if max_in_flight < 1:
@@ -363,16 +433,15 @@ def _validate(max_in_flight: int, when_busy: str, on_error: object) -> None:
         )
     if on_error != "raise" and not callable(on_error):
         raise TypeError(f'on_error must be "raise" or a callable, not {on_error!r}')
+    if on_commit is not None and not callable(on_commit):
+        raise TypeError(f"on_commit must be a callable, not {on_commit!r}")
 
 
 _savers: weakref.WeakSet[Saver] = weakref.WeakSet()
 
 
 def _report_at_exit() -> None:
-    """Finish what is pending, and tell of failures that nobody can be told of any more."""
-    engine = current_engine()
-    if engine is not None and not engine.given_up:
-        engine.drain()
+    """Tell of failures that nobody can be told of any more."""
     for saver in list(_savers):
         try:
             saver.raise_failures()
@@ -382,14 +451,14 @@ def _report_at_exit() -> None:
 
 def _reset_in_child() -> None:
     for saver in list(_savers):
-        saves = saver._open
+        jobs = saver._jobs
         saver._reset()
-        for save in saves:
-            save.committed.abandon(
-                SaveError(f"{save.path} is being saved by the process that this one was forked from")
+        for job in jobs:
+            job.save.committed.abandon(
+                SaveError(f"{job.save.path} is being saved by the process that this one was forked from")
             )
-            save.snapshotted.abandon(None)
+            job.save.snapshotted.abandon(None)
 
 
-threading._register_atexit(_report_at_exit)  # type: ignore[attr-defined]
+at_exit(_report_at_exit)
 os.register_at_fork(after_in_child=_reset_in_child)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import threading
 import time
 import warnings
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from asyncckpt.callers import callers_level
 from asyncckpt.errors import SaveError
 from asyncckpt.layout.torch_zip import lay_out, plan
 from asyncckpt.snapshot.compare import holds
@@ -44,7 +44,7 @@ class Snapshot:
         filled: how far the copy has come.
         storages: what is to be copied; empty once the copy has ended.
         copy_ended: set once nobody writes into the lease any more.
-        freeze_seconds, wait_seconds, copy_seconds: what the training thread spent; `wait` on host memory.
+        wait_seconds, copy_seconds: what the training thread spent on host memory, and on the copy.
     """
 
     frozen: FrozenState
@@ -52,7 +52,6 @@ class Snapshot:
     lease: Lease
     filled: Watermark = field(default_factory=Watermark)
     copy_ended: threading.Event = field(default_factory=threading.Event)
-    freeze_seconds: float = 0.0
     wait_seconds: float = 0.0
     copy_seconds: float = 0.0
     storages: list[UntypedStorage] = field(default_factory=list, repr=False)
@@ -106,22 +105,20 @@ class Stager:
         """
         return self._freezer.freeze(state)
 
-    def stage(self, state: object, *, wait: bool = True, frozen: Frozen | None = None) -> Snapshot:
-        """Freeze `state`, unless it has just been, and lease room; the copy is left to `Snapshot.copy`.
+    def stage(self, frozen: Frozen, *, wait: bool = True) -> Snapshot:
+        """Lease room for a state that has just been frozen; the copy is left to `Snapshot.copy`.
 
         Raises:
-            SaveError: the state cannot be saved; the message says which entry.
+            SaveError: there never is room for it.
             BusyError: there is no room in host memory, and `wait` is false.
         """
-        began = time.perf_counter()
-        decided, storages = frozen or self.freeze(state)
+        decided, storages = frozen
         body = self._lay_out(decided.sizes)
         self._warn_of_inline(len(decided.pickled))
-        froze = time.perf_counter()
+        began = time.perf_counter()
         lease = self.arena.lease(body.nbytes, pinned=_on_cuda(decided), wait=wait)
         snapshot = Snapshot(decided, body, lease, storages=storages)
-        snapshot.freeze_seconds = froze - began
-        snapshot.wait_seconds = time.perf_counter() - froze
+        snapshot.wait_seconds = time.perf_counter() - began
         return snapshot
 
     def stage_again(self, frozen: Frozen, snapshot: Snapshot) -> Snapshot | None:
@@ -186,16 +183,8 @@ class Stager:
                 f"{nbytes >> 20} MiB of the state are not tensors (numpy arrays, objects) and are pickled on"
                 " the training thread at every save; make tensors of them to have them copied"
             )
-            warnings.warn(msg, stacklevel=_callers_level())
+            warnings.warn(msg, stacklevel=callers_level())
 
 
 def _on_cuda(frozen: FrozenState) -> bool:
     return any(location.startswith("cuda") for location in set(frozen.locations))
-
-
-def _callers_level() -> int:
-    """Return the stack level, as seen by the caller of this function, of the first line outside asyncckpt."""
-    level, frame = 1, inspect.currentframe()
-    while (frame := frame.f_back if frame else None) and frame.f_globals["__name__"].startswith("asyncckpt."):
-        level += 1
-    return level

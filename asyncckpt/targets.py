@@ -82,7 +82,7 @@ class FileTarget(Target):
         stats.commit = time.perf_counter() - written
         stats.sync = draft.sync_seconds
         stats.checksum, stats.write = transfer.checksum_seconds, transfer.write_seconds
-        return checkpoint_of(self.store, self.name, description, plan.size)
+        return checkpoint_of(self.path, description, plan.size)
 
     def copying(self, earlier: Target) -> Callable[[], Awaitable[Checkpoint]] | None:
         """Let the store copy the file, which costs no bytes where it has links."""
@@ -94,7 +94,7 @@ class FileTarget(Target):
             description = await self.describe()
             await self.store.copy(source, self.name)
             nbytes = (await self.store.stat(self.name)).nbytes
-            return checkpoint_of(self.store, self.name, description, nbytes)
+            return checkpoint_of(self.path, description, nbytes)
 
         return copy
 

@@ -1,9 +1,12 @@
-"""Run blocking functions off the event loop, and tasks side by side; errors come out as themselves."""
+"""Run blocking functions off the event loop, and tasks side by side; wait for what other threads change."""
 
 from __future__ import annotations
 
 import sys
-from contextlib import asynccontextmanager
+import time
+from _thread import RLock
+from contextlib import asynccontextmanager, suppress
+from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from anyio import create_task_group, to_thread
@@ -40,6 +43,53 @@ async def in_thread(func: Callable[..., T], *args: Any, limiter: CapacityLimiter
         if called:
             raise
         return func(*args)
+
+
+# Whoever waits looks again after this many seconds at the latest: a thread that is interrupted between a
+# change and its notice would otherwise be waited for in vain.
+_LOOK_AGAIN = 1.0
+
+
+class Condition(RLock):
+    """A condition variable that exceptions raised by signal handlers leave usable.
+
+    `threading.Condition` does not: its `__enter__` is Python code, in which a KeyboardInterrupt may come when
+    the lock is taken already, and then nobody releases it. This one is entered by the interpreter alone, and
+    nobody waits while holding it. A `concurrent.futures.Future` can have one in place of its own.
+    """
+
+    def __init__(self) -> None:
+        self._bells: set[SimpleQueue[None]] = set()
+
+    def until(self, attempt: Callable[[], T], timeout: float | None = None) -> T:
+        """Call `attempt` under the lock, again after each change, until it returns something true.
+
+        Returns:
+            What it returned last; after `timeout` seconds that is something false.
+        """
+        with self:
+            result = attempt()
+        if result:
+            return result
+        end = None if timeout is None else time.monotonic() + timeout
+        bell: SimpleQueue[None] = SimpleQueue()
+        try:
+            self._bells.add(bell)
+            while True:
+                with self:
+                    result = attempt()
+                left = _LOOK_AGAIN if end is None else min(end - time.monotonic(), _LOOK_AGAIN)
+                if result or left <= 0:
+                    return result
+                with suppress(Empty):
+                    bell.get(timeout=left)
+        finally:
+            self._bells.discard(bell)
+
+    def notify_all(self) -> None:
+        """Have all who wait try again."""
+        for bell in tuple(self._bells):
+            bell.put(None)
 
 
 @asynccontextmanager

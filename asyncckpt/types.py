@@ -42,6 +42,7 @@ class Checkpoint:
         nbytes: size of the file in bytes.
         created: wall time of the snapshot, seconds since the epoch.
         sequence: its place in the order of commits of its directory, from 1.
+        filename: the template of the series that it belongs to; None if the file does not tell.
     """
 
     step: int | None
@@ -50,6 +51,7 @@ class Checkpoint:
     nbytes: int = 0
     created: float = 0.0
     sequence: int = 0
+    filename: str | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from asyncckpt.catalog import Catalog
+from asyncckpt.series import Series
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -34,7 +34,7 @@ def torch_round_trip(state: object) -> Any:
 def put_under(checkpointer: Checkpointer, store: S) -> S:
     """Let a Checkpointer work on another store from now on, such as a double that wraps its own."""
     checkpointer._store = store
-    checkpointer._catalog = Catalog(store)
+    checkpointer._series = Series(store, checkpointer.directory, checkpointer._names)
     return store
 
 

@@ -213,5 +213,5 @@ def test_a_remote_directory_is_pruned(tmp_path: Path) -> None:
     directory = f"memory://{tmp_path}"
     fill(directory)
     assert prune(directory, "--keep", "last:2").exit_code == 0
-    with Checkpointer(directory) as checkpointer:
+    with Checkpointer(directory, filename="{step}.pt") as checkpointer:
         assert [found.step for found in checkpointer.checkpoints()] == [400, 500]

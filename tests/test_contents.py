@@ -8,6 +8,7 @@ import json
 import pickle
 import tarfile
 import time
+from contextlib import asynccontextmanager
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
@@ -28,16 +29,17 @@ from asyncckpt.stores.local import LocalStore
 from strangers import data_pickle, pickled_text, write_file
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import AsyncIterator, Awaitable, Callable
     from pathlib import Path
 
-    from asyncckpt.stores.base import Store, StoredFile
+    from asyncckpt.stores.base import OpenFile, Store
 
 places = count()
 
 
-async def _told(read: Callable[[Store, StoredFile], Awaitable[Any]], store: Store, name: str) -> Any:
-    return await read(store, await store.stat(name))
+async def _told(read: Callable[[OpenFile], Awaitable[Any]], store: Store, name: str) -> Any:
+    async with store.open(name) as file:
+        return await read(file)
 
 
 def told(path: Path, store: Store | None = None) -> tuple[Summary, Contents]:
@@ -72,7 +74,9 @@ def test_a_checkpoint_tells_what_was_given_to_save(tmp_path: Path) -> None:
     path = str(tmp_path / "step-00000007.pt")
     created = brief.checkpoint.created
     assert began <= created <= time.time()
-    assert brief == Summary(Checkpoint(7, path, {"val_loss": 0.25}, nbytes, created, 2), "asyncckpt")
+    assert brief == Summary(
+        Checkpoint(7, path, {"val_loss": 0.25}, nbytes, created, 2, "step-{step:08d}.pt"), "asyncckpt"
+    )
     assert contents.summary.epoch == 2  # which a listing does not read the state for
     assert contents.versions.keys() == {"asyncckpt", "torch", "python"}
     assert contents.byteorder == "little"
@@ -105,9 +109,17 @@ class CountingStore(LocalStore):
 
     nbytes = 0
 
-    async def read(self, name: str, offset: int, into: memoryview) -> None:
-        self.nbytes += into.nbytes
-        await super().read(name, offset, into)
+    @asynccontextmanager
+    async def open(self, name: str) -> AsyncIterator[OpenFile]:
+        async with super().open(name) as file:
+            read = file.read
+
+            async def counted(offset: int, into: memoryview) -> None:
+                self.nbytes += into.nbytes
+                await read(offset, into)
+
+            file.read = counted  # type: ignore[method-assign]
+            yield file
 
 
 def test_only_little_is_read(tmp_path: Path) -> None:

@@ -156,7 +156,7 @@ class KeepNothing:
 def test_the_newest_by_order_of_commit_stays(tmp_path: Path, keep: Policy) -> None:
     with Checkpointer(tmp_path, keep=keep) as ckpt:
         for step in (8, 4, 6):
-            save(ckpt, step)
+            save(ckpt, step, loss=float("nan"))
             assert steps(ckpt) == [step]
 
 
@@ -192,7 +192,7 @@ def test_nothing_but_our_own_checkpoints_is_evicted(tmp_path: Path) -> None:
     with Checkpointer(tmp_path, keep=LastN(1)) as ckpt:
         for step in (11, 12, 13):
             save(ckpt, step)
-        assert steps(ckpt) == [1, 2, 13]
+        assert steps(ckpt) == [13]
     assert names(tmp_path) == sorted([*before, "step-00000013.pt"])
 
 

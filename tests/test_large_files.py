@@ -131,9 +131,10 @@ async def test_every_reader_finds_the_records(sizes: list[int], tmp_path: Path) 
         assert [len(tensor) for tensor in torch.load(path, mmap=True)] == sizes
 
     store, size = LocalStore(str(tmp_path)), path.stat().st_size
-    described = await answer(read_description(size), store, "large.pt")
+    async with store.open("large.pt") as file:
+        described = await answer(read_description(size), file)
+        directory = await answer(read_directory(size), file)
     assert described == DESCRIPTION.encode()
-    directory = await answer(read_directory(size), store, "large.pt")
     assert directory.starts[: len(sizes)].tolist() == starts
     assert (directory.stops - directory.starts)[: len(sizes)].tolist() == sizes
 

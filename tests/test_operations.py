@@ -110,7 +110,7 @@ def test_a_snapshot_is_a_state_for_somebody_elses_writer() -> None:
     state = {"a": shared, "b": shared[1], "t": shared.t(), "n": [1, None], "half": torch.ones(2).bfloat16()}
     arena = get_engine().arena
     stager = Stager(arena)
-    snapshot = stager.stage(state)
+    snapshot = stager.stage(stager.freeze(state))
     snapshot.copy()
     shared.zero_()
     host = stager.host_state(snapshot)

@@ -132,7 +132,8 @@ async def test_the_reading_side_finds_every_record_where_it_is(
     content = await transferred(sizes, MemoryDraft(4096, 1))
     directory = tmp_path_factory.mktemp("run")
     _write(directory / "a.pt", content)
-    found = await answer(read_directory(len(content)), LocalStore(str(directory)), "a.pt")
+    async with LocalStore(str(directory)).open("a.pt") as file:
+        found = await answer(read_directory(len(content)), file)
     assert found.names[: len(sizes)] == tuple(f"{STORAGES}{key}" for key in range(len(sizes)))
     for key, size in enumerate(sizes):
         start, stop = int(found.starts[key]), int(found.stops[key])

@@ -26,7 +26,7 @@ from asyncckpt.testing import FaultyStore, Gate, SlowStore
 
 def put_under(ckpt, store):
     ckpt._store = store
-    ckpt._catalog = asyncckpt.catalog.Catalog(store)
+    ckpt._series = asyncckpt.series.Series(store, ckpt.directory, ckpt._names)
 
 def state_of(value, size=1 << 20):
     return {"w": torch.full((size,), float(value))}
@@ -58,9 +58,9 @@ def program(body: str) -> str:
     return PREPARE + textwrap.dedent(body)
 
 
-def steps(path: Path) -> list[int | None]:
+def steps(path: Path, filename: str = "step-{step:08d}.pt") -> list[int | None]:
     """Return what a new Checkpointer lists, having verified every one."""
-    with Checkpointer(path) as ckpt:
+    with Checkpointer(path, filename=filename) as ckpt:
         listed = ckpt.checkpoints()
         for checkpoint in listed:
             ckpt.verify(checkpoint.path)
@@ -239,7 +239,7 @@ def test_there_is_a_good_checkpoint_whenever_the_process_is_killed(
         time.sleep(chance.random() * 0.02)
         running.kill()
         taken = int((running.end()[1].split() or [str(taken)])[-1])
-        found = [step for step in steps(tmp_path) if step is not None]
+        found = [step for step in steps(tmp_path, template) if step is not None]
         # One place in flight: before a save is taken the one before the last is durable.
         assert last <= taken - 2 <= max(found) <= taken + 1
         assert len(found) <= 2

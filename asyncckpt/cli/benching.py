@@ -82,7 +82,7 @@ def bench(  # noqa: PLR0913 - the options of the command
 def _loaded(path: str, weights_only: bool, option: list[str] | None) -> Any:  # noqa: FBT001 - as it is given
     store, file = file_at(path, option if "://" in path else None)
     try:
-        return load_state(get_engine(), store, file.name, device(), weights_only=weights_only)
+        return load_state(store, file.name, device(), weights_only=weights_only).state
     except pickle.UnpicklingError as error:
         msg = f"{path} holds more than weights, which loading would execute"
         raise typer.BadParameter(

@@ -16,12 +16,16 @@ from asyncckpt.inspection.comparing_values import Side, compare_values
 from asyncckpt.inspection.contents import read_contents
 from asyncckpt.inspection.tensor_values import dtype_of
 from asyncckpt.outline.texts import clean, path_text, short
+from asyncckpt.threads import in_thread
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from asyncckpt.inspection.comparing import Comparison, Difference, TensorPair
     from asyncckpt.inspection.value_differences import ValueDifference
+    from asyncckpt.stores.base import Store, StoredFile
+
+    _File = tuple[Store, StoredFile]
 
 A = Annotated[str, typer.Argument(metavar="A", show_default=False)]
 B = Annotated[str, typer.Argument(metavar="B", show_default=False)]
@@ -65,7 +69,7 @@ def diff(
 
     Example: asyncckpt diff step-00000100.pt step-00000200.pt
     """
-    result = _compared(_side(a, option), _side(b, option))
+    result = call(_compared, file_at(a, option), file_at(b, option))
     if as_json:
         print_json(_document(result))
     else:
@@ -74,16 +78,18 @@ def diff(
         raise typer.Exit(_DIFFERENT)
 
 
-def _side(path: str, option: Sequence[str] | None) -> Side:
-    store, file = file_at(path, option)
-    return Side(store, file, call(read_contents, store, file))
+async def _compared(a: _File, b: _File) -> _Result:
+    async with a[0].open(a[1].name) as file_a, b[0].open(b[1].name) as file_b:
+        return await _compare(
+            Side(file_a, await read_contents(file_a)), Side(file_b, await read_contents(file_b))
+        )
 
 
-def _compared(a: Side, b: Side) -> _Result:
-    comparison = compare(a.contents.outline.root, b.contents.outline.root)
+async def _compare(a: Side, b: Side) -> _Result:
+    comparison = await in_thread(compare, a.contents.outline.root, b.contents.outline.root)
     pairs = comparison.pairs
     with bytes_progress("comparing", sum(map(_nbytes, pairs))) as advance:
-        values = call(compare_values, a, b, pairs, advance)
+        values = await compare_values(a, b, pairs, advance)
     told = [(pair, value) for pair, value in zip(pairs, values, strict=True) if value is not None]
     changed = [(pair, value) for pair, value in told if value.differing]
     paths = a.contents.summary.checkpoint.path, b.contents.summary.checkpoint.path

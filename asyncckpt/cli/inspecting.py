@@ -17,6 +17,7 @@ from asyncckpt.inspection.inventory import sums_by_module, take_inventory
 from asyncckpt.inspection.tensor_values import is_native
 from asyncckpt.inspection.unsafe import refused_globals
 from asyncckpt.outline.texts import clean, key_text, path_text, short
+from asyncckpt.restore import read_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -46,7 +47,8 @@ def inspect(
 
     Example: asyncckpt inspect model.pt
     """
-    contents = call(read_contents, *file_at(file, option))
+    store, there = file_at(file, option)
+    contents = call(read_file, read_contents, store, there.name)
     try:
         inventory = take_inventory(contents.outline, contents.payloads)
     except CorruptCheckpointError as error:

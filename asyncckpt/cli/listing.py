@@ -115,7 +115,8 @@ async def _row(store: Store, file: StoredFile) -> _Row | None:
     path = store.path_of(file.name)
     try:
         changed = await in_thread(modified, store, file.name)
-        summary = await summarize(store, file)
+        async with store.open(file.name) as opened:
+            summary = await summarize(opened)
     except FileNotFoundError:
         return None
     except (CorruptCheckpointError, StoreError) as error:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from asyncckpt.inspection.contents import Contents
     from asyncckpt.inspection.tensor_values import Piece
     from asyncckpt.outline.nodes import TensorOutline
-    from asyncckpt.stores.base import Store, StoredFile
+    from asyncckpt.stores.base import OpenFile
 
 # Together these keep within 64 MiB: each task holds a piece of either file, and one of them computes.
 TASKS = 4
@@ -39,8 +39,7 @@ _NUMBERS = re.compile(r"bool|bfloat16|float(16|32|64)|float8_\w+|complex\d+|u?in
 class Side:
     """One of two files that are compared."""
 
-    store: Store
-    file: StoredFile
+    file: OpenFile
     contents: Contents
 
 
@@ -60,12 +59,12 @@ class _Reader:
         async with self._lock:
             if not self._start <= start <= start + nbytes <= self._start + len(self._window):
                 self._start = start
-                self._window = await self._read(start, min(MAX_BYTES, self._side.file.nbytes - start))
+                self._window = await self._read(start, min(MAX_BYTES, self._side.file.file.nbytes - start))
             return self._window[start - self._start : start - self._start + nbytes]
 
     async def _read(self, start: int, nbytes: int) -> bytearray:
         data = bytearray(nbytes)
-        await self._side.store.read(self._side.file.name, start, memoryview(data))
+        await self._side.file.read(start, memoryview(data))
         return data
 
 

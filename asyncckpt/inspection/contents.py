@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from asyncckpt.layout.zip_reader import Directory
     from asyncckpt.outline.machine import Outline
-    from asyncckpt.stores.base import Store, StoredFile
+    from asyncckpt.stores.base import OpenFile
     from asyncckpt.types import Checkpoint
 
 # A listing looks at many files: it does without what would cost seconds of each, such as the inlined arrays
@@ -76,45 +76,45 @@ class Contents:
     records: int
 
 
-async def read_contents(store: Store, file: StoredFile) -> Contents:
+async def read_contents(file: OpenFile) -> Contents:
     """Return what a file tells of itself. Of its tensors' values none is read, but those that are metrics.
 
     Raises:
         CorruptCheckpointError: it is damaged or another format; the message says which.
         StoreError: it could not be read.
     """
-    async with _recognized(store, file):
-        description = await read_described(store, file)
-        directory = await answer(read_directory(file.nbytes), store, file.name)
-        return await _read(store, file, description, directory)
+    async with _recognized(file):
+        description = await read_described(file)
+        directory = await answer(read_directory(file.file.nbytes), file)
+        return await _read(file, description, directory)
 
 
-async def summarize(store: Store, file: StoredFile) -> Summary:
+async def summarize(file: OpenFile) -> Summary:
     """Return what a listing shows of a file, with a few small reads.
 
     Raises:
         CorruptCheckpointError: it is damaged or another format; the message says which.
         StoreError: it could not be read.
     """
-    async with _recognized(store, file):
-        description = await read_described(store, file)
+    async with _recognized(file):
+        description = await read_described(file)
         # A Checkpointer's files say all that there is to say; only they have a sequence number.
         if description is not None and description.sequence and description.step is not None:
-            return _summary(store, file, description, Progress(), {})
-        directory = await answer(read_directory(file.nbytes), store, file.name)
+            return _summary(file, description, Progress(), {})
+        directory = await answer(read_directory(file.file.nbytes), file)
         row = _row(directory, "data.pkl")
         if directory.stops[row] - directory.starts[row] > MAX_SUMMARY:
-            return _summary(store, file, description, Progress(), {})
-        return (await _read(store, file, description, directory)).summary
+            return _summary(file, description, Progress(), {})
+        return (await _read(file, description, directory)).summary
 
 
 async def _read(
-    store: Store, file: StoredFile, description: Description | None, directory: Directory
+    file: OpenFile, description: Description | None, directory: Directory
 ) -> Contents:
-    told = await in_thread(_outline, await _record(store, file, directory, "data.pkl", MAX_PICKLE))
+    told = await in_thread(_outline, await _record(file, directory, "data.pkl", MAX_PICKLE))
     byteorder = _DEFAULT_BYTEORDER
     if _full(directory, "byteorder") in directory.names:
-        record = await _record(store, file, directory, "byteorder", _MAX_BYTEORDER)
+        record = await _record(file, directory, "byteorder", _MAX_BYTEORDER)
         byteorder = record.decode("ascii", "replace")
     payloads = {key: (start, stop) for key, start, stop in directory.storages()}
     progress = progress_of(told.root)
@@ -123,24 +123,23 @@ async def _read(
         if not isinstance(value, TensorOutline):
             metrics[name] = float(value)
         elif is_native(byteorder):
-            number = await read_number(store, file, value, payloads)
+            number = await read_number(file, value, payloads)
             metrics.update({} if number is None else {name: number})
     versions = dict(description.versions) if description else {}
     if progress.lightning:
         versions["lightning"] = progress.lightning
-    summary = _summary(store, file, description, progress, metrics)
+    summary = _summary(file, description, progress, metrics)
     return Contents(summary, versions, told, payloads, byteorder, len(directory.names))
 
 
 def _summary(
-    store: Store,
-    file: StoredFile,
+    file: OpenFile,
     description: Description | None,
     progress: Progress,
     metrics: Mapping[str, float],
 ) -> Summary:
     writer = "asyncckpt" if description else "lightning" if progress.lightning else "torch"
-    told = checkpoint_of(store, file.name, description or _UNTOLD, file.nbytes)
+    told = checkpoint_of(file.path, description or _UNTOLD, file.file.nbytes)
     step = progress.step if told.step is None else told.step
     checkpoint = replace(told, step=step, metrics=told.metrics if told.sequence else metrics)
     return Summary(checkpoint, writer, progress.epoch)
@@ -160,7 +159,7 @@ def _outline(data: bytes) -> Outline:
         return outline(data)
 
 
-async def _record(store: Store, file: StoredFile, directory: Directory, name: str, limit: int) -> bytes:
+async def _record(file: OpenFile, directory: Directory, name: str, limit: int) -> bytes:
     """Read a record of at most `limit` bytes; the payloads of all others lie as its does."""
     row, full = _row(directory, name), _full(directory, name)
     header, start, stop = (
@@ -169,21 +168,22 @@ async def _record(store: Store, file: StoredFile, directory: Directory, name: st
     if stop - start > limit:
         raise CorruptCheckpointError(f"its record {full} has {stop - start:,} bytes, too many to look at")
     data = bytearray(stop - header)
-    await store.read(file.name, header, memoryview(data))
+    await file.read(header, memoryview(data))
     check_header(data, full, start - header)
     return bytes(memoryview(data)[start - header :])
 
 
 @asynccontextmanager
-async def _recognized(store: Store, file: StoredFile) -> AsyncIterator[None]:
+async def _recognized(file: OpenFile) -> AsyncIterator[None]:
     """Let errors say which file they are about, and what it is if it is no checkpoint."""
     try:
         yield
     except CorruptCheckpointError as error:
-        head, tail = bytearray(min(HEAD, file.nbytes)), bytearray(min(TAIL, file.nbytes))
-        await store.read(file.name, 0, memoryview(head))
-        await store.read(file.name, file.nbytes - len(tail), memoryview(tail))
+        size = file.file.nbytes
+        head, tail = bytearray(min(HEAD, size)), bytearray(min(TAIL, size))
+        await file.read(0, memoryview(head))
+        await file.read(size - len(tail), memoryview(tail))
         is_script = _CONSTANTS in tail and head.startswith(b"PK")
         meaning = _TORCHSCRIPT if is_script else recognize(bytes(head))
         what = f"it is {meaning}" if meaning else str(error)
-        raise CorruptCheckpointError(f"{store.path_of(file.name)}: {what}") from error
+        raise CorruptCheckpointError(f"{file.path}: {what}") from error

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from asyncckpt.outline.nodes import TensorOutline
-    from asyncckpt.stores.base import Store, StoredFile
+    from asyncckpt.stores.base import OpenFile
 
 _NUMBERS = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32)
 
@@ -68,14 +68,14 @@ def view(data: bytearray, dtype: torch.dtype, shape: Sequence[int], stride: Sequ
 
 
 async def read_number(
-    store: Store, file: StoredFile, tensor: TensorOutline, payloads: Mapping[str, tuple[int, int]]
+    file: OpenFile, tensor: TensorOutline, payloads: Mapping[str, tuple[int, int]]
 ) -> float | None:
     """Return the value of a tensor of one element; None if its dtype is not one that numbers have."""
     dtype, first = place_of(tensor, payloads)
     if dtype not in _NUMBERS:
         return None
     data = bytearray(dtype.itemsize)
-    await store.read(file.name, first, memoryview(data))
+    await file.read(first, memoryview(data))
     return float(view(data, dtype, (), ()).item())
 
 

@@ -30,6 +30,7 @@ class Description:
         metrics: by name.
         created: wall time of the snapshot, seconds since the epoch.
         versions: of the libraries that wrote it.
+        filename: the template that named it; None if it is not one of a series.
     """
 
     sequence: int
@@ -37,6 +38,7 @@ class Description:
     metrics: Mapping[str, float]
     created: float
     versions: Mapping[str, str] = field(default_factory=dict)
+    filename: str | None = None
 
     def encode(self) -> bytes:
         """Return the content of the record: JSON, with NaN and the infinities as Python writes them."""
@@ -47,6 +49,7 @@ class Description:
             "metrics": dict(self.metrics),
             "created": self.created,
             "versions": {**_VERSIONS, **self.versions},
+            "filename": self.filename,
         }
         return json.dumps(fields).encode()
 
@@ -70,6 +73,7 @@ class Description:
                 {str(name): float(value) for name, value in fields["metrics"].items()},
                 float(fields["created"]),
                 {str(name): str(number) for name, number in fields["versions"].items()},
+                None if fields.get("filename") is None else str(fields["filename"]),
             )
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             if isinstance(error, CorruptCheckpointError):

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import threading
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+from weakref import WeakSet
 
 from asyncckpt.errors import BusyError, SaveError
+from asyncckpt.snapshot.copy_threads import on_helper
 from asyncckpt.snapshot.memory import map_shared
 from asyncckpt.snapshot.pinning import pin, unpin
+from asyncckpt.threads import Condition
 
 if TYPE_CHECKING:
     from asyncckpt.snapshot.memory import Mapping
@@ -36,36 +38,39 @@ class ArenaStatistics:
     high_water: int
 
 
-@dataclass(slots=True, eq=False)
 class Lease:
-    """A buffer that belongs to one snapshot until `release`.
+    """A buffer that belongs to one snapshot until `release`, or until nobody has the lease any more.
 
     It is 4096-aligned and at least as long as what was asked for.
     """
 
-    _arena: Arena
-    _buffer: _Buffer
-    _released: bool = field(default=False, init=False)
+    def __init__(self, arena: Arena) -> None:
+        self._arena = arena
+        self._buffer: _Buffer | None = None
+
+    def __del__(self) -> None:
+        self.release()
 
     @property
     def view(self) -> memoryview:
         """The whole buffer, writable."""
-        return self._buffer.mapping.view
+        return self._mapping.view
 
     @property
     def address(self) -> int:
         """Where its first byte is."""
-        return self._buffer.mapping.address
+        return self._mapping.address
 
     @property
     def fd(self) -> int:
         """The memfd behind it, at offset 0; -1 where the system has none."""
-        return self._buffer.mapping.fd
+        return self._mapping.fd
 
     def share(self) -> Lease:
         """Return a second lease of the same buffer; this one is not given back yet."""
-        self._arena._hold(self._buffer)
-        return Lease(self._arena, self._buffer)
+        lease = Lease(self._arena)
+        self._arena._hold(self._buffer, lease)
+        return lease
 
     def release(self) -> bool:
         """Give the buffer back; what it holds may be overwritten once all who share it have done so.
@@ -75,28 +80,44 @@ class Lease:
         Returns:
             Whether this was the last lease of the buffer.
         """
-        if self._released:
-            return False
-        self._released = True
-        return self._arena._release(self._buffer)
+        return self._arena._release(self)
+
+    @property
+    def _mapping(self) -> Mapping:
+        if self._buffer is None or self._buffer.mapping is None:
+            raise ValueError("this lease has no buffer")
+        return self._buffer.mapping
 
 
 @dataclass(slots=True, eq=False)
 class _Buffer:
-    mapping: Mapping
+    """Memory of the arena.
+
+    Attributes:
+        nbytes: its size.
+        mapping: the memory; None until it is mapped.
+        pinned: whether it is registered with the CUDA runtime, or may be.
+        holders: its leases. It is free when there are none.
+        used: when it was leased last.
+    """
+
+    nbytes: int
+    mapping: Mapping | None = None
     pinned: bool = False
-    leased: bool = True
-    holders: int = 1
+    holders: WeakSet[Lease] = field(default_factory=WeakSet)
     used: int = 0
 
-    @property
-    def nbytes(self) -> int:
-        return self.mapping.nbytes
+    def make(self) -> None:
+        """Map the memory and touch every page of it."""
+        mapping = map_shared(self.nbytes)
+        mapping.populate()
+        self.mapping = mapping
 
     def close(self) -> None:
-        if self.pinned:
-            unpin(self.mapping)
-        self.mapping.close()
+        if self.mapping is not None:
+            if self.pinned:
+                unpin(self.mapping)
+            self.mapping.close()
 
 
 @dataclass(slots=True, eq=False)
@@ -109,9 +130,8 @@ class Arena:
 
     limit: int | None = None
     _buffers: list[_Buffer] = field(default_factory=list, init=False)
-    _mapping: int = field(default=0, init=False)
     _high_water: int = field(default=0, init=False)
-    _changed: threading.Condition = field(default_factory=threading.Condition, init=False)
+    _changed: Condition = field(default_factory=Condition, init=False)
     _clock: itertools.count[int] = field(default_factory=itertools.count, init=False)
 
     def __repr__(self) -> str:
@@ -121,15 +141,13 @@ class Arena:
     def statistics(self) -> ArenaStatistics:
         """Return what the arena holds now."""
         with self._changed:
-            leased = [buffer.nbytes for buffer in self._buffers if buffer.leased]
-            mapped = sum(buffer.nbytes for buffer in self._buffers)
-            return ArenaStatistics(mapped, sum(leased), len(leased), self._high_water)
+            leased = [buffer.nbytes for buffer in self._buffers if buffer.holders]
+            return ArenaStatistics(self._mapped(), sum(leased), len(leased), self._high_water)
 
     def set_limit(self, nbytes: int | None) -> None:
         """Change the cap; free buffers are given up, leased ones that exceed it once they are released."""
-        with self._changed:
-            self.limit = nbytes
-            self._changed.notify_all()
+        self.limit = nbytes
+        self._changed.notify_all()
         self.close()
 
     def lease(self, nbytes: int, *, pinned: bool = False, wait: bool = True) -> Lease:
@@ -139,25 +157,22 @@ class Arena:
         not to wait.
 
         Raises:
-            SaveError: the cap is below `nbytes`.
+            SaveError: the cap is below `nbytes`, or the system has no memory.
         """
-        with self._changed:
-            while (found := self._take(nbytes)) is None:
-                if not wait:
-                    raise BusyError(f"no room for {nbytes} bytes of host memory: {self._leased()} are in use")
-                self._changed.wait()
-            buffer, size, unused = found
-        for old in unused:
-            old.close()
-        if buffer is None:
-            buffer = self._make(size)
+        lease = Lease(self)
         try:
-            if pinned and not buffer.pinned:
+            if not self._changed.until(lambda: self._take(nbytes, lease), None if wait else 0):
+                raise BusyError(f"no room for {nbytes} bytes of host memory: {self._leased()} are in use")
+            buffer = lease._buffer
+            if buffer is not None and buffer.mapping is None:
+                self._make(buffer)
+            if buffer is not None and buffer.mapping is not None and pinned and not buffer.pinned:
+                buffer.pinned = True  # before it is: undoing what was not done is harmless
                 buffer.pinned = pin(buffer.mapping)
         except BaseException:
-            self._release(buffer)
+            lease.release()
             raise
-        return Lease(self, buffer)
+        return lease
 
     def reserve(self, nbytes: int, count: int, *, pinned: bool = False) -> None:
         """Make `count` free buffers of `nbytes` ready, as far as the cap allows."""
@@ -168,83 +183,91 @@ class Arena:
     def close(self) -> None:
         """Unmap every free buffer."""
         with self._changed:
-            unused = [buffer for buffer in self._buffers if not buffer.leased]
-            self._buffers = [buffer for buffer in self._buffers if buffer.leased]
+            unused = [buffer for buffer in self._buffers if not buffer.holders]
+            self._buffers = [buffer for buffer in self._buffers if buffer.holders]
         for buffer in unused:
             buffer.close()
 
     def abandon(self) -> None:
         """Let go of all memory in a forked child, where it belongs to the parent's snapshots."""
         for buffer in self._buffers:
-            buffer.mapping.abandon()
+            if buffer.mapping is not None:
+                buffer.mapping.abandon()
+        self._buffers = []
 
-    def _take(self, nbytes: int) -> tuple[_Buffer | None, int, list[_Buffer]] | None:
-        """Choose a buffer for `nbytes`, and note the choice; the lock is held.
+    def _take(self, nbytes: int, lease: Lease) -> bool:
+        """Let `lease` hold a buffer for `nbytes`, a free one or one that is still to be mapped.
+
+        Free buffers are unmapped as far as there has to be room. The lock is held.
 
         Returns:
-            The free buffer to use, or None and the size of one to map; and free buffers to close for it.
-            None if there is no room until something is released.
+            Whether there is one; if not, none will be until something is released.
         """
         if self.limit is not None and nbytes > self.limit:
             msg = f"a snapshot of {nbytes} bytes exceeds the limit of {self.limit} bytes of host memory"
             raise SaveError(f"{msg}; raise it with asyncckpt.set_memory_limit")
-        free = sorted((b for b in self._buffers if not b.leased), key=lambda b: b.nbytes)
+        free = sorted((b for b in self._buffers if not b.holders), key=lambda b: b.nbytes)
         fitting = [buffer for buffer in free if buffer.nbytes >= nbytes]
-        mapped = sum(buffer.nbytes for buffer in self._buffers) + self._mapping
-        leased = self._leased()
+        mapped, leased = self._mapped(), self._leased()
         room = max(self._high_water, leased + nbytes)
         if self.limit is not None:
             room = min(room, self.limit)
         if fitting and (nbytes >= fitting[0].nbytes * _FIT or mapped + nbytes > room):
-            fitting[0].leased, fitting[0].holders = True, 1
-            self._high_water = max(self._high_water, leased + fitting[0].nbytes)
-            return fitting[0], nbytes, []
-        unused: list[_Buffer] = []
+            self._hold(fitting[0], lease)
+            return True
         for buffer in sorted(free, key=lambda b: b.used):
             if mapped + nbytes <= room:
                 break
-            unused.append(buffer)
+            self._buffers.remove(buffer)
+            buffer.close()
             mapped -= buffer.nbytes
         if mapped + nbytes > room:
-            return None
-        self._buffers = [buffer for buffer in self._buffers if buffer not in unused]
-        self._mapping += nbytes
-        self._high_water = max(self._high_water, leased + nbytes)
-        return None, nbytes, unused
+            return False
+        buffer = _Buffer(nbytes)
+        self._hold(buffer, lease)
+        self._buffers.append(buffer)
+        self._high_water = max(self._high_water, self._leased())
+        return True
 
-    def _make(self, nbytes: int) -> _Buffer:
+    def _make(self, buffer: _Buffer) -> None:
         try:
-            mapping = map_shared(nbytes)
-            mapping.populate()
-        except BaseException:
-            with self._changed:
-                self._mapping -= nbytes
-                self._changed.notify_all()
-            raise
-        with self._changed:
-            self._mapping -= nbytes
-            buffer = _Buffer(mapping)
-            self._buffers.append(buffer)
-        return buffer
+            on_helper(buffer.make)
+        except (OSError, MemoryError) as error:
+            raise SaveError(
+                f"cannot take {buffer.nbytes} bytes of host memory for a snapshot: {error}; save less, lower"
+                " max_in_flight, or raise the limits of the process (ulimit -f, -v) or of its container"
+            ) from error
 
-    def _hold(self, buffer: _Buffer) -> None:
+    def _hold(self, buffer: _Buffer | None, lease: Lease) -> None:
+        """Give a buffer one lease more."""
+        if buffer is None:
+            return
         with self._changed:
-            buffer.holders += 1
+            lease._buffer = buffer
+            buffer.holders.add(lease)
+            self._high_water = max(self._high_water, self._leased())
 
-    def _release(self, buffer: _Buffer) -> bool:
+    def _release(self, lease: Lease) -> bool:
+        buffer = lease._buffer
+        if buffer is None:
+            return False
         with self._changed:
-            buffer.holders -= 1
+            if lease not in buffer.holders:
+                return False
+            buffer.holders.discard(lease)
             if buffer.holders:
                 return False
-            buffer.leased = False
             buffer.used = next(self._clock)
-            excess = self.limit is not None and sum(b.nbytes for b in self._buffers) > self.limit
-            if excess:
+            unusable = buffer.mapping is None or (self.limit is not None and self._mapped() > self.limit)
+            if unusable and buffer in self._buffers:
                 self._buffers.remove(buffer)
             self._changed.notify_all()
-        if excess:
+        if unusable:
             buffer.close()
         return True
 
+    def _mapped(self) -> int:
+        return sum(buffer.nbytes for buffer in self._buffers)
+
     def _leased(self) -> int:
-        return sum(buffer.nbytes for buffer in self._buffers if buffer.leased) + self._mapping
+        return sum(buffer.nbytes for buffer in self._buffers if buffer.holders)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from asyncckpt.snapshot.crew import all_of
+from asyncckpt.snapshot.copy_threads import all_of
 from asyncckpt.snapshot.memory import memcmp
 
 if TYPE_CHECKING:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import threading
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 
-from asyncckpt.snapshot.crew import copy_pieces
-from asyncckpt.snapshot.memory import memmove
+from asyncckpt.snapshot.copy_threads import copy_pieces, memmove
 from asyncckpt.snapshot.pinning import PIECE
 from asyncckpt.snapshot.scatter import scatter
+from asyncckpt.threads import Condition
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -34,7 +33,7 @@ class Watermark:
 
     _value: int = 0
     _error: BaseException | None = None
-    _changed: threading.Condition = field(default_factory=threading.Condition)
+    _changed: Condition = field(default_factory=Condition)
 
     def advance(self, value: int) -> None:
         """Say that everything below `value` is there."""
@@ -50,11 +49,9 @@ class Watermark:
 
     def wait(self, value: int) -> None:
         """Block until everything below `value` is there; raises what the copy failed with."""
-        with self._changed:
-            while self._value < value:
-                if self._error is not None:
-                    raise self._error
-                self._changed.wait()
+        self._changed.until(lambda: self._value >= value or self._error is not None)
+        if self._value < value and self._error is not None:
+            raise self._error
 
 
 def copy_storages(
@@ -76,14 +73,21 @@ def copy_storages(
     if not torch.accelerator.is_available() or all(storage.device.type == "cpu" for storage in storages):
         _copy_on_host(storages, sizes, starts, lease, done)
         return
-    pending = _start_device_copies(storages, starts, lease)
-    for storage, start in zip(storages, starts, strict=True):
-        if storage.device.type == "cpu" and storage.nbytes():
-            memmove(lease.address + start, storage.data_ptr(), storage.nbytes())
-    for events, upto in pending:
-        for event in events:
-            event.synchronize()
-        done.advance(upto)
+    streams: dict[torch.device, torch.cuda.Stream] = {}
+    try:
+        pending = _start_device_copies(storages, starts, lease, streams)
+        for storage, start in zip(storages, starts, strict=True):
+            if storage.device.type == "cpu" and storage.nbytes():
+                memmove(lease.address + start, storage.data_ptr(), storage.nbytes())
+        for events, upto in pending:
+            for event in events:
+                event.synchronize()
+            done.advance(upto)
+    except BaseException:
+        # Whoever gives the buffer back has to know that nothing is copied into it any more.
+        for stream in streams.values():
+            stream.synchronize()
+        raise
 
 
 def _copy_on_host(
@@ -115,15 +119,19 @@ def _copy_on_host(
 
 
 def _start_device_copies(
-    storages: Sequence[UntypedStorage], starts: Sequence[int], lease: Lease
+    storages: Sequence[UntypedStorage],
+    starts: Sequence[int],
+    lease: Lease,
+    streams: dict[torch.device, torch.cuda.Stream],
 ) -> list[tuple[list[torch.cuda.Event], int]]:
     """Queue the copies of all CUDA storages on side streams; other accelerators are copied at once.
+
+    The streams are put into `streams`, one for each device.
 
     Returns:
         Events in file order, with the end of what is in the buffer once they have all passed.
     """
     buffer = torch.frombuffer(lease.view, dtype=torch.uint8)
-    streams: dict[torch.device, torch.cuda.Stream] = {}
     pending: list[tuple[list[torch.cuda.Event], int]] = []
     reported = end = 0
     for storage, start in zip(storages, starts, strict=True):

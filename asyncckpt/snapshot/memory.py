@@ -6,8 +6,11 @@ import ctypes
 import mmap
 import os
 import sys
-from concurrent.futures import ThreadPoolExecutor
+import weakref
 from dataclasses import dataclass, field
+from typing import Any
+
+from asyncckpt.snapshot.copy_threads import for_each_piece
 
 PAGE = 4096
 # Pages are touched in pieces of this size, so that several threads share the work.
@@ -22,10 +25,6 @@ _libc.mmap.argtypes = (
 )  # fmt: skip
 _libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
 _libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-# (target, source, bytes); lets go of the interpreter meanwhile.
-memmove = _libc.memmove
-memmove.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
-memmove.restype = None
 # (one, other, bytes); 0 if they are equal.
 memcmp = _libc.memcmp
 memcmp.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
@@ -50,9 +49,14 @@ class Mapping:
     nbytes: int
     fd: int
     view: memoryview = field(init=False, repr=False)
+    _unmap: weakref.finalize[..., Any] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        self.view = memoryview((ctypes.c_ubyte * self.nbytes).from_address(self.address)).cast("B")
+        array = (ctypes.c_ubyte * self.nbytes).from_address(self.address)
+        # Nobody may be left to close it, if an exception comes at the wrong moment.
+        self._unmap = weakref.finalize(array, _unmap, self.address, self.nbytes, self.fd)
+        self._unmap.atexit = False
+        self.view = memoryview(array).cast("B")
 
     def populate(self) -> None:
         """Touch every page, from a few threads.
@@ -62,12 +66,7 @@ class Mapping:
         """
         if self.fd >= 0:
             os.posix_fallocate(self.fd, 0, self.nbytes)
-        offsets = range(0, self.nbytes, _PIECE)
-        if len(offsets) == 1:
-            self._populate(0)
-            return
-        with ThreadPoolExecutor(min(4, os.cpu_count() or 1, len(offsets))) as pool:
-            list(pool.map(self._populate, offsets))
+        for_each_piece(self._populate, range(0, self.nbytes, _PIECE))
 
     def _populate(self, offset: int) -> None:
         length = min(_PIECE, self.nbytes - offset)
@@ -82,14 +81,18 @@ class Mapping:
 
     def abandon(self) -> None:
         """Let go of it in a forked child, which has inherited the descriptor but, on Linux, no mapping."""
-        if self.fd >= 0:
+        if self._unmap.detach() is not None and self.fd >= 0:
             os.close(self.fd)
 
     def close(self) -> None:
         """Unmap the memory."""
-        _libc.munmap(self.address, self.nbytes)
-        if self.fd >= 0:
-            os.close(self.fd)
+        self._unmap()
+
+
+def _unmap(address: int, nbytes: int, fd: int) -> None:
+    _libc.munmap(address, nbytes)
+    if fd >= 0:
+        os.close(fd)
 
 
 def map_shared(nbytes: int) -> Mapping:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from asyncckpt.snapshot.memory import memmove
+from asyncckpt.snapshot.copy_threads import memmove
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

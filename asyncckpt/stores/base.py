@@ -15,13 +15,39 @@ if TYPE_CHECKING:
 class StoredFile:
     """A committed file as a listing sees it.
 
-    `version` changes whenever the content under the name does (inode and mtime, an ETag): what
-    was read of a file may be kept for as long as its version stays.
+    Attributes:
+        name: of the file in its directory.
+        nbytes: its size.
+        version: changes whenever the content under the name does (inode and mtime, an ETag): what was read
+            of a file may be kept for as long as its version stays.
+        modified: when it was written, in seconds since the epoch; 0.0 where the store does not tell.
     """
 
     name: str
     nbytes: int
     version: str
+    modified: float = 0.0
+
+
+class OpenFile(ABC):
+    """A committed file, open for reading.
+
+    All reads are of this file, even if another one takes its name or it is removed meanwhile. Where a store
+    cannot keep it so, leaving the context of `Store.open` with an error raises FileNotFoundError instead if
+    the file was replaced.
+
+    Attributes:
+        file: what a listing shows of it.
+        path: its path or URL.
+    """
+
+    def __init__(self, file: StoredFile, path: str) -> None:
+        self.file = file
+        self.path = path
+
+    @abstractmethod
+    async def read(self, offset: int, into: memoryview) -> None:
+        """Fill `into` with the bytes from `offset` on; raises StoreError where the file ends before."""
 
 
 class Draft(ABC):
@@ -101,9 +127,18 @@ class Store(ABC):
     async def stat(self, name: str) -> StoredFile:
         """Return one committed file, or raise FileNotFoundError."""
 
+    async def exists(self) -> bool:
+        """Return whether the directory exists; one of an object store does if it has a file."""
+        return bool(await self.list())
+
     @abstractmethod
+    def open(self, name: str) -> AbstractAsyncContextManager[OpenFile]:
+        """Open a committed file for reading, or raise FileNotFoundError."""
+
     async def read(self, name: str, offset: int, into: memoryview) -> None:
-        """Fill `into` with the bytes from `offset` on; raises StoreError where the file ends before."""
+        """Read a file once: fill `into` with the bytes from `offset` on."""
+        async with self.open(name) as file:
+            await file.read(offset, into)
 
     @abstractmethod
     async def remove(self, name: str) -> None:

@@ -10,6 +10,7 @@ import os
 import stat as modes
 import sys
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 from aiofiles.os import wrap
@@ -20,20 +21,15 @@ from asyncckpt.stores.base import Store, StoredFile
 from asyncckpt.stores.fileops import FileOps
 from asyncckpt.stores.local_draft import DraftFile, LocalDraft, sync_directory
 from asyncckpt.stores.local_errors import translated
-from asyncckpt.stores.local_io import (
-    DIRECT_FROM,
-    bulk_limiter,
-    direct_range,
-    read_buffered,
-    read_direct,
-)
+from asyncckpt.stores.local_io import read_buffered
+from asyncckpt.stores.local_reading import LocalFile, ReadFile
 from asyncckpt.stores.local_temporary import is_temporary, remove_abandoned, temporary_name, unlink_quietly
 from asyncckpt.threads import in_thread
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Sequence
 
-    from asyncckpt.stores.base import Draft
+    from asyncckpt.stores.base import Draft, OpenFile
 
 T = TypeVar("T")
 
@@ -98,11 +94,24 @@ class LocalStore(Store):
         with translated(f"looking at {name}", path, absent_ok=True):
             return await _looked_up(self._stat, name, path)
 
-    async def read(self, name: str, offset: int, into: memoryview) -> None:
-        """Fill `into` with the bytes from `offset` on, past the page cache for large aligned ranges."""
+    async def exists(self) -> bool:
+        """Return whether the directory exists."""
+        with translated("looking for it", os.path.join(self._directory, "")):
+            return await _looked_up(partial(_is_directory, self._ops), self._directory)
+
+    @asynccontextmanager
+    async def open(self, name: str) -> AsyncIterator[OpenFile]:
+        """Open the file that `name` leads to, or raise FileNotFoundError."""
         path = self._full(name)
-        with translated(f"reading {name}", path, absent_ok=True):
-            await in_thread(self._read, path, offset, into.cast("B"), limiter=bulk_limiter())
+        reading = ReadFile(self._ops, path)
+        try:
+            with translated(f"reading {name}", path, absent_ok=True):
+                status = await _looked_up(reading.open)
+                if is_temporary(name) or not modes.S_ISREG(status.st_mode):
+                    raise FileNotFoundError(errno.ENOENT, "not a committed file", path)
+            yield LocalFile(_stored(name, status), self.path_of(name), reading)
+        finally:
+            reading.close()
 
     async def remove(self, name: str) -> None:
         """Remove a file, a link, or a directory with all that is in it, durably; or nothing."""
@@ -176,26 +185,6 @@ class LocalStore(Store):
         if is_temporary(name) or not modes.S_ISREG(status.st_mode):
             raise FileNotFoundError(errno.ENOENT, "not a committed file", path)
         return _stored(name, status)
-
-    def _read(self, path: str, offset: int, into: memoryview) -> None:
-        done = 0
-        if len(into) >= DIRECT_FROM and offset % mmap.PAGESIZE == 0:
-            done = read_direct(self._ops, path, into[slice(*direct_range(into, offset))], offset)
-        if done == len(into):
-            return
-        fd = self._ops.open(path, os.O_RDONLY)
-        try:
-            done += read_buffered(self._ops, fd, into[done:], offset + done)
-            size = self._ops.fstat(fd).st_size
-        finally:
-            self._ops.close(fd)
-        if done < len(into):
-            raise StoreError(
-                errno.ENODATA,
-                f"{path} ends at byte {size}, within the {len(into)} bytes to be read from byte {offset}; "
-                "it was cut short or replaced",
-                path,
-            )
 
     def _remove(self, path: str) -> None:
         try:
@@ -315,4 +304,4 @@ def _is_directory(ops: FileOps, path: str) -> bool:
 
 def _stored(name: str, status: os.stat_result) -> StoredFile:
     version = f"{status.st_ino:x}-{status.st_mtime_ns:x}-{status.st_size:x}"
-    return StoredFile(name, status.st_size, version)
+    return StoredFile(name, status.st_size, version, status.st_mtime)

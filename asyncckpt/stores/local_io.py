@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -102,11 +101,8 @@ def read_buffered(ops: FileOps, fd: int, into: memoryview, offset: int) -> int:
     return done
 
 
-def read_direct(ops: FileOps, path: str, into: memoryview, offset: int) -> int:
+def read_direct(ops: FileOps, fd: int, into: memoryview, offset: int) -> int:
     """Read past the page cache; returns how many bytes came, fewer where it is refused or the file ends."""
-    fd = open_direct(ops, path, os.O_RDONLY)
-    if fd is None:
-        return 0
     done = 0
     try:
         while done < len(into) and done % PAGE == 0:
@@ -117,8 +113,6 @@ def read_direct(ops: FileOps, path: str, into: memoryview, offset: int) -> int:
     except OSError as error:
         if error.errno not in _REFUSED:
             raise
-    finally:
-        ops.close(fd)
     return done
 
 

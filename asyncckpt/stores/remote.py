@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 from fsspec.spec import AbstractFileSystem
 
-from asyncckpt.errors import StoreError
-from asyncckpt.stores.base import Store, StoredFile
+from asyncckpt.errors import AsyncCkptError, StoreError
+from asyncckpt.stores.base import OpenFile, Store, StoredFile
 from asyncckpt.stores.local_temporary import is_temporary, temporary_name
 from asyncckpt.stores.remote_draft import StreamDraft
 from asyncckpt.stores.remote_errors import told
 from asyncckpt.threads import in_thread
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
     from asyncckpt.stores.base import Draft
 
@@ -104,8 +104,24 @@ class RemoteStore(Store):
             raise FileNotFoundError(errno.ENOENT, "not a committed file", self.path_of(name))
         return _stored(entry)
 
-    async def read(self, name: str, offset: int, into: memoryview) -> None:
-        """Fill `into` with the bytes from `offset` on."""
+    @asynccontextmanager
+    async def open(self, name: str) -> AsyncIterator[OpenFile]:
+        """Open a file, or raise FileNotFoundError; also if it turns out to have been replaced.
+
+        There is nothing to hold it by. What is read is checked against checksums that were read before, so a
+        mixture of two files is an error, and then the store is asked what is there.
+        """
+        file = await self.stat(name)
+        try:
+            yield RemoteFile(file, self.path_of(name), partial(self.read_range, name))
+        except (AsyncCkptError, FileNotFoundError) as error:
+            if (await self.stat(name)).version == file.version:
+                raise
+            replaced = "replaced while it was read"
+            raise FileNotFoundError(errno.ENOENT, replaced, self.path_of(name)) from error
+
+    async def read_range(self, name: str, offset: int, into: memoryview) -> None:
+        """Fill `into` with the bytes from `offset` on of what has the name now."""
         target = into.cast("B")
         path = self._full(name)
         if not target:
@@ -157,8 +173,8 @@ class RemoteStore(Store):
         await self._call("makedirs", self._root, exist_ok=True)
         for entry in await self._call("ls", self._root, detail=True):
             name = posixpath.basename(entry["name"])
-            age = _age(entry)
-            if is_temporary(name) and age is not None and age > ABANDONED_AFTER:
+            written = _modified(entry)
+            if is_temporary(name) and written and time.time() - written > ABANDONED_AFTER:
                 logger.info("removing %s, which a dead writer left", entry["name"])
                 await self._call("rm_file", entry["name"])
 
@@ -193,6 +209,20 @@ class RemoteStore(Store):
         return f"{self._root}/{temporary_name(name)}"
 
 
+class RemoteFile(OpenFile):
+    """An open file of a remote directory."""
+
+    def __init__(
+        self, file: StoredFile, path: str, read: Callable[[int, memoryview], Awaitable[None]]
+    ) -> None:
+        super().__init__(file, path)
+        self._read = read
+
+    async def read(self, offset: int, into: memoryview) -> None:
+        """Fill `into` with the bytes from `offset` on."""
+        await self._read(offset, into)
+
+
 def rename(fs: AbstractFileSystem, source: str, target: str) -> None:
     """Move a file over another: by the file system's own rename, or by a copy, which names no patterns."""
     if type(fs).mv is not AbstractFileSystem.mv:
@@ -209,7 +239,10 @@ def _protocols(fs: AbstractFileSystem) -> set[str]:
 def _stored(entry: dict[str, Any]) -> StoredFile:
     marks = [_text(entry[key]) for key in _VERSIONS if entry.get(key) is not None]
     return StoredFile(
-        posixpath.basename(entry["name"]), entry["size"], "-".join((f"{entry['size']:x}", *marks))
+        posixpath.basename(entry["name"]),
+        entry["size"],
+        "-".join((f"{entry['size']:x}", *marks)),
+        _modified(entry),
     )
 
 
@@ -218,12 +251,12 @@ def _text(mark: Any) -> str:
     return str(mark.timestamp() if hasattr(mark, "timestamp") else mark)
 
 
-def _age(entry: dict[str, Any]) -> float | None:
-    """Return the age of a file in seconds, if its file system tells."""
+def _modified(entry: dict[str, Any]) -> float:
+    """Return when a file was written, in seconds since the epoch; 0.0 if its file system does not tell."""
     for key in _TIMES:
         when: Any = entry.get(key)
         if isinstance(when, (int, float)):
-            return time.time() - when
+            return when
         if hasattr(when, "timestamp"):
-            return time.time() - float(when.timestamp())
-    return None
+            return float(when.timestamp())
+    return 0.0

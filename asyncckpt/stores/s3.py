@@ -60,11 +60,11 @@ class S3Store(RemoteStore):
             with CancelScope(shield=True):
                 await draft.drop()
 
-    async def read(self, name: str, offset: int, into: memoryview) -> None:
+    async def read_range(self, name: str, offset: int, into: memoryview) -> None:
         """Fill `into` with the bytes from `offset` on; an answer that is cut short is asked for again."""
         for attempt in range(ATTEMPTS):
             try:
-                await super().read(name, offset, into)
+                await super().read_range(name, offset, into)
             except StoreError as error:
                 # The client's own retries end where the body of an answer begins.
                 if attempt + 1 == ATTEMPTS or type(error.__cause__).__name__ not in _CUT_SHORT:

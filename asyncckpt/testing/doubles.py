@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import anyio
 from anyio import to_thread
 
-from asyncckpt.stores.base import Draft, Store
+from asyncckpt.stores.base import Draft, OpenFile, Store
 from asyncckpt.testing.faults import Faults
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ class WrapperStore(Store):
     """A store that does something before each operation of another one.
 
     Operations are named by their methods: `prepare`, `draft`, `write`, `commit`, `list`, `stat`,
-    `read`, `remove`, `copy` and `link`. Their subject is the name of the file; for `copy` and `link`
+    `open`, `read`, `remove`, `copy` and `link`. Their subject is the name of the file; for `copy` and `link`
     that of the target, for `prepare` and `list` an empty string.
     """
 
@@ -130,10 +130,16 @@ class WrapperStore(Store):
         await self.before("stat", name)
         return await self._inner.stat(name)
 
-    async def read(self, name: str, offset: int, into: memoryview) -> None:
-        """Read from the inner store."""
-        await self.before("read", name)
-        await self._inner.read(name, offset, into)
+    async def exists(self) -> bool:
+        """Look for the directory of the inner store."""
+        return await self._inner.exists()
+
+    @asynccontextmanager
+    async def open(self, name: str) -> AsyncIterator[OpenFile]:
+        """Open a file of the inner store, whose reads are watched."""
+        await self.before("open", name)
+        async with self._inner.open(name) as file:
+            yield _WrapperFile(self, file)
 
     async def remove(self, name: str) -> None:
         """Remove from the inner store."""
@@ -149,6 +155,17 @@ class WrapperStore(Store):
         """Link within the inner store."""
         await self.before("link", target)
         await self._inner.link(source, target)
+
+
+class _WrapperFile(OpenFile):
+    def __init__(self, store: WrapperStore, inner: OpenFile) -> None:
+        super().__init__(inner.file, inner.path)
+        self._store = store
+        self._inner = inner
+
+    async def read(self, offset: int, into: memoryview) -> None:
+        await self._store.before("read", self.file.name)
+        await self._inner.read(offset, into)
 
 
 class _WrapperDraft(Draft):

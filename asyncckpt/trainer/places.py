@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 from fsspec.core import split_protocol
 
 from asyncckpt import operations
-from asyncckpt.catalog import is_described
+from asyncckpt.catalog import read_described
 from asyncckpt.engine import get_engine
 from asyncckpt.errors import AsyncCkptError
 from asyncckpt.layout.description import Description
-from asyncckpt.restore import load_state
+from asyncckpt.restore import load_state, read_file
 from asyncckpt.stores import open_store
 from asyncckpt.targets import FileTarget, Target
 from asyncckpt.threads import in_thread
@@ -77,14 +77,14 @@ class Place:
 
     def load(self, map_location: Any = "cpu", *, weights_only: bool | None) -> Any:
         """Load a file of ours, every byte checked."""
-        return load_state(get_engine(), self.store, self.name, map_location, weights_only=weights_only)
+        return load_state(self.store, self.name, map_location, weights_only=weights_only).state
 
     def is_ours(self) -> bool:
         """Return whether a file that asyncckpt wrote is here; what a web server has is left to others."""
         if self._is_address:
             return False
         try:
-            return get_engine().call(is_described, self.store, self.name)
+            return get_engine().call(read_file, read_described, self.store, self.name) is not None
         except (OSError, AsyncCkptError):
             return False
 
