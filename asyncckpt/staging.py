@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import threading
 import time
 import warnings
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from asyncckpt.callers import callers_level
 from asyncckpt.errors import SaveError
 from asyncckpt.layout.torch_zip import lay_out, plan
 from asyncckpt.snapshot.compare import holds
@@ -186,16 +186,8 @@ class Stager:
                 f"{nbytes >> 20} MiB of the state are not tensors (numpy arrays, objects) and are pickled on"
                 " the training thread at every save; make tensors of them to have them copied"
             )
-            warnings.warn(msg, stacklevel=_callers_level())
+            warnings.warn(msg, stacklevel=callers_level())
 
 
 def _on_cuda(frozen: FrozenState) -> bool:
     return any(location.startswith("cuda") for location in set(frozen.locations))
-
-
-def _callers_level() -> int:
-    """Return the stack level, as seen by the caller of this function, of the first line outside asyncckpt."""
-    level, frame = 1, inspect.currentframe()
-    while (frame := frame.f_back if frame else None) and frame.f_globals["__name__"].startswith("asyncckpt."):
-        level += 1
-    return level
