@@ -32,6 +32,7 @@ from asyncckpt.stores import open_store
 from asyncckpt.targets import FileTarget
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from types import TracebackType
 
     from typing_extensions import Self
@@ -218,8 +219,15 @@ class Checkpointer:
         store, name = self._locate(which)
         return load_state(get_engine(), store, name, map_location, weights_only=weights_only)
 
-    def restore(
-        self, state: Any, which: Which = "latest", *, missing_ok: bool = False, weights_only: bool = True
+    def restore(  # noqa: PLR0913 - each is one decision of the user's
+        self,
+        state: Any,
+        which: Which = "latest",
+        *,
+        missing_ok: bool = False,
+        weights_only: bool = True,
+        strict: bool = True,
+        map_keys: Callable[[str], str] | None = None,
     ) -> Checkpoint | None:
         """Put a checkpoint into `state`, all of it or nothing.
 
@@ -230,11 +238,16 @@ class Checkpointer:
             which: "latest", "best", a step, or a path.
             missing_ok: return None and leave `state` alone where there is no such checkpoint.
             weights_only: as in torch.load.
+            strict: whether both must have the same entries. If not, those of only one side are left out, and
+                a warning lists them.
+            map_keys: applied to each key of the saved state dicts of modules and of dicts of tensors, before
+                they are matched: `lambda key: key.replace("_orig_mod.", "")`.
 
         Raises:
             CheckpointNotFoundError: there is no such checkpoint.
             CorruptCheckpointError: names the damaged record; nothing was changed.
             StateMismatchError: lists every entry that does not fit; nothing was changed.
+            PartialRestoreError: what failed could not be put back; the message lists it.
         """
         try:
             store, name = self._locate(which)
@@ -243,7 +256,7 @@ class Checkpointer:
             if missing_ok:
                 return None
             raise
-        apply_state(state, saved, store.path_of(name))
+        apply_state(state, saved, store.path_of(name), strict=strict, map_keys=map_keys)
         return get_engine().call(describe, store, name)
 
     def verify(self, which: Which = "latest") -> None:
