@@ -2,213 +2,171 @@
 
 from __future__ import annotations
 
-import copy
-import json
-from dataclasses import dataclass, field
+import warnings
+from contextlib import contextmanager
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from asyncckpt.errors import StateMismatchError
-from asyncckpt.stateful import is_stateful
+from asyncckpt.callers import callers_level
+from asyncckpt.deferral import DeferredSignals
+from asyncckpt.errors import PartialRestoreError, StateMismatchError, add_note
+from asyncckpt.matching import Match
+from asyncckpt.undo import Undo, hold_container, hold_stateful, hold_tensor
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection, Iterator
+
+# How many entries of each kind a warning lists.
+_LISTED = 10
 
 
-def apply_state(live: Any, saved: Any, where: str) -> None:
+def apply_state(
+    live: Any, saved: Any, where: str, *, strict: bool = True, map_keys: Callable[[str], str] | None = None
+) -> None:
     """Put `saved` into `live`: `load_state_dict` where there is one, tensors in place, values replaced.
 
+    Dicts, lists and tuples that hold tensors or stateful objects are matched entry by entry. What holds none
+    is a value, and is replaced as a whole: a list or a dict in place, so that other references see it.
+
     Args:
-        live: what was given to `save`: nested dicts and lists of stateful objects, tensors and values.
+        live: what was given to `save`: stateful objects, tensors and values in dicts, lists and tuples.
         saved: what was loaded.
         where: the checkpoint's path, for messages.
+        strict: whether both must have the same entries. If not, entries of only one side are left out, and
+            one warning lists them.
+        map_keys: applied to each string key of the state dicts of modules, and of dicts that hold tensors
+            only, as they were loaded, before they are matched.
 
     Raises:
-        StateMismatchError: lists each entry that is missing, unexpected or of another shape. Nothing was
-            changed.
+        StateMismatchError: lists each entry that is missing, unexpected or of another shape, or what an
+            object's loading raised. Nothing was changed.
+        PartialRestoreError: lists what could not be put back.
     """
-    match = _Match()
-    match.any(live, saved, "state")
-    if match.problems:
-        listing = "\n  ".join(match.problems)
-        raise StateMismatchError(
-            f"{where} does not fit the state, of which nothing was changed:\n  {listing}"
-        )
-    undo: list[Callable[[], object]] = []
-    try:
-        for path, target, content in match.stateful:
-            undo.append(_backup(target))
-            _load_into(path, target, content, where)
-    except BaseException:
-        for put_back in reversed(undo):
-            put_back()
-        raise
-    # From here on nothing should fail: every entry has been checked, and no code of the user's takes part.
-    for _, module, content in match.modules:
-        module.load_state_dict(content)
-    with torch.no_grad():
-        for tensor, content in match.tensors:
+    if map_keys is not None and not callable(map_keys):
+        raise TypeError(f"map_keys must be a function of a key, not {map_keys!r}")
+    match = Match(map_keys)
+    match.state(live, saved)
+    lines = match.problems
+    if strict:
+        lines = [*lines, *match.missing.values(), *match.unexpected.values()]
+        match.hint_at_a_part()
+    if lines:
+        raise _mismatch(match, where, [*lines, *match.doubts])
+    undo = Undo()
+    with DeferredSignals() as signals:
+        try:
+            with signals.allowed():
+                _change_what_may_fail(match, undo, where, strict=strict)
+                if not strict:
+                    _tell_what_was_left_out(match, where)
+        except BaseException as error:
+            _raise_what_is_left(undo.put_back(), error, where)
+            raise
+        _change_what_cannot_fail(match, undo, where)
+
+
+def _change_what_may_fail(match: Match, undo: Undo, where: str, *, strict: bool) -> None:
+    """Change what code of others takes part in, and what takes little memory to put back."""
+    for load in match.loads:
+        with _as_mismatch(match, load.path, where):
+            undo.keep(load.path, hold_stateful(load.target))
+            load.carry_out(strict=strict)
+            _refuse_meta(load.target, load.content)
+        match.missing |= load.missing
+        match.unexpected |= load.unexpected
+        match.taken += load.taken
+    for path, tensor, content in match.odd_tensors:
+        with _as_mismatch(match, path, where), torch.no_grad():
+            undo.keep(path, hold_tensor(tensor))
             tensor.copy_(content)
-    for container, key, value in match.values:
-        container[key] = value
+    held = set()
+    for path, container, change in match.changes:
+        with _as_mismatch(match, path, where):
+            if id(container) not in held:
+                held.add(id(container))
+                undo.keep(path, [hold_container(container)])
+            change()
 
 
-@dataclass(slots=True)
-class _Match:
-    """What does not fit between a live and a loaded state, and what is to be done where all fits.
-
-    Attributes:
-        problems: one line for each entry that does not fit.
-        stateful: (path, object, its state dict) of objects that may refuse it.
-        modules: the same of modules whose loading cannot fail once every entry fits.
-        tensors: (live tensor, its new content).
-        values: (container, key, new value).
-    """
-
-    problems: list[str] = field(default_factory=list)
-    stateful: list[tuple[str, Any, Any]] = field(default_factory=list)
-    modules: list[tuple[str, torch.nn.Module, Any]] = field(default_factory=list)
-    tensors: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
-    values: list[tuple[Any, Any, Any]] = field(default_factory=list)
-
-    def any(self, live: Any, saved: Any, path: str) -> None:
-        if isinstance(live, torch.nn.Module) and is_stateful(live):
-            self._module(live, saved, path)
-        elif is_stateful(live):
-            if isinstance(live, torch.optim.Optimizer):
-                self._optimizer(live, saved, path)
-            self.stateful.append((path, live, saved))
-        elif isinstance(live, torch.Tensor):
-            self._tensor(live, saved, path)
-        elif isinstance(live, dict):
-            self._dict(live, saved, path)
-        elif isinstance(live, list):
-            self._list(live, saved, path)
-        else:
-            self.problems.append(
-                f"{path}: a {type(live).__name__} cannot be changed in place; use load() instead"
-            )
-
-    def _entry(self, container: Any, key: Any, saved: Any, path: str) -> None:
-        live = container[key]
-        if isinstance(live, (torch.Tensor, dict, list)) or is_stateful(live):
-            self.any(live, saved, path)
-        else:
-            self.values.append((container, key, saved))
-
-    def _tensor(self, live: torch.Tensor, saved: Any, path: str) -> None:
-        if self._fits(live, saved, path):
-            self.tensors.append((live, saved))
-
-    def _dict(self, live: dict[Any, Any], saved: Any, path: str) -> None:
-        if not isinstance(saved, dict):
-            self.problems.append(f"{path}: a dict is expected, the checkpoint has a {type(saved).__name__}")
-            return
-        self._keys(live, saved, path, "state")
-        for key in live:
-            if key in saved:
-                self._entry(live, key, saved[key], _at(path, key))
-
-    def _list(self, live: list[Any], saved: Any, path: str) -> None:
-        if not isinstance(saved, list) or len(live) != len(saved):
-            there = f"one of {len(saved)}" if isinstance(saved, list) else f"a {type(saved).__name__}"
-            self.problems.append(f"{path}: a list of {len(live)} is expected, the checkpoint has {there}")
-            return
-        for index, value in enumerate(saved):
-            self._entry(live, index, value, f"{path}[{index}]")
-
-    def _module(self, module: torch.nn.Module, saved: Any, path: str) -> None:
-        if not isinstance(saved, dict):
-            self.problems.append(
-                f"{path}: a state dict is expected, the checkpoint has a {type(saved).__name__}"
-            )
-            return
-        own = module.state_dict()
-        self._keys(own, saved, path, "module")
-        for key, value in own.items():
-            other = saved.get(key)
-            if isinstance(value, torch.Tensor) and key in saved:
-                self._fits(value, other, _at(path, key))
-        (self.modules if _loads_as_checked(module) else self.stateful).append((path, module, saved))
-
-    def _optimizer(self, optimizer: torch.optim.Optimizer, saved: Any, path: str) -> None:
-        groups = saved.get("param_groups") if isinstance(saved, dict) else None
-        if not isinstance(groups, list):
-            self.problems.append(f"{path}: the state dict of an optimizer is expected")
-            return
-        ours = [len(group["params"]) for group in optimizer.param_groups]
-        theirs = [len(group.get("params", ())) if isinstance(group, dict) else 0 for group in groups]
-        if ours != theirs:
-            self.problems.append(
-                f"{path}: {theirs} parameters per group in the checkpoint, {ours} in the optimizer"
-            )
-
-    def _keys(self, live: dict[Any, Any], saved: dict[Any, Any], path: str, owner: str) -> None:
-        self.problems += [f"{_at(path, key)}: missing in the checkpoint" for key in live if key not in saved]
-        unexpected = [key for key in saved if key not in live]
-        self.problems += [
-            f"{_at(path, key)}: unexpected, the {owner} has no such entry" for key in unexpected
-        ]
-
-    def _fits(self, live: torch.Tensor, saved: Any, path: str) -> bool:
-        """Whether `live` can take the values of `saved`; notes why if not."""
-        problem = None
-        if not isinstance(saved, torch.Tensor):
-            problem = f"a tensor is expected, the checkpoint has a {type(saved).__name__}"
-        elif live.layout is not saved.layout or live.is_quantized is not saved.is_quantized:
-            problem = f"{_kind(saved)} in the checkpoint, {_kind(live)} in the state"
-        elif saved.is_meta and not live.is_meta:
-            problem = "the checkpoint has a meta tensor, which holds no values"
-        elif live.shape != saved.shape:
-            problem = f"shape {tuple(saved.shape)} in the checkpoint, {tuple(live.shape)} in the state"
-        elif saved.is_complex() and not live.is_complex():
-            problem = f"{saved.dtype} in the checkpoint, {live.dtype} in the state"
-        elif live.is_inference() or any(
-            step == 0 and size > 1 for size, step in zip(live.shape, _strides(live), strict=False)
-        ):
-            problem = "the state's tensor cannot be written: it is expanded, or made in inference mode"
-        if problem is not None:
-            self.problems.append(f"{path}: {problem}")
-        return problem is None
-
-
-def _kind(tensor: torch.Tensor) -> str:
-    return f"{'a quantized' if tensor.is_quantized else 'a'} tensor of layout {tensor.layout}"
-
-
-def _strides(tensor: torch.Tensor) -> tuple[int, ...]:
-    return tensor.stride() if tensor.layout is torch.strided and not tensor.is_nested else ()
-
-
-def _at(path: str, key: object) -> str:
-    return f"{path}[{json.dumps(key) if isinstance(key, str) else repr(key)}]"
-
-
-def _backup(target: Any) -> Callable[[], object]:
-    """Return what puts `target` back as it is now."""
-    state = target.state_dict()
-    # An optimizer drops its tensors for the loaded ones and does not write into them: no copy is needed.
-    if not isinstance(target, torch.optim.Optimizer):
-        state = copy.deepcopy(state)
-    return lambda: target.load_state_dict(state)
-
-
-def _loads_as_checked(module: torch.nn.Module) -> bool:
-    """Whether loading cannot fail once names and shapes agree: no code of the user's takes part."""
-    return all(
-        not part._load_state_dict_pre_hooks
-        and type(part)._load_from_state_dict.__module__.startswith("torch.")
-        and type(part).set_extra_state is torch.nn.Module.set_extra_state
-        and type(part).load_state_dict is torch.nn.Module.load_state_dict
-        for part in module.modules()
-    )
-
-
-def _load_into(path: str, target: Any, content: Any, where: str) -> None:
+def _change_what_cannot_fail(match: Match, undo: Undo, where: str) -> None:
+    """Change what would take as much memory again to put back: every entry of it was checked."""
+    changed: list[str] = []
     try:
-        target.load_state_dict(content)
+        for load in match.modules:
+            changed.append(load.path)
+            load.carry_out(strict=False)
+        with torch.no_grad():
+            for path, tensor, content in match.tensors:
+                changed.append(path)
+                tensor.copy_(content)
+    except BaseException as error:  # the device failed, or a mode of torch's took part
+        left = [f"{path}: holds content of the checkpoint" for path in changed]
+        _raise_what_is_left([*left, *undo.put_back()], error, where)
+        raise
+
+
+def _refuse_meta(target: Any, content: Any) -> None:
+    """Raise if a module took values into meta tensors, where torch drops them."""
+    if not isinstance(target, torch.nn.Module):
+        return
+    own = target.state_dict()
+    dropped = [key for key, value in own.items() if _is_meta(value) and not _is_meta(content.get(key, value))]
+    if dropped:
+        raise ValueError(
+            f"tensors on the meta device took no values: {_some(dropped)}; materialize them first"
+        )
+
+
+def _is_meta(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_meta
+
+
+def _tell_what_was_left_out(match: Match, where: str) -> None:
+    """Warn of the entries of only one side; raise if there are no others.
+
+    Raises:
+        StateMismatchError: the two have no entry in common.
+    """
+    if not match.missing and not match.unexpected:
+        return
+    if match.taken == 0:
+        raise _mismatch(match, where, [*match.missing.values(), *match.unexpected.values()])
+    told = [f"{where} is restored in part:"]
+    if match.missing:
+        told.append(f"not in the checkpoint, left as they are: {_some(match.missing)}")
+    if match.unexpected:
+        told.append(f"not in the state, not taken: {_some(match.unexpected)}")
+    warnings.warn("\n  ".join([*told, *match.hints]), UserWarning, stacklevel=callers_level())
+
+
+def _some(paths: Collection[str]) -> str:
+    rest = f" and {len(paths) - _LISTED} more" if len(paths) > _LISTED else ""
+    return ", ".join(islice(paths, _LISTED)) + rest
+
+
+def _mismatch(match: Match, where: str, lines: list[str]) -> StateMismatchError:
+    listing = "\n  ".join([f"{where} does not fit the state, of which nothing was changed:", *lines])
+    return StateMismatchError("\n".join([listing, *match.hints]))
+
+
+@contextmanager
+def _as_mismatch(match: Match, path: str, where: str) -> Iterator[None]:
+    try:
+        yield
     except Exception as error:
-        fault = f"{path}: {type(error).__name__}: {error}"
-        msg = f"{where} does not fit the state, of which nothing was changed:\n  {fault}"
-        raise StateMismatchError(msg) from error
+        raise _mismatch(match, where, [f"{path}: {type(error).__name__}: {error}"]) from error
+
+
+def _raise_what_is_left(lines: list[str], error: BaseException, where: str) -> None:
+    """Raise an error if not all could be put back; note it at an exception of the user's."""
+    if not lines:
+        return
+    listing = "\n  ".join(
+        [f"restoring {where} failed, and these entries could not be put back:", *dict.fromkeys(lines)]
+    )
+    failure = PartialRestoreError(listing)
+    if isinstance(error, Exception):
+        raise failure from error
+    add_note(error, failure)

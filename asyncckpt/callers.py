@@ -1,4 +1,4 @@
-"""Who called asyncckpt: where a warning belongs."""
+"""Where a call into asyncckpt comes from."""
 
 from __future__ import annotations
 

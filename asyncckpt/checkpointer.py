@@ -36,6 +36,7 @@ from asyncckpt.stores import open_store
 from asyncckpt.targets import FileTarget
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from types import TracebackType
 
     from typing_extensions import Self
@@ -164,7 +165,7 @@ class Checkpointer:
         Args:
             step: the training step.
             state: anything torch.save takes. Stateful objects (with `state_dict` and `load_state_dict`) in
-                its dicts and lists are saved as their state dicts.
+                its dicts, lists and tuples are saved as their state dicts.
             metrics: by name; for the file name, for retention, and for `best`.
 
         Raises:
@@ -260,7 +261,7 @@ class Checkpointer:
         """
         return self._load(which, map_location, weights_only=weights_only, fallback=fallback).state
 
-    def restore(
+    def restore(  # noqa: PLR0913 - each is one decision of the user's
         self,
         state: Any,
         which: Which = "latest",
@@ -268,6 +269,8 @@ class Checkpointer:
         missing_ok: bool = False,
         fallback: bool = False,
         weights_only: bool = True,
+        strict: bool = True,
+        map_keys: Callable[[str], str] | None = None,
     ) -> Checkpoint | None:
         """Put a checkpoint into `state`, all of it or nothing.
 
@@ -280,11 +283,16 @@ class Checkpointer:
                 what else is there.
             fallback: where the latest or the best is damaged, warn and take the next one that is whole.
             weights_only: as in torch.load.
+            strict: whether both must have the same entries. If not, those of only one side are left out, and
+                a warning lists them.
+            map_keys: applied to each key of the saved state dicts of modules and of dicts of tensors, before
+                they are matched: `lambda key: key.replace("_orig_mod.", "")`.
 
         Raises:
             CheckpointNotFoundError: there is no such checkpoint.
             CorruptCheckpointError: names the damaged record; nothing was changed.
             StateMismatchError: lists every entry that does not fit; nothing was changed.
+            PartialRestoreError: what failed could not be put back; the message lists it.
         """
         try:
             loaded = self._load(which, "cpu", weights_only=weights_only, fallback=fallback)
@@ -294,7 +302,7 @@ class Checkpointer:
             if get_engine().call(self._series.look).others:
                 warnings.warn(f"nothing is restored: {error}", stacklevel=callers_level())
             return None
-        apply_state(state, loaded.state, loaded.checkpoint.path)
+        apply_state(state, loaded.state, loaded.checkpoint.path, strict=strict, map_keys=map_keys)
         return loaded.checkpoint
 
     def verify(self, which: Which = "latest") -> None:

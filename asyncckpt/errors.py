@@ -31,6 +31,10 @@ class StateMismatchError(AsyncCkptError, ValueError):
     """A checkpoint does not fit the live state; every misfit is listed and nothing was applied."""
 
 
+class PartialRestoreError(AsyncCkptError, RuntimeError):
+    """A restore failed, and not all could be put back; the message lists what is neither old nor new."""
+
+
 class CheckpointNotFoundError(AsyncCkptError, FileNotFoundError):
     """No committed checkpoint answers to what was asked for."""
 

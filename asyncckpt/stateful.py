@@ -1,9 +1,17 @@
-"""Objects that save themselves by `state_dict` and load by `load_state_dict`."""
+"""Objects that save themselves by `state_dict` and load by `load_state_dict`, and the containers around."""
 
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+# What a state is walked through: objects are found in these, and in their subclasses.
+CONTAINERS = (dict, list, tuple)
 
 
 def is_stateful(value: object) -> bool:
@@ -11,8 +19,28 @@ def is_stateful(value: object) -> bool:
     return _is_stateful_type(type(value))
 
 
+def is_plain(value: object) -> bool:
+    """Whether `value` holds neither tensors nor stateful objects in its dicts, lists and tuples."""
+    pending: list[Any] = [value]
+    seen: set[int] = set()
+    passed: set[type] = set()
+    while pending:
+        item = pending.pop()
+        kind = type(item)
+        if kind in passed:
+            continue
+        if issubclass(kind, torch.Tensor) or _is_stateful_type(kind):
+            return False
+        if not issubclass(kind, CONTAINERS):
+            passed.add(kind)
+        elif id(item) not in seen:
+            seen.add(id(item))
+            pending.extend(item.values() if isinstance(item, dict) else item)
+    return True
+
+
 def collect(state: Any) -> Any:
-    """Return `state` with each stateful object in its dicts and lists replaced by its state dict.
+    """Return `state` with each stateful object in its dicts, lists and tuples replaced by its state dict.
 
     Containers that hold none are passed on as they are, so what they share stays shared; others are copied,
     in their own type.
@@ -20,10 +48,21 @@ def collect(state: Any) -> Any:
     return _collect(state, {}, {})
 
 
+def remake(old: tuple[Any, ...], items: Iterable[Any]) -> tuple[Any, ...]:
+    """Return a tuple of the type of `old`, with its attributes, that holds `items`."""
+    items = list(items)
+    try:
+        made = tuple.__new__(type(old), items)
+    except TypeError:  # a type made in C, which is called with an iterable
+        return type(old)(items)
+    getattr(made, "__dict__", {}).update(getattr(old, "__dict__", {}))
+    return made
+
+
 def _collect(value: Any, done: dict[int, Any], passed: dict[type, bool]) -> Any:
     if is_stateful(value):
         return value.state_dict()
-    if not isinstance(value, (dict, list)):
+    if not isinstance(value, CONTAINERS):
         return value
     if id(value) in done:
         return done[id(value)]
@@ -33,16 +72,24 @@ def _collect(value: Any, done: dict[int, Any], passed: dict[type, bool]) -> Any:
         # Most entries of a large state are tensors: pass them by without a call.
         kind = type(item)
         if (by := passed.get(kind)) is None:
-            by = passed[kind] = not (_is_stateful_type(kind) or issubclass(kind, (dict, list)))
+            by = passed[kind] = not (_is_stateful_type(kind) or issubclass(kind, CONTAINERS))
         if not by:
             new = _collect(item, done, passed)
             if new is not item:
                 changed[key] = new
     if changed:
-        value = done[id(value)] = copy.copy(value)
-        for key, new in changed.items():
-            value[key] = new
-    return value
+        done[id(value)] = _with(value, changed)
+    return done[id(value)]
+
+
+def _with(container: Any, changed: dict[Any, Any]) -> Any:
+    """Return a copy of a container with other values at some of its keys."""
+    if isinstance(container, tuple):
+        return remake(container, (changed.get(index, item) for index, item in enumerate(container)))
+    new = copy.copy(container)
+    for key, value in changed.items():
+        new[key] = value
+    return new
 
 
 def _is_stateful_type(kind: type) -> bool:
