@@ -111,6 +111,8 @@ def checkpoint_of(path: str, description: Description, nbytes: int) -> Checkpoin
 
 def _order(entry: Entry) -> tuple[int, float, str]:
     checkpoint = entry.checkpoint
-    return (0, 0.0, entry.file.name) if checkpoint is None else (
-        checkpoint.sequence, checkpoint.created, checkpoint.path
+    return (
+        (0, 0.0, entry.file.name)
+        if checkpoint is None
+        else (checkpoint.sequence, checkpoint.created, checkpoint.path)
     )

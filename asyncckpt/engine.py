@@ -12,6 +12,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import partial
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -130,7 +131,7 @@ class Engine:
         if broken_into:
             raise BusyError(
                 f"{what} was called while this thread copies a state, by a signal handler: it would wait for"
-                " itself; set a flag in the handler and act on it in the loop (see asyncckpt.stop_on_signal)"
+                " itself; set a flag in the handler and act on it in the loop (see asyncckpt.StopOnSignal)"
             )
 
     def give_up(self) -> list[str]:
@@ -286,7 +287,7 @@ class _Life:
     def _run_line(self) -> None:
         while (operation := self._take(self)) is not None:
             done: SimpleQueue[None] = SimpleQueue()
-            self._post(lambda operation=operation, done=done: self._carry_out(operation, done))
+            self._post(partial(self._carry_out, operation, done))
             done.get()
             self._finished(operation)
 
@@ -392,7 +393,9 @@ def _finish_at_exit() -> None:
             depth, began = engine.depth(), time.monotonic()
             engine.close()
             if depth:
-                logger.info("finished %d pending operations at exit in %.1f s", depth, time.monotonic() - began)
+                logger.info(
+                    "finished %d pending operations at exit in %.1f s", depth, time.monotonic() - began
+                )
         for report in _reports:
             report()
     except BaseException as error:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from asyncckpt.callers import callers_level
 from asyncckpt.catalog import checkpoint_of
 from asyncckpt.engine import get_engine
-from asyncckpt.errors import CheckpointNotFoundError, CorruptCheckpointError, StoreError
+from asyncckpt.errors import CheckpointNotFoundError, CorruptCheckpointError
 from asyncckpt.layout.description import Description
 from asyncckpt.layout.torch_zip import DESCRIPTION
 from asyncckpt.reader import read_image, verify
@@ -103,7 +103,9 @@ def load_wanted(
             else:
                 if errors:
                     problems = "; ".join(map(str, errors))
-                    msg = f"{loaded.checkpoint.path} is used, since what comes before it is damaged: {problems}"
+                    msg = (
+                        f"{loaded.checkpoint.path} is used, since what comes before it is damaged: {problems}"
+                    )
                     warnings.warn(msg, stacklevel=callers_level())
                 return loaded
         else:

@@ -298,7 +298,7 @@ class Saver:
             raise BusyError(
                 "save() was called while this thread is inside save(), by a signal handler: no place in flight"
                 " would ever be free; set a flag in the handler and save in the loop (see"
-                " asyncckpt.stop_on_signal), or use max_in_flight=2"
+                " asyncckpt.StopOnSignal), or use max_in_flight=2"
             )
 
     def _is_nested(self, job: _Job) -> bool:

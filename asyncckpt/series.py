@@ -131,7 +131,7 @@ class Series:
         for entry in damaged:
             if entry.file.version not in self._warned:
                 self._warned.add(entry.file.version)
-                logger.warning("%s/%s is not a whole checkpoint: %s", self._directory, entry.file.name, entry.error)
+                logger.warning("not a whole checkpoint: %s", damage(self._directory, entry))
         return View(self._directory, self._names, own, damaged, others)
 
     async def all_checkpoints(self) -> list[Checkpoint]:

@@ -50,7 +50,7 @@ async def in_thread(func: Callable[..., T], *args: Any, limiter: CapacityLimiter
 _LOOK_AGAIN = 1.0
 
 
-class Condition(RLock):
+class Condition(RLock):  # type: ignore[misc] # final only for type checkers
     """A condition variable that exceptions raised by signal handlers leave usable.
 
     `threading.Condition` does not: its `__enter__` is Python code, in which a KeyboardInterrupt may come when

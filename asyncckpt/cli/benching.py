@@ -23,7 +23,6 @@ from asyncckpt.cli.output import (
     print_table,
     size,
 )
-from asyncckpt.engine import get_engine
 from asyncckpt.restore import load_state
 
 if TYPE_CHECKING:

@@ -108,9 +108,7 @@ async def summarize(file: OpenFile) -> Summary:
         return (await _read(file, description, directory)).summary
 
 
-async def _read(
-    file: OpenFile, description: Description | None, directory: Directory
-) -> Contents:
+async def _read(file: OpenFile, description: Description | None, directory: Directory) -> Contents:
     told = await in_thread(_outline, await _record(file, directory, "data.pkl", MAX_PICKLE))
     byteorder = _DEFAULT_BYTEORDER
     if _full(directory, "byteorder") in directory.names:

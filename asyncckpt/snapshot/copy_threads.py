@@ -62,7 +62,7 @@ def all_of(test: Callable[[P], bool], pieces: Sequence[P]) -> bool:
 
 
 def on_helper(func: Callable[[], T]) -> T:
-    """Call `func` on a helper and wait for its result: nothing that a signal handler raises comes in there."""
+    """Call `func` on a helper and wait for its result: signal handlers do not break in there."""
     answer: SimpleQueue[tuple[T | None, BaseException | None]] = SimpleQueue()
 
     def call() -> None:
@@ -84,9 +84,7 @@ def on_helper(func: Callable[[], T]) -> T:
 class _Work(Generic[P]):
     """Pieces that several threads take one after another."""
 
-    def __init__(
-        self, pieces: Sequence[P], do: Callable[[P], object], report: Callable[[int], None]
-    ) -> None:
+    def __init__(self, pieces: Sequence[P], do: Callable[[P], object], report: Callable[[int], None]) -> None:
         self._pieces = pieces
         self._do = do
         self._report = report
@@ -186,7 +184,7 @@ def _run_errands(errands: SimpleQueue[Callable[[], None] | None]) -> None:
 
 
 def _forget_in_child() -> None:
-    global _errands, _starting  # noqa: PLW0603
+    global _errands, _starting
     _errands, _starting = SimpleQueue(), threading.RLock()
     _helpers.clear()
 
