@@ -15,6 +15,7 @@ from asyncckpt.errors import (
     CorruptCheckpointError,
     SaveError,
     SaveSkipped,
+    SignalError,
     StateMismatchError,
     StoreError,
     UnpicklableStateError,
@@ -22,6 +23,7 @@ from asyncckpt.errors import (
 from asyncckpt.functions import load, save, wait
 from asyncckpt.retention import BestK, EveryN, KeepAll, LastN, Policy
 from asyncckpt.save import Save
+from asyncckpt.signals import StopOnSignal
 from asyncckpt.types import Checkpoint, SaveStats
 
 __all__ = [
@@ -41,7 +43,9 @@ __all__ = [
     "SaveError",
     "SaveSkipped",
     "SaveStats",
+    "SignalError",
     "StateMismatchError",
+    "StopOnSignal",
     "StoreError",
     "UnpicklableStateError",
     "__version__",
