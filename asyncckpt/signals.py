@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 _DEFAULTS = (signal.SIGTERM, signal.SIGHUP)
 _ENDINGS = (signal.SIG_DFL, signal.default_int_handler)
-# SLURM, torchrun and timeout(1) signal a process and the group that it is in: it gets the same signal twice.
+# A worker gets one request twice: from the scheduler, which signals every process, and from torchrun.
 _REPEATED_SECONDS = 1.0
 
 
