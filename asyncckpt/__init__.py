@@ -16,6 +16,7 @@ from asyncckpt.errors import (
     PartialRestoreError,
     SaveError,
     SaveSkipped,
+    SignalError,
     StateMismatchError,
     StoreError,
     UnpicklableStateError,
@@ -23,6 +24,7 @@ from asyncckpt.errors import (
 from asyncckpt.functions import load, save, wait
 from asyncckpt.retention import BestK, EveryN, KeepAll, LastN, Policy
 from asyncckpt.save import Save
+from asyncckpt.signals import StopOnSignal
 from asyncckpt.types import Checkpoint, SaveStats
 
 __all__ = [
@@ -43,7 +45,9 @@ __all__ = [
     "SaveError",
     "SaveSkipped",
     "SaveStats",
+    "SignalError",
     "StateMismatchError",
+    "StopOnSignal",
     "StoreError",
     "UnpicklableStateError",
     "__version__",

@@ -51,6 +51,10 @@ class StoreError(AsyncCkptError, OSError):
     """A store refused or failed an operation; the cause is chained."""
 
 
+class SignalError(AsyncCkptError, ValueError):
+    """A signal is not known, or its handler cannot be set here."""
+
+
 def add_note(error: BaseException, failure: AsyncCkptError) -> None:
     """Log a failure beside an exception of the caller's, which matters more, and note it there."""
     logger.error("while %s was raised: %s", type(error).__name__, failure)

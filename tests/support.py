@@ -7,14 +7,16 @@ import os
 import subprocess
 import sys
 import textwrap
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import pytest
 import torch
 
 from asyncckpt.series import Series
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
     from asyncckpt import Checkpointer
@@ -68,3 +70,38 @@ def run_python(script: str, *arguments: str, env: Mapping[str, str] | None = Non
     process = start_python(script, *arguments, env=env)
     output, errors = process.communicate(timeout=60)
     return process.returncode, output, errors
+
+
+@contextmanager
+def mounted(kind: str, path: Path) -> Iterator[Path]:
+    """Mount a small file system of a kind below `path`; the test is skipped where that is impossible."""
+    place = path / "mounted"
+    place.mkdir()
+    if kind == "tmpfs":
+        command = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(place)]
+    elif kind == "overlay":
+        layers = [path / name for name in ("lower", "upper", "work")]
+        for layer in layers:
+            layer.mkdir()
+        options = ",".join(f"{layer.name}dir={layer}" for layer in layers)
+        command = ["mount", "-t", "overlay", "-o", options, "overlay", str(place)]
+    else:
+        image = path / "image"
+        image.touch()
+        os.truncate(image, 8 << 20)
+        _run_or_skip([f"mkfs.{kind}", "-q", "-m", "0", "-O", "^has_journal", str(image)])
+        command = ["mount", "-o", "loop", str(image), str(place)]
+    _run_or_skip(command)
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", str(place)], check=True)
+
+
+def _run_or_skip(command: list[str]) -> None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        pytest.skip(f"no {command[0]} on this machine")
+    if done.returncode:
+        pytest.skip(f"{command[0]} is not possible here: {done.stderr.strip()}")

@@ -157,7 +157,6 @@ class TestPrepare:
             "a.pt.asyncckpt-tmp",
             ".a.pt.tmp",
             f".a.pt.{host_tag()}.asyncckpt-tmp",
-            ".a.pt.0badc0de.0123456789abcdef.asyncckpt-tmp",
             temporary_name("a.pt")[1:],
             temporary_name("a.pt") + "~",
         ]

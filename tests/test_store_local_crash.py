@@ -13,9 +13,11 @@ import anyio
 import pytest
 
 from asyncckpt.errors import StoreError
+from asyncckpt.stores.fileops import FileOps
 from asyncckpt.stores.local import LocalStore
 from asyncckpt.testing import FaultyOps
 from asyncckpt.testing.store_contract import content, get, names, put
+from support import mounted
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -23,9 +25,18 @@ if TYPE_CHECKING:
 
 SIZE = 3 << 20
 
+
+class SharedOps(FileOps):
+    """Reports a file system that several machines can mount."""
+
+    def fstatfs(self, _fd: int) -> int:
+        return 0x6969  # NFS
+
+
 HELPER = """
-import errno, os, resource, signal, sys
+import errno, fcntl, os, resource, signal, sys
 import anyio
+import asyncckpt.stores.local_temporary
 from asyncckpt.errors import StoreError
 from asyncckpt.stores.local import LocalStore
 from asyncckpt.testing import RecordingOps
@@ -54,9 +65,17 @@ class Reserving(RecordingOps):
         if self.how == "allocate":
             super().fallocate(fd, size)
 
-async def hold(directory):
+async def hold(directory, tag=""):
+    if tag:
+        asyncckpt.stores.local_temporary.host_tag = lambda: tag
     async with LocalStore(directory).draft("a.pt", 40 << 20) as draft:
         await draft.write(0, memoryview(bytes(draft.chunk)))
+        print(os.getpid(), flush=True)
+        await anyio.sleep_forever()
+
+async def serve(path):
+    with open(path, "r+b") as file:
+        fcntl.lockf(file, fcntl.LOCK_EX)
         print(os.getpid(), flush=True)
         await anyio.sleep_forever()
 
@@ -144,6 +163,43 @@ class TestKilled:
         assert entries(tmp_path) == ["a.pt"]
         assert await get(store, "a.pt") == b"former"
 
+    @pytest.mark.parametrize("ops", [FileOps(), SharedOps()], ids=["one kernel", "shared"])
+    async def test_an_old_file_of_a_living_writer_with_another_host_tag_stays(
+        self, tmp_path: Path, children: Children, ops: FileOps
+    ) -> None:
+        store = LocalStore(str(tmp_path), ops)
+        children.start("hold", str(tmp_path), "0badc0de")
+        process = int(children.line())
+        try:
+            (temporary,) = entries(tmp_path)
+            assert ".0badc0de." in temporary
+            os.utime(tmp_path / temporary, (0, 0))
+            await store.prepare()
+            assert entries(tmp_path) == [temporary]
+        finally:
+            os.kill(process, signal.SIGKILL)
+        assert children.wait() == -signal.SIGKILL
+        await store.prepare()
+        assert entries(tmp_path) == []
+
+    async def test_a_file_that_a_server_has_locked_for_a_remote_writer_stays(
+        self, tmp_path: Path, children: Children
+    ) -> None:
+        """As NFS and SMB servers do: the flock of a client is a POSIX lock on the server's file."""
+        store = LocalStore(str(tmp_path))
+        temporary = tmp_path / ".a.pt.0badc0de.0123456789abcdef.asyncckpt-tmp"
+        temporary.touch()
+        children.start("serve", str(temporary))
+        process = int(children.line())
+        try:
+            await store.prepare()
+            assert entries(tmp_path) == [temporary.name]
+        finally:
+            os.kill(process, signal.SIGKILL)
+        assert children.wait() == -signal.SIGKILL
+        await store.prepare()
+        assert entries(tmp_path) == []
+
     @pytest.mark.parametrize(
         ("instant", "committed"),
         [
@@ -187,28 +243,8 @@ class TestLimits:
 @pytest.fixture(params=["tmpfs", "ext4"])
 def small_disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
     """A real file system of 8 MiB."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    if request.param == "tmpfs":
-        mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(place)]
-    else:
-        image = tmp_path / "image"
-        image.touch()
-        os.truncate(image, 8 << 20)
-        run(["mkfs.ext4", "-q", "-m", "0", "-O", "^has_journal", str(image)])
-        mount = ["mount", "-o", "loop", str(image), str(place)]
-    run(mount)
-    yield place
-    subprocess.run(["umount", str(place)], check=True)
-
-
-def run(command: list[str]) -> None:
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        pytest.skip(f"no {command[0]} on this machine")
-    if done.returncode:
-        pytest.skip(f"{command[0]} is not possible here: {done.stderr.strip()}")
+    with mounted(request.param, tmp_path) as place:
+        yield place
 
 
 class TestFullDisk:

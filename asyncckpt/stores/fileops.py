@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 _O_DIRECT: int = getattr(os, "O_DIRECT", 0)
 _FICLONE = 0x40049409
+_STATFS_BYTES = 512  # more than the struct has on any platform
 
 
 class FileOps:
@@ -55,6 +56,19 @@ class FileOps:
     def flock(self, fd: int) -> None:
         """Lock a file for this open descriptor alone; BlockingIOError if another one holds it."""
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    def lockf(self, fd: int) -> None:
+        """Take the POSIX lock of a file for this process; BlockingIOError if another one holds it."""
+        fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    def fstatfs(self, fd: int) -> int:
+        """Return the type of the file system of an open file, `f_type` of statfs(2); ENOSYS off Linux."""
+        buffer = ctypes.create_string_buffer(_STATFS_BYTES)
+        if _fstatfs_call()(fd, buffer) != 0:
+            code = ctypes.get_errno()
+            raise OSError(code, os.strerror(code))
+        # The first member: an int or a long, of which every type uses 32 bits.
+        return int.from_bytes(buffer.raw[:4], "little")
 
     def fallocate(self, fd: int, size: int) -> None:
         """Reserve the space of a file and set its size; EOPNOTSUPP or ENOSYS where that is unknown."""
@@ -152,13 +166,25 @@ def _fallocate_call() -> Callable[[int, int, int, int], int]:
     # The name with 64-bit offsets everywhere; C libraries without it have them in the plain one.
     call = getattr(libc, "fallocate64", None) or getattr(libc, "fallocate", None)
     if call is None:
-        return _no_fallocate
+        return _not_there
     call.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
     call.restype = ctypes.c_int
     found: Callable[[int, int, int, int], int] = call
     return found
 
 
-def _no_fallocate(_fd: int, _mode: int, _offset: int, _size: int) -> int:
+@cache
+def _fstatfs_call() -> Callable[[int, ctypes.Array[ctypes.c_char]], int]:
+    # BSDs put other members first, and big-endian machines the bits that matter last.
+    if sys.platform != "linux" or sys.byteorder != "little":
+        return _not_there
+    call = ctypes.CDLL(None, use_errno=True).fstatfs
+    call.argtypes = (ctypes.c_int, ctypes.c_char_p)
+    call.restype = ctypes.c_int
+    found: Callable[[int, ctypes.Array[ctypes.c_char]], int] = call
+    return found
+
+
+def _not_there(*_: object) -> int:
     ctypes.set_errno(errno.ENOSYS)
     return -1

@@ -8,13 +8,16 @@ import errno
 import os
 import threading
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING
+from weakref import WeakSet
 
 from anyio import CancelScope
 
 from asyncckpt.errors import StoreError
 from asyncckpt.stores.base import Draft
 from asyncckpt.stores.local_errors import size_text, translated
+from asyncckpt.stores.local_fork import close_by_name
 from asyncckpt.stores.local_io import (
     BULK_THREADS,
     DIRECT_FROM,
@@ -42,6 +45,8 @@ class DraftFile:
     The lock on the temporary file is held by a descriptor of its own from before the first byte until
     after the file is in its place, so that a starting writer never takes it for an abandoned one.
 
+    A forked child holds no descriptor of it, and cannot use it: the file is the parent's alone.
+
     Attributes:
         sync_seconds: what the fsync of the file took.
     """
@@ -57,13 +62,16 @@ class DraftFile:
         # Guards everything below. It is free while pieces are written; whoever opens, commits or
         # drops holds it to the end.
         self._idle = threading.Condition()
-        self._closed = False
+        self._ended = ""  # how, once it has
         self._writes_running = 0
         self._written = 0
+        self._temporary = ""  # the name of the temporary file, as long as a descriptor of it may be open
         self._path = ""  # of the temporary file, as long as there is one
+        # A number is recorded only while it is open: forked children close it.
         self._lock_fd: int | None = None
         self._writing_fds: list[int] = []
         self._direct_fd: int | None = None
+        _drafts.add(self)
 
     def open(self) -> None:
         """Make, lock and reserve the temporary file."""
@@ -108,7 +116,7 @@ class DraftFile:
         """Sync and close the file, put it in its place, and sync the directory."""
         with self._idle:
             self._check_open()
-            self._closed = True
+            self._ended = "by commit or failure"
             self._idle.wait_for(self._no_writes)
             try:
                 self._publish()
@@ -118,7 +126,7 @@ class DraftFile:
     def drop(self) -> None:
         """Close and remove what was not committed, once no write runs any more; idempotent."""
         with self._idle:
-            self._closed = True
+            self._ended = "by commit or failure"
             self._idle.wait_for(self._no_writes)
             self._release()
 
@@ -126,16 +134,17 @@ class DraftFile:
         return self._writes_running == 0
 
     def _check_open(self) -> None:
-        if self._closed:
+        if self._ended:
             raise StoreError(
                 errno.EBADF,
-                f"the draft of {self._name} has ended, by commit or failure; begin a new one",
+                f"the draft of {self._name} has ended, {self._ended}; begin a new one",
                 self._target,
             )
 
     def _make_locked(self) -> None:
         for _ in range(_ATTEMPTS):
-            path = os.path.join(self._directory, temporary_name(self._name))
+            self._temporary = temporary_name(self._name)
+            path = os.path.join(self._directory, self._temporary)
             self._lock_fd = self._ops.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
             self._path = path
             if hold(self._ops, self._lock_fd, path):
@@ -208,8 +217,27 @@ class DraftFile:
             unlink_quietly(self._ops, self._path)
             self._path = ""
         if self._lock_fd is not None:
-            close_quietly(self._ops, self._lock_fd)
-            self._lock_fd = None
+            fd, self._lock_fd = self._lock_fd, None
+            close_quietly(self._ops, fd)
+        self._temporary = ""
+
+    def disown(self) -> str:
+        """End in a forked child: close what it inherited, and leave the file to the parent.
+
+        Returns:
+            The name of the temporary file, of which more descriptors may be open.
+        """
+        fds = [*self._writing_fds, *([] if self._lock_fd is None else [self._lock_fd])]
+        temporary = self._temporary
+        self._idle = threading.Condition()  # another thread of the parent may have held it
+        self._writes_running = 0
+        self._ended = "here: it belongs to the process that this one was forked from"
+        self._temporary = self._path = ""
+        self._writing_fds, self._lock_fd, self._direct_fd = [], None, None
+        for fd in fds:
+            with suppress(OSError):
+                os.close(fd)
+        return temporary
 
 
 class LocalDraft(Draft):
@@ -257,3 +285,13 @@ def sync_opened(ops: FileOps, directory: int) -> None:
         # What some network and FUSE mounts answer: their directories have no sync.
         if error.errno != errno.EINVAL:
             raise
+
+
+def _disown_in_child() -> None:
+    temporaries = {draft.disown() for draft in list(_drafts)} - {""}
+    if temporaries:
+        close_by_name(temporaries)
+
+
+_drafts: WeakSet[DraftFile] = WeakSet()
+os.register_at_fork(after_in_child=_disown_in_child)

@@ -23,6 +23,22 @@ _PATTERN = re.compile(r"\..*\.([0-9a-f]{8})\.[0-9a-f]{16}\.asyncckpt-tmp", re.DO
 # What a file keeps of the name it is for: enough for a person, and short enough for any file system.
 _KEPT_BYTES = 80
 
+# Types of file systems, by statfs(2), that cannot be mounted by several kernels at once.
+_ONE_KERNEL = frozenset(
+    {
+        0xEF53,  # ext2, ext3, ext4
+        0x58465342,  # XFS
+        0x9123683E,  # btrfs
+        0x01021994,  # tmpfs
+        0x858458F6,  # ramfs
+        0x794C7630,  # overlayfs
+        0x2FC12FC1,  # ZFS
+        0xF2F52010,  # F2FS
+        0xCA451A4E,  # bcachefs
+    }
+)
+_OLD_SECONDS = 24 * 3600
+
 _CANNOT_LOCK = frozenset({errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP})
 
 
@@ -30,8 +46,8 @@ _CANNOT_LOCK = frozenset({errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP})
 def host_tag() -> str:
     """Return eight hex digits for this machine, the same after a restart.
 
-    A lock says whether a writer lives only on the machine that both run on. The host name alone may
-    be the same on several machines, and so may the machine id in containers: the tag is of both.
+    The host name alone may be the same on several machines, and so may the machine id in containers:
+    the tag is of both. A restarted container usually has another one.
     """
     try:
         machine = Path("/etc/machine-id").read_bytes()
@@ -71,31 +87,49 @@ def hold(ops: FileOps, fd: int, path: str) -> bool:
 
 
 def remove_abandoned(ops: FileOps, directory: str) -> None:
-    """Remove the temporary files that writers on this machine left when they died.
+    """Remove the temporary files of writers that died.
 
-    Those of living writers are locked. Nothing else is touched, and what cannot be removed is left.
+    A writer locks its file as long as it lives. A lock that can be taken proves that the writer is dead
+
+    - on ext2, ext3, ext4, XFS, btrfs, tmpfs, ramfs, overlayfs, ZFS, F2FS and bcachefs: always, as all
+      writers run under one kernel. The POSIX lock is tried as well, which is how a server of NFS or SMB
+      holds the locks of its clients;
+    - on NFS, SMB, Lustre, GPFS, Ceph, FUSE, any other file system, and on macOS: if the writer had the
+      host tag of this machine. The file of another one is removed if it also was last modified 24 hours
+      ago or earlier, by the clock that stamps a file made now in the directory.
+
+    Symbolic links cannot be locked. One of this host tag is removed at once, one of another after 24 hours.
+
+    What cannot be locked or removed stays, and is logged. Nothing else in the directory is touched.
     """
     for entry in ops.scandir(directory):
         match = _PATTERN.fullmatch(entry.name)
-        if match is None or match[1] != host_tag():
+        if match is None:
             continue
+        same_host = match[1] == host_tag()
         try:
             if entry.is_symlink():
-                # It cannot be locked. It lives for microseconds, until it is moved to its place, and
-                # its maker begins again if it is taken away.
-                ops.unlink(entry.path)
+                # It lives for microseconds, until it is moved to its place, and its maker begins again if
+                # it is taken away.
+                if same_host or _is_old(ops, directory, ops.lstat(entry.path)):
+                    ops.unlink(entry.path)
             elif entry.is_file(follow_symlinks=False):
-                _remove_unheld(ops, entry.path)
+                _remove_unlocked(ops, directory, entry.path, same_host=same_host)
         except FileNotFoundError:
             continue
         except OSError as error:
             logger.warning("could not remove the abandoned file %s: %s", entry.path, error)
 
 
-def _remove_unheld(ops: FileOps, path: str) -> None:
+def _remove_unlocked(ops: FileOps, directory: str, path: str, *, same_host: bool) -> None:
     fd = ops.open(path, os.O_RDWR | os.O_NOFOLLOW)
     try:
         ops.flock(fd)
+        if _has_one_kernel(ops, fd):
+            ops.lockf(fd)
+        elif not (same_host or _is_old(ops, directory, ops.fstat(fd))):
+            logger.info("left %s for 24 hours: its writer may live on another machine", path)
+            return
         # Should its writer have put the file in its place just now, then this path is gone: names
         # are never used twice.
         ops.unlink(path)
@@ -104,6 +138,26 @@ def _remove_unheld(ops: FileOps, path: str) -> None:
         pass
     finally:
         ops.close(fd)
+
+
+def _has_one_kernel(ops: FileOps, fd: int) -> bool:
+    """Tell whether all who mount the file system of an open file run under this kernel."""
+    try:
+        return ops.fstatfs(fd) in _ONE_KERNEL
+    except OSError:
+        return False
+
+
+def _is_old(ops: FileOps, directory: str, status: os.stat_result) -> bool:
+    """Tell whether a file was last modified at least 24 hours before one that is made now beside it."""
+    path = os.path.join(directory, temporary_name("clock"))  # noqa: PTH118 - paths stay the str that the user gave
+    fd = ops.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+    try:
+        now = ops.fstat(fd).st_mtime
+    finally:
+        close_quietly(ops, fd)
+        unlink_quietly(ops, path)
+    return now - status.st_mtime >= _OLD_SECONDS
 
 
 def close_quietly(ops: FileOps, fd: int) -> None:

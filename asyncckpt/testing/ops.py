@@ -87,6 +87,16 @@ class RecordingOps(FileOps):
         self._before("flock", fd)
         super().flock(fd)
 
+    def lockf(self, fd: int) -> None:
+        """Record, then take the POSIX lock."""
+        self._before("lockf", fd)
+        super().lockf(fd)
+
+    def fstatfs(self, fd: int) -> int:
+        """Record, then look at the file system."""
+        self._before("fstatfs", fd)
+        return super().fstatfs(fd)
+
     def fallocate(self, fd: int, size: int) -> None:
         """Record, then reserve."""
         self._before("fallocate", fd)
