@@ -21,7 +21,7 @@ import anyio
 from asyncckpt.errors import BusyError, SaveError
 from asyncckpt.snapshot.buffers import Arena
 from asyncckpt.snapshot.copy_threads import end_helpers
-from asyncckpt.threads import Condition
+from asyncckpt.threads import Condition, start_threads
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
@@ -42,14 +42,14 @@ class Operation:
     Attributes:
         run: carries it out on the engine's event loop; deals with its own errors.
         effects: path -> whether something is there once this has been carried out.
-        awaits: the thread that it cannot end without, as that is still copying; None if there is none.
+        awaits_caller: returns whether it cannot end before the calling thread goes on copying.
         begun: whether it is being carried out, or has been.
         withdrawn: whether it is not to be carried out.
     """
 
     run: Callable[[], Awaitable[None]]
     effects: Mapping[str, bool] = field(default_factory=dict)
-    awaits: int | None = None
+    awaits_caller: Callable[[], bool] = lambda: False
     begun: bool = False
     withdrawn: bool = False
 
@@ -127,7 +127,7 @@ class Engine:
                 " or in a thread of its own"
             )
         with self._changed:
-            broken_into = any(operation.awaits == threading.get_ident() for operation in self._line)
+            broken_into = any(operation.awaits_caller() for operation in self._line)
         if broken_into:
             raise BusyError(
                 f"{what} was called while this thread copies a state, by a signal handler: it would wait for"
@@ -200,10 +200,9 @@ class _Life:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._ready: SimpleQueue[BaseException | None] = SimpleQueue()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._threads = [
-            threading.Thread(target=self._run_loop, name="asyncckpt-loop", daemon=True),
-            threading.Thread(target=self._run_line, name="asyncckpt-line", daemon=True),
-        ]
+        self._loop_thread = threading.Thread(target=self._run_loop, name="asyncckpt-loop", daemon=True)
+        self._line_thread = threading.Thread(target=self._run_line, name="asyncckpt-line", daemon=True)
+        self._started: list[threading.Thread] = []
 
     def begin(self) -> None:
         """Start the threads; returns once they are at work.
@@ -212,10 +211,8 @@ class _Life:
             SaveError: no thread can be started.
         """
         try:
-            self._threads[0].start()
+            start_threads((self._loop_thread, self._line_thread), self._started)
             failure = self._ready.get()
-            if failure is None:
-                self._threads[1].start()
         except RuntimeError as error:
             failure = error
         if failure is not None:
@@ -226,7 +223,7 @@ class _Life:
 
     def call(self, func: Callable[..., Awaitable[T]], *args: Any) -> T:
         """Run an async function on the loop and wait for its result."""
-        if threading.current_thread() in self._threads:
+        if threading.current_thread() in self._started:
             raise BusyError("a callback that runs on the engine's own thread cannot wait for it")
         answer: SimpleQueue[tuple[T | None, BaseException | None]] = SimpleQueue()
         scopes: list[anyio.CancelScope] = []
@@ -260,12 +257,11 @@ class _Life:
     def end(self, *, wait: bool = True) -> None:
         """End the threads once the current operation is carried out; nobody calls or submits any more."""
         self.ending = True
-        line, loop = self._threads[1], self._threads[0]
-        if wait and line.ident is not None:
-            line.join()
+        if wait:
+            self._line_thread.join()
         self._stop()
-        if wait and loop.ident is not None:
-            loop.join()
+        if wait:
+            self._loop_thread.join()
 
     def _run_loop(self) -> None:
         try:
@@ -280,7 +276,7 @@ class _Life:
         files = _file_threads()
         loop.set_default_executor(files)
         self._ready.put(None)
-        if not self.ending or self._threads[1].ident is not None:
+        if not self.ending:
             await stopped.wait()
         files.shutdown()
 

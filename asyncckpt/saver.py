@@ -9,7 +9,7 @@ import threading
 import time
 import weakref
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Literal
 
@@ -60,6 +60,7 @@ class _Job:
         place: of the places in flight, as soon as it has one.
         snapshot: the state, as soon as it is frozen.
         operation: what writes it, as soon as it is submitted.
+        thread: who saves.
     """
 
     save: Save
@@ -68,6 +69,12 @@ class _Job:
     place: _Place | None = None
     snapshot: Snapshot | None = None
     operation: Operation | None = None
+    thread: int = field(default_factory=threading.get_ident)
+
+    def is_copied_by_caller(self) -> bool:
+        """Return whether the calling thread is the one that copies the state, and has not ended that."""
+        copying = self.snapshot is not None and not self.snapshot.filled.ended
+        return copying and threading.get_ident() == self.thread
 
 
 @dataclass(slots=True, eq=False)
@@ -185,12 +192,10 @@ class Saver:
     def _copy_and_submit(self, engine: Engine, job: _Job, snapshot: Snapshot, write: _Write) -> None:
         if job.target.overlaps and snapshot.body.nbytes >= _OVERLAP_FROM:
             try:
-                self._submit(engine, job, write, awaits=threading.get_ident())
+                self._submit(engine, job, write)
                 self._copy(job, snapshot)
             finally:
                 snapshot.end_copy()
-                if job.operation is not None:
-                    job.operation.awaits = None
         else:
             self._copy(job, snapshot)
             job.save.stats.stall = time.perf_counter() - job.began
@@ -267,8 +272,10 @@ class Saver:
         job.save.stats.copy = snapshot.copy_seconds
         job.save.snapshotted.set_result(None)
 
-    def _submit(self, engine: Engine, job: _Job, write: _Write, awaits: int | None = None) -> None:
-        job.operation = Operation(partial(self._carry_out, job, write), {job.save.path: True}, awaits)
+    def _submit(self, engine: Engine, job: _Job, write: _Write) -> None:
+        job.operation = Operation(
+            partial(self._carry_out, job, write), {job.save.path: True}, job.is_copied_by_caller
+        )
         job.save.stats.queue_depth = engine.depth()
         with self._changed:
             self._jobs.append(job)
@@ -345,7 +352,7 @@ class Saver:
             finally:
                 # A save may fail while its state is still being copied: only then is the buffer free.
                 if job.snapshot is not None:
-                    await in_thread(job.snapshot.copy_ended.wait)
+                    await in_thread(job.snapshot.filled.wait_for_end)
                 self._give_back(job.place, job.snapshot)
         except Exception as error:  # noqa: BLE001 - told to the caller, whatever it is
             self._settle(job)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 import warnings
 from dataclasses import dataclass, field
@@ -41,9 +40,8 @@ class Snapshot:
         frozen: everything but the bytes of the storages.
         body: where each storage lies in `lease`, which is where it will lie in the file.
         lease: the host buffer; released by whoever is done with the snapshot.
-        filled: how far the copy has come.
+        filled: how far the copy has come, and whether it has ended.
         storages: what is to be copied; empty once the copy has ended.
-        copy_ended: set once nobody writes into the lease any more.
         wait_seconds, copy_seconds: what the training thread spent on host memory, and on the copy.
     """
 
@@ -51,14 +49,13 @@ class Snapshot:
     body: Body
     lease: Lease
     filled: Watermark = field(default_factory=Watermark)
-    copy_ended: threading.Event = field(default_factory=threading.Event)
     wait_seconds: float = 0.0
     copy_seconds: float = 0.0
     storages: list[UntypedStorage] = field(default_factory=list, repr=False)
 
     def share(self, frozen: FrozenState) -> Snapshot:
         """Return a second snapshot whose storages have the same bytes, with a lease of its own."""
-        return Snapshot(frozen, self.body, self.lease.share(), self.filled, self.copy_ended)
+        return Snapshot(frozen, self.body, self.lease.share(), self.filled)
 
     def copy(self) -> None:
         """Copy the storages into the lease. The state may change once this has returned.
@@ -83,8 +80,7 @@ class Snapshot:
     def end_copy(self) -> None:
         """Say that nothing more will be copied, whether all was or not."""
         self.storages = []
-        self.filled.fail(SaveError("the copy of the state to host memory was broken off"))
-        self.copy_ended.set()
+        self.filled.end(SaveError("the copy of the state to host memory was broken off"))
 
 
 @dataclass(slots=True, eq=False)

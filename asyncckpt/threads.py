@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from _thread import RLock
+from _thread import RLock, start_new_thread
 from contextlib import asynccontextmanager, suppress
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -16,6 +16,7 @@ if sys.version_info < (3, 11):
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+    from threading import Thread
 
     from anyio import CapacityLimiter
     from anyio.abc import TaskGroup
@@ -43,6 +44,34 @@ async def in_thread(func: Callable[..., T], *args: Any, limiter: CapacityLimiter
         if called:
             raise
         return func(*args)
+
+
+
+def start_threads(threads: Iterable[Thread], into: list[Thread]) -> None:
+    """Start threads, each of them then appended to `into`.
+
+    Another thread does it, where signal handlers do not break in: `Thread.start` would leave a thread that
+    runs and that nobody knows of.
+
+    Raises:
+        RuntimeError: the system or a limit refuses one.
+    """
+    answer: SimpleQueue[BaseException | None] = SimpleQueue()
+
+    def start() -> None:
+        try:
+            for thread in threads:
+                thread.start()
+                into.append(thread)
+        except BaseException as error:  # noqa: BLE001 - raised by the caller
+            answer.put(error)
+        else:
+            answer.put(None)
+
+    start_new_thread(start, ())
+    error = answer.get()
+    if error is not None:
+        raise error
 
 
 # Whoever waits looks again after this many seconds at the latest: a thread that is interrupted between a

@@ -44,12 +44,14 @@ class Lease:
     It is 4096-aligned and at least as long as what was asked for.
     """
 
+    _buffer: _Buffer | None = None
+
     def __init__(self, arena: Arena) -> None:
         self._arena = arena
-        self._buffer: _Buffer | None = None
 
     def __del__(self) -> None:
-        self.release()
+        if self._buffer is not None:
+            self.release()
 
     @property
     def view(self) -> memoryview:

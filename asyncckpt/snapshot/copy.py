@@ -29,10 +29,15 @@ _SHARED_FROM = 4 << 20
 
 @dataclass(slots=True, eq=False)
 class Watermark:
-    """How many bytes at the front of a buffer hold what they will be written as."""
+    """How many bytes at the front of a buffer hold what they will be written as.
+
+    Attributes:
+        ended: whether nobody writes into the buffer any more.
+    """
 
     _value: int = 0
     _error: BaseException | None = None
+    ended: bool = False
     _changed: Condition = field(default_factory=Condition)
 
     def advance(self, value: int) -> None:
@@ -46,6 +51,16 @@ class Watermark:
         with self._changed:
             self._error = self._error or error
             self._changed.notify_all()
+
+    def end(self, error: BaseException) -> None:
+        """Say that nobody writes into the buffer any more; what is not there has failed with `error`."""
+        self.fail(error)
+        self.ended = True
+        self._changed.notify_all()
+
+    def wait_for_end(self) -> None:
+        """Block until nobody writes into the buffer any more."""
+        self._changed.until(lambda: self.ended)
 
     def wait(self, value: int) -> None:
         """Block until everything below `value` is there; raises what the copy failed with."""

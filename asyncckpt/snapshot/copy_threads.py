@@ -5,10 +5,11 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
+from contextlib import suppress
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Generic, TypeVar
 
-from asyncckpt.threads import Condition
+from asyncckpt.threads import Condition, start_threads
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -153,28 +154,23 @@ def _cores() -> int:
 def _start_helpers(count: int) -> int:
     """Have `count` helpers, as far as threads can be started; returns how many there are of them."""
     with _starting:
-        _helpers[:] = [thread for thread in _helpers if thread.is_alive()]
-        try:
-            while len(_helpers) < count:
-                thread = threading.Thread(
-                    target=_run_errands, args=(_errands,), name="asyncckpt-copy", daemon=True
-                )
-                _helpers.append(thread)  # before it runs: an interrupt may come as soon as it does
-                thread.start()
-        except RuntimeError:  # a limit, or the interpreter is shutting down
-            _helpers[:] = [thread for thread in _helpers if thread.is_alive()]
+        more = [
+            threading.Thread(target=_run_errands, args=(_errands,), name="asyncckpt-copy", daemon=True)
+            for _ in range(count - len(_helpers))
+        ]
+        if more:
+            with suppress(RuntimeError):  # a limit, or the interpreter is shutting down
+                start_threads(more, _helpers)
         return min(count, len(_helpers))
 
 
 def end_helpers() -> None:
     """End the helpers; they are started anew when they are needed."""
     with _starting:
-        threads = [thread for thread in _helpers if thread.is_alive()]
-        _helpers.clear()
-        for _ in threads:
+        for _ in _helpers:
             _errands.put(None)
-        for thread in threads:
-            thread.join()
+        while _helpers:
+            _helpers.pop().join()
 
 
 def _run_errands(errands: SimpleQueue[Callable[[], None] | None]) -> None:

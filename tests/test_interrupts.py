@@ -1,0 +1,166 @@
+"""Ctrl-C at every point of a save, a wait, a load and a construction: nothing hangs, leaks or is torn."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+import asyncckpt
+from asyncckpt import Checkpointer
+from asyncckpt.engine import get_engine
+from asyncckpt.testing import SlowStore
+from interrupts import held, interrupt_everywhere, settle, wait_until
+from support import put_under
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+pytestmark = [
+    pytest.mark.skipif(sys.platform != "linux", reason="reads /proc"),
+    # The interpreter prints and drops what is raised while it closes a generator.
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+
+
+def state_of(value: float, size: int = 1000) -> dict[str, Any]:
+    return {"w": torch.full((size,), float(value)), "n": value}
+
+
+@pytest.fixture(params=["copied first", "written while it is copied"])
+def overlapping(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param != "copied first":
+        monkeypatch.setattr("asyncckpt.saver._OVERLAP_FROM", 0)
+
+
+@pytest.mark.usefixtures("overlapping")
+@pytest.mark.parametrize("memory", ["warm", "cold"])
+def test_save(tmp_path: Path, memory: str) -> None:
+    ckpt = Checkpointer(tmp_path, keep=asyncckpt.LastN(1))
+    step = 0
+
+    def before() -> None:
+        nonlocal step
+        step += 1
+        settle(ckpt)
+        if memory == "cold":
+            get_engine().arena.close()
+
+    def after(where: str) -> None:
+        nonlocal step
+        settle(ckpt)
+        assert ckpt._saver.in_flight == 0, where
+        assert held()[0] == 0, where
+        step += 1
+        ckpt.save(step, state_of(step)).committed.result(30)
+        settle(ckpt)
+        assert held()[1:] == steady, where
+        assert ckpt.load()["n"] == step
+        assert len(list(tmp_path.iterdir())) == 1, where
+
+    get_engine().arena.close()
+    ckpt.save(0, state_of(0))
+    settle(ckpt)
+    steady = held()[1:]
+    assert interrupt_everywhere(lambda: ckpt.save(step, state_of(step)), before, after) > 100
+    settle(ckpt)
+
+
+def test_save_that_waits_for_a_place(tmp_path: Path) -> None:
+    ckpt = Checkpointer(tmp_path, keep=asyncckpt.LastN(1))
+    slow = SlowStore(ckpt._store, delays={"commit": 0.001})
+    put_under(ckpt, slow)
+    step = 0
+
+    def before() -> None:
+        nonlocal step
+        settle(ckpt)
+        step += 2
+        ckpt.save(step - 1, state_of(step - 1))
+
+    def after(where: str) -> None:
+        settle(ckpt)
+        assert (ckpt._saver.in_flight, held()) == (0, steady), where
+
+    before()
+    settle(ckpt)
+    steady = held()
+    assert interrupt_everywhere(lambda: ckpt.save(step, state_of(step)), before, after) > 100
+    settle(ckpt)
+    latest = ckpt.latest()
+    assert latest is not None
+    assert latest.step == step
+
+
+@pytest.mark.parametrize("call", [Checkpointer.wait, Checkpointer.close, lambda ckpt: ckpt.__exit__(None, None, None)])
+def test_wait(tmp_path: Path, call: Callable[[Checkpointer], object]) -> None:
+    ckpts = [Checkpointer(tmp_path)]
+    step = 0
+
+    def before() -> None:
+        nonlocal step
+        step += 1
+        ckpts.append(Checkpointer(tmp_path))
+        put_under(ckpts[-1], SlowStore(ckpts[-1]._store, delays={"commit": 0.001}))
+        ckpts[-1].save(step, state_of(step))
+
+    def after(where: str) -> None:
+        settle(ckpts[-1])
+        latest = ckpts.pop().latest()
+        assert latest is not None
+        assert latest.step == step, where
+        assert held() == steady, where
+
+    before()
+    settle(ckpts[-1])
+    steady = held()
+    assert interrupt_everywhere(lambda: call(ckpts[-1]), before, after) > 20
+
+
+@pytest.mark.parametrize("engine", ["running", "not yet started"])
+def test_construction(tmp_path: Path, engine: str) -> None:
+    with Checkpointer(tmp_path) as ckpt:
+        ckpt.save(1, state_of(1))
+
+    def before() -> None:
+        if engine == "not yet started":
+            get_engine().close()
+
+    def save() -> None:
+        ckpt = Checkpointer(tmp_path)
+        ckpt.save(1, state_of(1)).committed.result(30)
+        ckpt.close()
+        get_engine().arena.close()
+
+    def after(where: str) -> None:
+        save()
+        # Threads of a start that was broken off end by themselves.
+        wait_until(lambda: held()[2:] == steady, where)
+
+    save()
+    steady = held()[2:]
+    assert interrupt_everywhere(lambda: Checkpointer(tmp_path), before, after) > 30
+
+
+@pytest.mark.parametrize("call", ["load", "restore", "verify"])
+def test_reading(tmp_path: Path, call: str) -> None:
+    live = state_of(0, 50_000)
+    ckpt = Checkpointer(tmp_path)
+    ckpt.save(1, state_of(1, 50_000)).committed.result(30)
+    ckpt.load()
+    steady = held()
+
+    def read() -> None:
+        getattr(ckpt, call)(*([live] if call == "restore" else []))
+
+    def before() -> None:
+        live.update(state_of(0, 50_000))
+
+    def after(where: str) -> None:
+        assert live["w"].unique().tolist() == [live["n"]], where
+        wait_until(lambda: held() == steady, where)
+
+    assert interrupt_everywhere(read, before, after) > 50
