@@ -108,7 +108,7 @@ class Checkpointer:
         self._overwrite = overwrite
         self._saver = Saver(max_in_flight, when_busy, on_error, on_commit)
         self._closed = False
-        self._claimed = False
+        self._unclaim: Callable[[], object] | None = None
         self._store: Store = open_store(directory, storage_options)
         self._series = Series(self._store, self.directory, self._names)
         self._prepared = create
@@ -182,9 +182,8 @@ class Checkpointer:
         numbers = _checked_metrics(metrics)
         check_metrics(self._keep, numbers)
         name = self._names.name(step, numbers)
-        if not self._claimed:
-            claim(self.directory, self._names.template)
-            self._claimed = True
+        if self._unclaim is None:
+            self._unclaim = claim(self.directory, self._names.template)
         self._refuse_taken(name, step)
         description = Description(0, step, numbers, time.time(), filename=self._names.template)
         if len(description.encode()) > MAX_BYTES:
@@ -219,6 +218,8 @@ class Checkpointer:
         """Wait as `wait` does, and take no more saves."""
         self._closed = True
         self.wait(timeout)
+        if self._unclaim is not None:
+            self._unclaim()
 
     def checkpoints(self) -> list[Checkpoint]:
         """Return the committed checkpoints of the series, in order of commit."""

@@ -23,6 +23,10 @@ class UnpicklableStateError(SaveError, TypeError):
     """An entry of the state cannot be pickled; the message gives its path."""
 
 
+class ShardedStateError(SaveError, TypeError):
+    """An entry of the state is spread over several ranks; the message gives its path."""
+
+
 class CorruptCheckpointError(AsyncCkptError, ValueError):
     """A file is not a whole checkpoint: a damaged record, a cut end, or another format."""
 

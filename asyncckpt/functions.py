@@ -8,15 +8,18 @@ from typing import TYPE_CHECKING, Any
 
 from asyncckpt.engine import wait_for_pending
 from asyncckpt.layout.description import Description
+from asyncckpt.ranks import claim
 from asyncckpt.restore import load_state, locate
 from asyncckpt.saver import Saver
 from asyncckpt.stores import open_store
 from asyncckpt.targets import FileTarget
+from asyncckpt.threads import in_thread
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from asyncckpt.save import Save
+    from asyncckpt.types import Checkpoint
     from asyncckpt.unpickle import MapLocation
 
 # One being written and one being taken: two files saved one after the other do not wait for each other.
@@ -42,13 +45,17 @@ def save(
     """
     began = time.perf_counter()
     store, name = locate(_checked(path), open_store("."), storage_options)
+    unclaim = claim(store.path_of(""), name)
     description = Description(0, None, {}, time.time())
 
     async def describe() -> Description:
         await store.prepare()
         return description
 
-    return _saver.save(state, FileTarget(store, name, describe), None, began)
+    async def after(_: Checkpoint) -> None:
+        await in_thread(unclaim)
+
+    return _saver.save(state, FileTarget(store, name, describe, after), None, began)
 
 
 def load(

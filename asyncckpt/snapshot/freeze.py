@@ -14,8 +14,9 @@ import torch
 from torch.serialization import location_tag
 from torch.storage import TypedStorage, UntypedStorage
 
-from asyncckpt.errors import SaveError, UnpicklableStateError
+from asyncckpt.errors import SaveError, ShardedStateError, UnpicklableStateError
 from asyncckpt.snapshot.culprit import find_culprit
+from asyncckpt.snapshot.sharded import ranks_of
 from asyncckpt.types import STORAGE_DTYPES
 
 if TYPE_CHECKING:
@@ -62,6 +63,10 @@ class _NeedsStorageIdsError(Exception):
     """The state has tensors or storages that only torch's own reduction can pickle."""
 
 
+class _ShardedError(Exception):
+    """A tensor of the state is spread over several ranks."""
+
+
 class _PlainPickler(pickle.Pickler):
     """The C pickler; what it does with tensors is set per instance, which saves a bound method a call."""
 
@@ -95,6 +100,7 @@ class Freezer:
 
         Raises:
             UnpicklableStateError: names the path of the entry that does not pickle.
+            ShardedStateError: names the path of a tensor of which this rank has a shard only.
             SaveError: the state has one storage under two dtypes.
         """
         collecting = gc.isenabled()
@@ -118,6 +124,13 @@ class Freezer:
             _pickler(out, table, exact=self._exact).dump(state)
         except (SaveError, _NeedsStorageIdsError):
             raise
+        except _ShardedError as error:
+            raise ShardedStateError(
+                f"{find_culprit(state, _probe)}: {error}; gather the whole state and save it on rank 0"
+                " (torch.distributed.checkpoint.state_dict.get_state_dict with"
+                " StateDictOptions(full_state_dict=True, cpu_offload=True)), or save it with"
+                " torch.distributed.checkpoint"
+            ) from None
         except Exception as error:
             path = find_culprit(state, _probe)
             msg = (
@@ -181,6 +194,10 @@ def _tensor_reducer(table: _Table, *, exact: bool) -> Callable[[Any], Any]:
         if type(obj) is not plain:
             if not exact and isinstance(obj, (plain, *_STORAGES)):
                 raise _NeedsStorageIdsError
+            if isinstance(obj, plain) and (ranks := ranks_of(obj)) > 1:
+                raise _ShardedError(
+                    f"a {type(obj).__name__} over {ranks} ranks, of which this process holds its shard only"
+                )
             return NotImplemented
         dtype = obj.dtype
         if (

@@ -1,0 +1,167 @@
+"""Several ranks of a process group: what would be torn or lost is refused on all of them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+PREPARE = """\
+import json, sys, warnings
+warnings.simplefilter("ignore")
+import torch
+import torch.distributed as dist
+import asyncckpt
+
+rank, directory = int(sys.argv[1]), sys.argv[2]
+dist.init_process_group("gloo", init_method=f"file://{directory}-group", rank=rank, world_size=2)
+told = []
+
+def attempt(call, *args, **kwargs):
+    try:
+        result = call(*args, **kwargs)
+    except asyncckpt.AsyncCkptError as error:
+        told.append([type(error).__name__, str(error)])
+    else:
+        told.append(None)
+        return result
+
+"""
+END = """
+dist.barrier()
+print(json.dumps(told))
+dist.destroy_process_group()
+"""
+
+
+def on_two_ranks(tmp_path: Path, body: str) -> list[Any]:
+    """Run a program as two ranks; returns what each of them tells."""
+    command = [sys.executable, "-c", PREPARE + body + END]
+    running = [
+        subprocess.Popen(
+            [*command, str(rank), str(tmp_path / "run")], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        for rank in range(2)
+    ]
+    ends = [process.communicate(timeout=90) for process in running]
+    assert [process.returncode for process in running] == [0, 0], ends
+    return [json.loads(output) for output, _ in ends]
+
+
+def test_sharded_states_are_refused_and_the_entry_is_named(tmp_path: Path) -> None:
+    told = on_two_ranks(
+        tmp_path,
+        """
+from torch.distributed.fsdp import fully_shard
+
+model = torch.nn.Linear(8, 8)
+fully_shard(model)
+opt = torch.optim.Adam(model.parameters())
+model(torch.ones(2, 8)).sum().backward()
+opt.step()
+ckpt = asyncckpt.Checkpointer(directory, filename=f"{rank}-{{step}}.pt")
+attempt(ckpt.save, 1, {"model": model})
+attempt(ckpt.save, 1, {"step": 3, "opt": opt})
+attempt(asyncckpt.save, {"w": [model.weight]}, f"{directory}/{rank}.pt")
+assert ckpt.checkpoints() == []
+
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+if rank == 0:
+    ckpt.save(1, {"model": whole})
+    ckpt.wait()
+    assert ckpt.load()["model"]["weight"].shape == (8, 8)
+""",
+    )
+    for model, opt, listed in told:
+        assert {kind for kind, _ in (model, opt, listed)} == {"ShardedStateError"}
+        assert 'state["model"]["weight"]: a DTensor over 2 ranks' in model[1]
+        assert 'state["opt"]["state"][0]["exp_avg"]: a DTensor' in opt[1]
+        assert 'state["w"][0]: a ' in listed[1]
+        assert "full_state_dict=True" in model[1]
+
+
+def test_one_series_is_saved_by_one_rank(tmp_path: Path) -> None:
+    told = on_two_ranks(
+        tmp_path,
+        """
+ckpt = asyncckpt.Checkpointer(directory)
+own = asyncckpt.Checkpointer(directory, filename=f"rank{rank}-{{step}}.pt")
+for step in (1, 2):
+    attempt(ckpt.save, step, {"w": torch.ones(3)})
+    attempt(own.save, step, {"w": torch.ones(3)})
+ckpt.close(), own.close()
+dist.barrier()
+assert [c.step for c in ckpt.checkpoints()] == [c.step for c in own.checkpoints()] == [1, 2]
+""",
+    )
+    refused = [index for index, each in enumerate(told) if each[0] is not None]
+    assert len(refused) == 1
+    first, own, second, own_too = told[refused[0]]
+    assert (own, own_too) == (None, None)
+    for kind, text in (first, second):
+        assert kind == "SaveError"
+        assert f"rank {refused[0]} saves to" in text
+        assert f"as rank {1 - refused[0]} does" in text
+    assert told[1 - refused[0]] == [None] * 4
+
+
+def test_one_file_is_written_by_one_rank_at_once(tmp_path: Path) -> None:
+    told = on_two_ranks(
+        tmp_path,
+        """
+from asyncckpt.engine import get_engine
+from asyncckpt.engine import Operation
+import threading
+go_on = threading.Event()
+
+async def hold():
+    await asyncckpt.threads.in_thread(go_on.wait)
+
+get_engine().submit(Operation(hold))  # what is saved now is pending until both have tried
+attempt(asyncckpt.save, {"w": torch.ones(3)}, f"{directory}/same.pt")
+attempt(asyncckpt.save, {"w": torch.ones(3)}, f"{directory}/{rank}.pt")
+dist.barrier()
+go_on.set()
+asyncckpt.wait()
+dist.barrier()
+if rank == 1:  # one after the other
+    attempt(asyncckpt.save, {"w": torch.ones(3)}, f"{directory}/same.pt")
+    asyncckpt.wait()
+dist.barrier()
+if rank == 0:
+    attempt(asyncckpt.save, {"w": torch.ones(3)}, f"{directory}/same.pt")
+    asyncckpt.wait()
+""",
+    )
+    assert sorted(each[0] is None for each in told) == [False, True]
+    assert [each[1:] for each in told] == [[None, None]] * 2
+
+
+@pytest.mark.parametrize("what", ["a mesh of one rank", "no process group"])
+def test_one_rank_saves_as_ever(tmp_path: Path, what: str) -> None:
+    body = """
+import torch.distributed as dist, torch, asyncckpt, sys
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import distribute_tensor
+state = {"w": torch.ones(3)}
+if sys.argv[2] == "a mesh of one rank":
+    dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}-group", rank=0, world_size=1)
+    state["d"] = distribute_tensor(torch.ones(4), init_device_mesh("cpu", (1,)))
+with asyncckpt.Checkpointer(sys.argv[1]) as ckpt:
+    ckpt.save(1, state)
+    ckpt.save(2, state)
+assert ckpt.latest().step == 2
+if dist.is_initialized():
+    dist.destroy_process_group()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", body, str(tmp_path / "run"), what], capture_output=True, text=True, timeout=90
+    )
+    assert done.returncode == 0, done.stderr
