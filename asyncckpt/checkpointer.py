@@ -12,7 +12,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Union
 
-from anyio import to_thread
+from anyio import CancelScope, to_thread
 
 from asyncckpt.apply import apply_state
 from asyncckpt.callers import callers_level
@@ -151,8 +151,10 @@ class Checkpointer:
         del kind, trace
         self._closed = True
         try:
-            # Whoever is cancelled here leaves at once. What then fails is told by the next call, or at exit.
-            await to_thread.run_sync(self._saver.drain, abandon_on_cancel=True)
+            # A task that asyncio itself cancels is not shielded: it leaves at once, and what fails then is
+            # told by the next call, or at exit.
+            with CancelScope(shield=True):
+                await to_thread.run_sync(self._saver.drain, abandon_on_cancel=True)
             self._saver.raise_failures()
         except AsyncCkptError as failure:
             if error is None:

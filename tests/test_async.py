@@ -193,6 +193,43 @@ async def test_cancelling_the_block_still_finishes_its_saves(tmp_path: Path) -> 
     assert torch.load(tmp_path / "step-00000001.pt")["w"].tolist() == [1] * 5
 
 
+async def test_a_failure_behind_a_cancelled_block_is_told_by_the_next_call(tmp_path: Path) -> None:
+    ckpt = Checkpointer(tmp_path)
+    store = FaultyStore(ckpt._store)
+    store.fail("commit", OSError("the disk is gone"))
+    gate = Gate()
+    put_under(ckpt, SlowStore(store, gates={"commit": gate}))
+    leaving = asyncio.Event()
+
+    async def run() -> None:
+        async with ckpt:
+            ckpt.save(1, state_of(1))
+            leaving.set()
+
+    task = asyncio.create_task(run())
+    await leaving.wait()
+    await gate.arrival()
+    await asyncio.sleep(0)  # it waits in the end of the block by now
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    gate.open()
+    with pytest.raises(SaveError, match="the disk is gone"):
+        await asyncio.to_thread(ckpt.wait)
+    await asyncio.to_thread(ckpt.wait)
+
+
+async def test_a_cancelled_scope_waits_for_the_end_of_the_block(tmp_path: Path) -> None:
+    with anyio.CancelScope() as scope:
+        async with Checkpointer(tmp_path) as ckpt:
+            gate = gated(ckpt)
+            save = ckpt.save(1, state_of(1))
+            scope.cancel()
+            opening = asyncio.create_task(open_once_reached(gate))
+    await opening
+    assert save.committed.result(0).step == 1
+
+
 def test_one_checkpointer_serves_several_event_loops(tmp_path: Path) -> None:
     with Checkpointer(tmp_path, max_in_flight=4) as ckpt:
 

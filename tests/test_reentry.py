@@ -1,0 +1,208 @@
+"""Saving and waiting in callbacks and in signal handlers: it works, or says at once what to do."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+from asyncckpt import BusyError, Checkpointer, SaveError, staging
+from asyncckpt.engine import get_engine
+from asyncckpt.testing import FaultyStore, Gate, SlowStore
+from interrupts import Interrupt, settle
+from support import put_under
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from asyncckpt import Save
+
+
+def state_of(value: float, size: int = 1000) -> dict[str, torch.Tensor]:
+    return {"w": torch.full((size,), float(value))}
+
+
+def steps(ckpt: Checkpointer) -> list[int | None]:
+    return [checkpoint.step for checkpoint in ckpt.checkpoints()]
+
+
+class TestCallbacks:
+    def test_a_callback_saves(self, tmp_path: Path) -> None:
+        with Checkpointer(tmp_path) as ckpt:
+            again: list[Save] = []
+            first = ckpt.save(1, state_of(1))
+            first.committed.add_done_callback(lambda _: again.append(ckpt.save(2, state_of(2))))
+            ckpt.wait()
+            assert again[0].committed.result(30).step == 2
+        assert steps(ckpt) == [1, 2]
+
+    def test_what_is_called_on_an_error_saves_again(self, tmp_path: Path) -> None:
+        def save_again(failed: Save, _: Exception) -> None:
+            again.append(ckpt.save(failed.step or 0, state_of(9)))
+
+        again: list[Save] = []
+        with Checkpointer(tmp_path, on_error=save_again) as ckpt:
+            put_under(ckpt, FaultyStore(ckpt._store)).fail("commit", OSError("once"))
+            with pytest.raises(SaveError, match="once"):
+                ckpt.save(1, state_of(1)).committed.result(30)
+            ckpt.wait()
+            assert again[0].committed.result(30).step == 1
+
+    @pytest.mark.parametrize("busy", [False, True])
+    def test_a_callback_never_hangs_while_the_loop_waits_for_a_place(self, tmp_path: Path, busy: bool) -> None:
+        told: list[object] = []
+
+        def save(_: object) -> None:
+            try:
+                told.append(ckpt.save(100, state_of(100)).step)
+            except BusyError as error:
+                told.append(str(error))
+
+        with Checkpointer(tmp_path, max_in_flight=1) as ckpt:
+            for step in range(20):
+                saved = ckpt.save(step, state_of(step))
+                if busy or step == 19:
+                    saved.committed.add_done_callback(save)
+            ckpt.wait()
+        assert len(told) == (20 if busy else 1)
+        assert all(each == 100 or "in a callback" in str(each) for each in told)
+
+    @pytest.mark.parametrize("what", ["wait", "close"])
+    def test_a_callback_that_waits_is_told(self, tmp_path: Path, what: str) -> None:
+        told: list[BusyError] = []
+
+        def wait(_: object) -> None:
+            with pytest.raises(BusyError, match="in a callback of a save.*in the loop") as caught:
+                getattr(ckpt, what)()
+            told.append(caught.value)
+
+        with Checkpointer(tmp_path, on_commit=wait) as ckpt:
+            ckpt.save(1, state_of(1))
+        assert len(told) == 1
+
+    def test_a_callback_loads_and_lists(self, tmp_path: Path) -> None:
+        told: list[Any] = []
+        with Checkpointer(
+            tmp_path, on_commit=lambda _: told.extend([ckpt.load()["w"][0].item(), ckpt.latest()])
+        ) as ckpt:
+            made = ckpt.save(1, state_of(1)).committed.result(30)
+            ckpt.wait()
+        assert told == [1.0, made]
+
+
+@pytest.fixture
+def handler() -> Iterator[Callable[[Callable[[], object]], list[object]]]:
+    """Install a handler of SIGINT that calls a function and notes what it returns or raises."""
+    before = signal.getsignal(signal.SIGINT)
+
+    def install(call: Callable[[], object]) -> list[object]:
+        told: list[object] = []
+
+        def handle(*_: object) -> None:
+            try:
+                told.append(call())
+            except BusyError as error:
+                told.append(error)
+
+        signal.signal(signal.SIGINT, handle)
+        return told
+
+    yield install
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("max_in_flight", [1, 2])
+@pytest.mark.parametrize("overlapping", [False, True])
+class TestHandlers:
+    @pytest.fixture(autouse=True)
+    def overlap(self, monkeypatch: pytest.MonkeyPatch, *, overlapping: bool) -> None:
+        if overlapping:
+            monkeypatch.setattr("asyncckpt.saver._OVERLAP_FROM", 0)
+
+    def test_a_handler_that_saves_and_waits(
+        self, tmp_path: Path, handler: Callable[[Callable[[], object]], list[object]], max_in_flight: int
+    ) -> None:
+        """At every point of a save: what the handler saves is durable, or it is told what to do."""
+        ckpt = Checkpointer(tmp_path, max_in_flight=max_in_flight)
+        step = 0
+
+        def call() -> int:
+            ckpt.save(step + 1_000_000, state_of(step))
+            ckpt.wait()
+            return step + 1_000_000
+
+        told = handler(call)
+
+        def before() -> None:
+            nonlocal step
+            step += 1
+            settle(ckpt)
+
+        def save() -> None:
+            ckpt.save(step, state_of(step))
+
+        number = 0
+        while True:
+            before()
+            count = len(told)
+            interrupt = Interrupt(number)
+            with interrupt:
+                save()
+            settle(ckpt)
+            if not interrupt.came:
+                break
+            assert len(told) == count + 1, interrupt.where
+            number += 1
+        saved = [each for each in told if isinstance(each, int)]
+        refused = [each for each in told if isinstance(each, BusyError)]
+        assert len(saved) + len(refused) == number > 100
+        assert all("signal handler" in str(error) for error in refused)
+        listed = set(steps(ckpt))
+        assert listed >= {*saved, *range(1, step + 1)}
+        assert saved
+        assert ckpt._saver.in_flight == get_engine().arena.statistics().leases == 0
+
+
+def test_a_handler_that_only_waits_while_the_state_is_copied(
+    tmp_path: Path, handler: Callable[[Callable[[], object]], list[object]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("asyncckpt.saver._OVERLAP_FROM", 0)
+    ckpt = Checkpointer(tmp_path)
+
+    class Breaks:
+        """Pressed in the middle of a copy, when the save has been submitted."""
+
+        def __init__(self, copy: Callable[..., None]) -> None:
+            self.copy = copy
+
+        def __call__(self, *args: Any) -> None:
+            signal.raise_signal(signal.SIGINT)
+            self.copy(*args)
+
+    monkeypatch.setattr(staging, "copy_storages", Breaks(staging.copy_storages))
+    for call in (ckpt.wait, ckpt.load):
+        told = handler(call)
+        ckpt.save(1, state_of(1)).committed.result(30)
+        assert len(told) == 1
+        assert isinstance(told[0], BusyError)
+        assert "set a flag in the handler" in str(told[0])
+
+
+def test_another_thread_saves_while_one_waits(tmp_path: Path) -> None:
+    with Checkpointer(tmp_path, max_in_flight=1) as ckpt:
+        gate = Gate()
+        put_under(ckpt, SlowStore(ckpt._store, gates={"commit": gate}))
+        ckpt.save(1, state_of(1))
+        threads = [threading.Thread(target=ckpt.save, args=(step, state_of(step))) for step in (2, 3)]
+        for thread in threads:
+            thread.start()
+        gate.open()
+        for thread in threads:
+            thread.join(30)
+        ckpt.wait()
+        assert sorted(step or 0 for step in steps(ckpt)) == [1, 2, 3]
