@@ -169,6 +169,12 @@ def test_a_remote_file_is_verified(tmp_path: Path) -> None:
     assert verify(f"memory://{tmp_path}/none").exit_code == 2
 
 
+def test_options_go_to_the_paths_that_are_urls(run: Path) -> None:
+    with Checkpointer(f"memory://{run}") as checkpointer:
+        checkpointer.save(1, {})
+    assert verify(run, f"memory://{run}", "--option", "level=1").exit_code == 0
+
+
 def test_progress_is_told_every_byte_once(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reader, "CHUNK", 4096)
     told: list[int] = []

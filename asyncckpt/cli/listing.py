@@ -24,7 +24,7 @@ from asyncckpt.cli.output import (
     size,
 )
 from asyncckpt.cli.policies import metric_names, parse_metric, require_metric
-from asyncckpt.cli.running import call
+from asyncckpt.engine import get_engine
 from asyncckpt.errors import CorruptCheckpointError, StoreError
 from asyncckpt.inspection.contents import summarize
 from asyncckpt.outline.texts import clean
@@ -95,7 +95,7 @@ def ls(
     Example: asyncckpt ls runs/gpt --best val_loss
     """
     store = directory_at(directory, option)
-    listing = _listing(call(_read, store), best)
+    listing = _listing(get_engine().call(_read, store), best)
     if as_json:
         print_json([_as_json(row, listing) for row in listing.rows])
     elif listing.rows:

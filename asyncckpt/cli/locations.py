@@ -12,7 +12,7 @@ import typer
 from fsspec.core import split_protocol
 
 from asyncckpt.catalog import READERS
-from asyncckpt.cli.running import call
+from asyncckpt.engine import get_engine
 from asyncckpt.errors import CheckpointNotFoundError, StoreError
 from asyncckpt.layout.other_formats import HEAD
 from asyncckpt.stores import open_store
@@ -57,7 +57,7 @@ def file_at(path: str, options: Sequence[str] | None) -> tuple[Store, StoredFile
     try:
         if name not in _DIRECTORIES:
             store = store_at(place, options)
-            return store, call(store.stat, name)
+            return store, get_engine().call(store.stat, name)
     except FileNotFoundError:
         pass
     raise CheckpointNotFoundError(f"there is no file {path}")
@@ -70,8 +70,7 @@ def directory_at(path: str, options: Sequence[str] | None) -> Store:
         CheckpointNotFoundError: it is not.
     """
     store = store_at(path, options)
-    is_there = _local(store, "").is_dir() if isinstance(store, LocalStore) else bool(call(store.list))
-    if not is_there:
+    if not get_engine().call(store.exists):
         raise CheckpointNotFoundError(f"there is no directory {path}")
     return store
 
@@ -92,7 +91,15 @@ def files_at(path: str, options: Sequence[str] | None) -> tuple[Store, list[Stor
         store = directory_at(path, options)
     except CheckpointNotFoundError:
         raise CheckpointNotFoundError(f"there is no file or directory {path}") from None
-    return store, call(_checkpoints, store)
+    return store, get_engine().call(_checkpoints, store)
+
+
+def options_for(path: str, among: Sequence[str], options: Sequence[str] | None) -> Sequence[str] | None:
+    """Return the options that go with one of several paths: all of them with a URL, none with a local path.
+
+    Where no path is a URL they go with each, so that opening it refuses them.
+    """
+    return options if _is_url(path) or not any(map(_is_url, among)) else None
 
 
 def parsed_options(options: Sequence[str] | None) -> dict[str, Any]:
@@ -139,6 +146,10 @@ async def _checkpoints(store: Store) -> list[StoredFile]:
 
     found = [file for file, is_one in await for_each(looked_at, await store.list(), READERS) if is_one]
     return sorted(found, key=lambda file: file.name)
+
+
+def _is_url(path: str) -> bool:
+    return split_protocol(path)[0] not in {None, *_LOCAL}
 
 
 def _local(store: LocalStore, name: str) -> Path:

@@ -21,7 +21,7 @@ from asyncckpt.cli.output import (
     size,
 )
 from asyncckpt.cli.policies import parse_policy, require_metric
-from asyncckpt.cli.running import call
+from asyncckpt.engine import get_engine
 from asyncckpt.errors import StoreError
 from asyncckpt.outline.texts import clean
 from asyncckpt.retention import AnyOf, BestK, evict
@@ -80,8 +80,8 @@ def prune(
     policies = {spec: parse_policy(spec) for spec in keep}
     store = directory_at(directory, option)
     # Files of asyncckpt.save and of Lightning have no place in the order of commits.
-    checkpoints = [c for c in call(Catalog(store).checkpoints) if c.sequence]
-    others = len(call(store.list)) - len(checkpoints)
+    checkpoints = [c for c in get_engine().call(Catalog(store).checkpoints) if c.sequence]
+    others = len(get_engine().call(store.list)) - len(checkpoints)
     if checkpoints:
         _require_metrics(policies.values(), checkpoints)
     fates = _decide(policies, checkpoints, links_in(store))
@@ -126,7 +126,7 @@ def _remove(store: Store, fates: Iterable[_Fate]) -> None:
     for fate in fates:
         if not fate.why:
             try:
-                call(store.remove, fate.name)
+                get_engine().call(store.remove, fate.name)
             except StoreError as error:
                 fate.error = message(error)
 

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from asyncckpt.cli.locations import StorageOptions, files_at
+from asyncckpt.cli.locations import StorageOptions, files_at, options_for
 from asyncckpt.cli.output import AsJson, bytes_progress, complain, counted, line, message, print_json, size
-from asyncckpt.cli.running import call
+from asyncckpt.engine import get_engine
 from asyncckpt.errors import AsyncCkptError, CheckpointNotFoundError, CorruptCheckpointError
 from asyncckpt.restore import verify_file
 
@@ -43,7 +43,7 @@ def verify(paths: Paths, *, option: StorageOptions = None, as_json: AsJson = Fal
     """
     verdicts = []
     for path in paths:
-        for verdict in _verdicts(path, option):
+        for verdict in _verdicts(path, options_for(path, paths, option)):
             verdicts.append(verdict)
             if not as_json:
                 _print(verdict)
@@ -72,7 +72,7 @@ def _verified(store: Store, file: StoredFile, label: str) -> _Verdict:
     path = store.path_of(file.name)
     try:
         with bytes_progress(label, file.nbytes) as advance:
-            call(verify_file, store, file.name, advance)
+            get_engine().call(verify_file, store, file.name, advance)
     except CorruptCheckpointError as error:
         return _Verdict(path, file.nbytes, "failed", message(error))
     except (AsyncCkptError, OSError) as error:
