@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from asyncckpt._version import __version__
+from asyncckpt.cli.adopting import adopt
 from asyncckpt.cli.benching import bench
 from asyncckpt.cli.differing import diff
 from asyncckpt.cli.inspecting import inspect
@@ -62,5 +63,5 @@ def _telling(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-for _command in (ls, inspect, verify, diff, prune, bench):
+for _command in (ls, inspect, verify, diff, prune, adopt, bench):
     app.command()(_telling(_command))
