@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 from rich.console import Console
+from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 from typer.testing import CliRunner
 
 import asyncckpt
@@ -202,7 +202,7 @@ def test_damage_counts_more_than_what_is_unchecked(run: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore")  # torch warns that there is one process
 def test_a_dcp_checkpoint_is_unchecked_as_a_whole(run: Path) -> None:
-    dcp.save({"weight": torch.ones(100)}, checkpoint_id=run / "dcp", no_dist=True)
+    save_distributed({"weight": torch.ones(100)}, checkpoint_id=run / "dcp", no_dist=True)
     result = verify(run / "dcp")
     assert result.exit_code == 3
     (told,) = result.stdout.splitlines()
