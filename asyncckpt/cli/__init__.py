@@ -1,4 +1,4 @@
-"""asyncckpt in a shell: look at checkpoints, check and compare them, and remove old ones."""
+"""asyncckpt in a shell: look at checkpoints, check, compare and adopt them, and remove old ones."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ Version = Annotated[
 
 @app.callback()
 def about(*, version: Version = False) -> None:
-    """Look at checkpoints, check and compare them, and remove old ones."""
+    """Look at checkpoints, check, compare and adopt them, and remove old ones."""
     del version
 
 
