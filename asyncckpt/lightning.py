@@ -10,7 +10,7 @@ try:
     from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 except ImportError as error:
     raise ImportError(
-        'asyncckpt.lightning needs the package lightning: pip install "asyncckpt[lightning]". For'
+        'asyncckpt.lightning needs the package lightning: pip install "lightning>=2.6". For'
         " pytorch_lightning, import asyncckpt.pytorch_lightning."
     ) from error
 

@@ -58,10 +58,10 @@ class Image:
     directory: Directory
 
     def record(self, name: str) -> bytes | None:
-        """Return the payload of a record, or None if there is no such record."""
-        if name not in self.directory.names:
+        """Return the payload of a record, whatever its folder is called; None if there is no such record."""
+        row = self.directory.row(name)
+        if row is None:
             return None
-        row = self.directory.names.index(name)
         return bytes(self.mapping.view[int(self.directory.starts[row]) : int(self.directory.stops[row])])
 
 
@@ -76,7 +76,7 @@ async def read_image(file: OpenFile) -> Image:
     directory = await answer(read_directory(nbytes), file)
     mapping = map_private(nbytes)
     try:
-        check = _Check(directory, file.path)
+        check = Check(directory, file.path)
 
         async def read(start: int, stop: int) -> None:
             piece = mapping.view[start:stop]
@@ -104,7 +104,7 @@ async def verify(file: OpenFile, progress: Callable[[int], None] | None = None) 
     """
     nbytes = file.file.nbytes
     directory = await answer(read_directory(nbytes), file)
-    check = _Check(directory, file.path)
+    check = Check(directory, file.path)
     buffers = [map_private(CHUNK) for _ in range(READERS)]
     free = [mapping.view for mapping in buffers]
 
@@ -135,8 +135,13 @@ async def _in_parallel(read: Callable[[int, int], Awaitable[None]], size: int) -
 
 
 @dataclass(slots=True, eq=False)
-class _Check:
-    """Headers and checksums of the records of one file, put together from chunks in any order."""
+class Check:
+    """Headers and checksums of the records of one file, put together from chunks in any order.
+
+    Attributes:
+        directory: the records.
+        where: path or URL of the file, for errors.
+    """
 
     directory: Directory
     where: str

@@ -82,6 +82,14 @@ def test_a_store_is_measured_without_the_limit_of_a_disk() -> None:
     assert fsspec.filesystem("memory").find(url) == []
 
 
+def test_options_go_to_the_side_that_is_a_url(tmp_path: Path) -> None:
+    path = f"memory://{uuid.uuid4().hex}/state.pt"
+    with fsspec.open(path, "wb") as file:
+        torch.save({"weight": torch.rand(100)}, file)
+    result = bench("--dir", tmp_path, "--state", path, "--option", "level=1")
+    assert result.exit_code == 0, result.output
+
+
 def test_a_directory_that_is_not_there_is_an_error(tmp_path: Path) -> None:
     result = bench("--dir", tmp_path / "no")
     assert result.exit_code == 2

@@ -442,6 +442,21 @@ def test_remote_files_are_compared(tmp_path: Path) -> None:
     assert values(document(url, tmp_path / "b.pt"))["x"][:2] == (1, 1)
 
 
+@pytest.mark.parametrize("order", [slice(None), slice(None, None, -1)])
+def test_options_go_to_the_side_that_is_a_url(tmp_path: Path, order: slice) -> None:
+    torch.save({"n": 1}, tmp_path / "a.pt")
+    url = f"memory://diff-{next(places)}/run/a.pt"
+    fsspec.filesystem("memory").pipe_file(url, (tmp_path / "a.pt").read_bytes())
+    assert diff(*[url, tmp_path / "a.pt"][order], "--option", "level=1").exit_code == 0
+
+
+def test_an_option_for_local_paths_alone_is_an_error(tmp_path: Path) -> None:
+    torch.save({"n": 1}, tmp_path / "a.pt")
+    result = diff(tmp_path / "a.pt", tmp_path / "a.pt", "--option", "level=1")
+    assert result.exit_code == 2
+    assert "takes no storage_options" in result.stderr
+
+
 def test_long_tables_are_cut_unless_all_is_wanted(tmp_path: Path) -> None:
     torch.save(
         {f"k{n}": n for n in range(60)} | {f"t{n}": torch.ones(1) for n in range(55)}, tmp_path / "a.pt"

@@ -16,13 +16,18 @@ from typer.testing import CliRunner
 
 import asyncckpt
 from asyncckpt import Checkpointer
+from asyncckpt.cli import locations
 from asyncckpt.cli.app import app
 from asyncckpt.inspection.unsafe import refused_globals
 from asyncckpt.layout.torch_zip import lay_out, plan
+from asyncckpt.stores import open_store
+from asyncckpt.testing import FaultyStore
 from strangers import malicious, pickled_text, register_system, write_file
 
 if TYPE_CHECKING:
     from typer.testing import Result
+
+    from asyncckpt.stores.base import Store
 
 places = count()
 
@@ -344,3 +349,23 @@ def test_a_state_that_is_nested_without_end_is_an_error(tmp_path: Path) -> None:
     result = inspect(path)
     assert result.exit_code == 2
     assert result.stderr == f"asyncckpt: {path}: its state is nested more than 10,000 levels deep\n"
+
+
+@pytest.mark.parametrize("command", [["inspect"], ["diff", "b.pt"]])
+def test_a_file_that_vanishes_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: list[str]
+) -> None:
+    def failing(*given: Any) -> Store:
+        store = FaultyStore(open_store(*given))
+        gone = FileNotFoundError(2, "no such file", "a.pt")
+        store.fail("read", gone, times=None, where=lambda name: name == "a.pt")
+        return store
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(locations, "open_store", failing)
+    for name in ("a.pt", "b.pt"):
+        torch.save({}, name)
+    result = CliRunner().invoke(app, [*command, "a.pt"])
+    assert result.exit_code == 2
+    assert result.stderr.startswith("asyncckpt: ")
+    assert "a.pt" in result.stderr

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import fsspec
 import pytest
 import torch
+from fsspec.implementations.memory import MemoryFileSystem
 from typer.testing import CliRunner
 
 from asyncckpt import Checkpointer, StoreError
@@ -79,6 +80,7 @@ def test_json_tells_all(tmp_path: Path) -> None:
         "name": "step-00000007.pt",
         "path": str(path),
         "writer": "asyncckpt",
+        "series": "step-{step:08d}.pt",
         "step": 7,
         "epoch": None,
         "metrics": {"loss": "NaN", "acc": 0.5},
@@ -237,11 +239,32 @@ def test_a_remote_directory_is_listed(tmp_path: Path) -> None:
     assert ls(f"{directory}/none").exit_code == 2
 
 
+class _TimelessFileSystem(MemoryFileSystem):  # type: ignore[misc]  # fsspec has no types
+    protocol = "timeless"
+    store: dict[str, Any] = {}  # noqa: RUF012 - fsspec's own is one for all, too
+
+    def ls(self, path: str, **_: Any) -> list[dict[str, Any]]:
+        return [{**entry, "created": None} for entry in super().ls(path, detail=True)]
+
+    def info(self, path: str, **_: Any) -> dict[str, Any]:
+        return {**super().info(path), "created": None}
+
+
 def test_where_nobody_tells_none_is_the_newest(tmp_path: Path) -> None:
+    fsspec.register_implementation("timeless", _TimelessFileSystem, clobber=True)
+    with fsspec.open(f"timeless://{tmp_path}/a.pt", "wb") as file:
+        torch.save({}, file)
+    (entry,) = listed(f"timeless://{tmp_path}")
+    assert (entry["created"], entry["newest"]) == (None, False)
+
+
+def test_the_time_of_a_remote_file_is_what_its_store_tells(tmp_path: Path) -> None:
+    began = time.time()
     with fsspec.open(f"memory://{tmp_path}/a.pt", "wb") as file:
         torch.save({}, file)
     (entry,) = listed(f"memory://{tmp_path}")
-    assert (entry["created"], entry["newest"]) == (None, False)
+    assert began - 1 < entry["created"] < time.time() + 1
+    assert entry["newest"]
 
 
 def test_a_pipe_gets_names_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -249,3 +272,70 @@ def test_a_pipe_gets_names_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     name = "a" * 200 + ".pt"
     torch.save({}, tmp_path / name)
     assert ls(tmp_path).stdout.splitlines()[1].startswith(name)
+
+
+def save_series(directory: object) -> None:
+    for series, losses in {"model": (3.0, 1.0), "ema": (2.0, 5.0)}.items():
+        with Checkpointer(str(directory), filename=f"{series}-{{step}}.pt") as checkpointer:
+            for step, loss in enumerate(losses, 1):
+                checkpointer.save(step, {}, metrics={"loss": loss})
+
+
+def test_each_series_has_its_newest_and_its_best(tmp_path: Path) -> None:
+    save_series(tmp_path)
+    torch.save({"loss": 0.0}, tmp_path / "theirs.pt")
+    entries = listed(tmp_path)
+    assert {entry["name"]: entry["series"] for entry in entries} == {
+        "theirs.pt": None,
+        "model-1.pt": "model-{step}.pt",
+        "model-2.pt": "model-{step}.pt",
+        "ema-1.pt": "ema-{step}.pt",
+        "ema-2.pt": "ema-{step}.pt",
+    }
+    assert [entry["name"] for entry in entries if entry["newest"]] == ["model-2.pt", "ema-2.pt"]
+    assert [entry["name"] for entry in entries if entry["best"]] == ["model-2.pt", "ema-1.pt"]
+    shown = ls(tmp_path).stdout
+    assert shown.split()[:4] == ["name", "series", "step", "loss"]
+    assert "model-1.pt  model-{step}.pt" in shown
+    assert "for the highest), of each series\n" in shown
+
+
+def test_one_series_has_no_column(tmp_path: Path) -> None:
+    save(tmp_path, {1: {}})
+    assert ls(tmp_path).stdout.split()[:2] == ["name", "step"]
+
+
+@pytest.mark.parametrize("scheme", ["", "memory://"])
+def test_directories_below_are_listed_if_wanted(tmp_path: Path, scheme: str) -> None:
+    top = f"{scheme}{tmp_path}/top"
+    save(f"{top}/b/deep", {1: {}, 2: {}})
+    save(f"{top}/a", {5: {}})
+    there = f"in {top}/a, {top}/b/deep; --recursive looks there\n"
+    assert ls(top).output.endswith(there)
+    paths = [entry["path"] for entry in listed(top, "-r")]
+    assert paths == [
+        f"{top}/{name}.pt" for name in ("a/step-00000005", "b/deep/step-00000001", "b/deep/step-00000002")
+    ]
+    assert marked(listed(top, "-r"), "newest") == [5, 2]
+    shown = [line.rstrip() for line in ls(top, "-r").stdout.splitlines()]
+    assert (shown[0], f"{top}/b/deep" in shown) == (f"{top}/a", True)
+
+
+def test_a_dcp_checkpoint_is_named(tmp_path: Path) -> None:
+    (tmp_path / ".metadata").touch()
+    torch.save({}, tmp_path / "__0_0.distcp")
+    result = ls(tmp_path)
+    assert result.exit_code == 0
+    assert "which is one of torch.distributed.checkpoint: its dcp.load reads it\n" in result.stdout
+
+
+def test_a_file_that_vanishes_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*given: Any) -> Store:
+        store = FaultyStore(open_store(*given))
+        gone = FileNotFoundError(2, "gone")
+        store.fail("read", gone, times=None, where=lambda name: name == "step-00000001.pt")
+        return store
+
+    save(tmp_path, {1: {}, 2: {}})
+    monkeypatch.setattr(locations, "open_store", failing)
+    assert [entry["name"] for entry in listed(tmp_path)] == ["step-00000002.pt"]

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import json
+import shutil
 import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from rich.console import Console
 from typer.testing import CliRunner
 
 import asyncckpt
 from asyncckpt import Checkpointer, StoreError
-from asyncckpt.cli import locations
+from asyncckpt.cli import locations, output
 from asyncckpt.cli.app import app
 from asyncckpt.layout.description import Description
 from asyncckpt.saver import Saver
@@ -20,6 +23,7 @@ from asyncckpt.stores import open_store
 from asyncckpt.stores.local import LocalStore
 from asyncckpt.targets import FileTarget
 from asyncckpt.testing import FaultyStore
+from support import flip, payload_offset
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -134,7 +138,7 @@ def test_files_that_no_checkpointer_wrote_are_left_alone_and_counted(run: Path) 
     result = prune(run, "--keep", "last:1")
     assert result.exit_code == 0
     assert names(run) == {"500.pt", "theirs.pt", "ours.pt", "cut.pt", "epoch=1.ckpt"}
-    assert result.stdout.endswith("; 1 stay; 4 other files left alone\n")
+    assert result.stdout.endswith("; 1 stay; 1 damaged file left alone; 3 other files left alone\n")
 
 
 def save_with_a_step_alone(directory: Path, name: str) -> None:
@@ -202,6 +206,7 @@ def test_json_tells_all(run: Path) -> None:
     assert document["removed"][0] == {
         "name": "100.pt",
         "path": str(run / "100.pt"),
+        "series": "{step}.pt",
         "step": 100,
         "metrics": {"val_loss": 4.0, "val:acc": -4.0},
         "nbytes": nbytes,
@@ -215,3 +220,203 @@ def test_a_remote_directory_is_pruned(tmp_path: Path) -> None:
     assert prune(directory, "--keep", "last:2").exit_code == 0
     with Checkpointer(directory, filename="{step}.pt") as checkpointer:
         assert [found.step for found in checkpointer.checkpoints()] == [400, 500]
+
+
+# What stays is whole
+
+
+def damage(path: Path) -> None:
+    flip(path, payload_offset(path, "data/0") + 1)
+
+
+def damage_header(path: Path) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b"PK\x03\x04", b"PK\x03\x05", 1))
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+def test_the_last_good_file_is_not_removed(run: Path) -> None:
+    damage(run / "500.pt")
+    cut(run / "400.pt")
+    before = names(run)
+    result = prune(run, "--keep", "last:1")
+    assert result.exit_code == 1
+    assert names(run) == before
+    *_, named, advice = result.stderr.splitlines()
+    assert f"{run}/500.pt: record archive/data/0 (400 bytes) is damaged" in named
+    assert advice == (
+        "asyncckpt: nothing was removed, as these are to stay: move or remove them, then prune again"
+    )
+    rows = [line.split()[:2] for line in result.stdout.splitlines()]
+    assert ["damaged", "500.pt"] in rows
+    assert ["damaged", "400.pt"] in rows
+    assert "removed 0 checkpoints, 0 B; 4 stay; 1 damaged file left alone\n" in result.stdout
+    (run / "500.pt").unlink()
+    assert prune(run, "--keep", "last:1").exit_code == 0
+    assert names(run) == {"300.pt", "400.pt"}
+
+
+def test_a_damaged_file_counts_for_no_policy(run: Path) -> None:
+    cut(run / "500.pt")
+    result = prune(run, "--keep", "last:1")
+    assert result.exit_code == 0
+    assert names(run) == {"400.pt", "500.pt"}
+    assert "it was cut off" in result.stdout
+
+
+def test_the_headers_of_all_that_stay_are_checked(run: Path) -> None:
+    damage_header(run / "200.pt")
+    result = prune(run, "--keep", "best:1:val_loss")
+    assert result.exit_code == 1
+    assert f"{run}/200.pt: its record archive/data/0 does not start with a header" in result.stderr
+    assert len(names(run)) == 5
+
+
+def test_the_headers_of_large_records_are_checked(tmp_path: Path) -> None:
+    with Checkpointer(tmp_path) as checkpointer:
+        for step in (1, 2):
+            checkpointer.save(step, [torch.zeros(200_000), torch.zeros(200_000), torch.zeros(5)])
+    path = tmp_path / "step-00000002.pt"
+    content = bytearray(path.read_bytes())
+    content[content.index(b"PK\x03\x04", 900_000)] = 0
+    path.write_bytes(content)
+    result = prune(tmp_path, "--keep", "last:1")
+    assert result.exit_code == 1
+    assert "its record archive/data/2 does not start" in result.stderr
+
+
+def test_the_content_of_all_that_stay_is_checked_if_wanted(run: Path) -> None:
+    damage(run / "200.pt")
+    result = prune(run, "--keep", "best:1:val_loss", "--verify", "--json")
+    assert result.exit_code == 1
+    document = json.loads(result.stdout)
+    assert (document["blocked"], document["removed"]) == (True, [])
+    (failed,) = document["failed"]
+    assert failed["name"] == "200.pt"
+    assert "archive/data/0" in failed["error"]
+    assert len(names(run)) == 5
+    assert prune(run, "--keep", "best:1:val_loss").exit_code == 0
+    assert names(run) == {"200.pt", "500.pt"}
+
+
+def test_a_dry_run_checks_too(run: Path) -> None:
+    damage(run / "500.pt")
+    result = prune(run, "--keep", "last:2", "--dry-run")
+    assert result.exit_code == 1
+    assert "would remove 0 checkpoints" in result.stdout
+    assert "archive/data/0" in result.stderr
+
+
+def test_what_is_to_stay_and_cannot_be_read_stops_it(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*given: Any) -> Store:
+        store = FaultyStore(open_store(*given))
+        error = StoreError(13, "no permission", "its file")
+        store.fail("read", error, times=None, where=lambda name: name == "500.pt", at=2)
+        return store
+
+    monkeypatch.setattr(locations, "open_store", failing)
+    result = prune(run, "--keep", "last:1")
+    assert result.exit_code == 1
+    assert "no permission (its file)" in result.stderr
+    assert len(names(run)) == 5
+
+
+def test_a_terminal_gets_a_bar_for_what_is_read(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = io.StringIO()
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(output, "errors", Console(file=screen, force_terminal=True, width=100))
+    assert prune(run, "--keep", "last:2").exit_code == 0
+    assert "1/1 500.pt" in screen.getvalue()
+
+
+# Series
+
+
+@pytest.fixture
+def two(tmp_path: Path) -> Path:
+    for name in ("model", "ema"):
+        with Checkpointer(tmp_path, filename=f"{name}-{{step}}.pt") as checkpointer:
+            for step in (1, 2, 3):
+                checkpointer.save(step, {}, metrics={"loss": 1.0 / step} if name == "model" else None)
+    return tmp_path
+
+
+def test_a_policy_is_for_each_series(two: Path) -> None:
+    result = prune(two, "--keep", "last:1")
+    assert result.exit_code == 0
+    assert names(two) == {"model-3.pt", "ema-3.pt"}
+    shown = [line.split() for line in result.stdout.splitlines()]
+    assert shown[0] == ["name", "series", "size", "why"]
+    assert shown[1][:3] == ["removed", "model-1.pt", "model-{step}.pt"]
+
+
+def test_the_newest_of_each_series_stays(two: Path) -> None:
+    result = prune(two, "--keep", "every:2", "--json")
+    assert result.exit_code == 0
+    assert names(two) == {f"{name}-{step}.pt" for name in ("model", "ema") for step in (2, 3)}
+    kept = {entry["name"]: (entry["series"], entry["why"]) for entry in json.loads(result.stdout)["kept"]}
+    assert kept["model-3.pt"] == ("model-{step}.pt", ["newest"])
+
+
+def test_the_newest_of_each_series_is_read_whole(tmp_path: Path) -> None:
+    for name in ("model", "ema"):
+        with Checkpointer(tmp_path, filename=f"{name}-{{step}}.pt") as checkpointer:
+            for step in (1, 2):
+                checkpointer.save(step, {"a": torch.ones(10)})
+    damage(tmp_path / "model-2.pt")
+    result = prune(tmp_path, "--keep", "last:1")
+    assert result.exit_code == 1
+    assert "model-2.pt: record archive/data/0" in result.stderr
+    assert len(names(tmp_path)) == 4
+
+
+def test_one_series_can_be_picked(two: Path) -> None:
+    result = prune(two, "--keep", "best:1:loss:max", "--series", "model-{step}.pt")
+    assert result.exit_code == 0
+    assert names(two) == {"model-1.pt", "model-3.pt", *(f"ema-{step}.pt" for step in (1, 2, 3))}
+    assert result.stdout.endswith("; 3 other files left alone\n")
+
+
+def test_a_series_that_is_not_there_is_an_error(two: Path) -> None:
+    result = prune(two, "--keep", "last:1", "--series", "{step}.pt")
+    assert result.exit_code == 2
+    assert "there are: model-{step}.pt, ema-{step}.pt" in result.stderr
+    assert len(names(two)) == 6
+
+
+def test_a_metric_that_one_series_does_not_have_removes_nothing(two: Path) -> None:
+    result = prune(two, "--keep", "best:1:loss")
+    assert result.exit_code == 2
+    assert "no checkpoint of the series ema-{step}.pt has a metric 'loss'; there are: none" in result.stderr
+    assert len(names(two)) == 6
+
+
+def test_a_copy_under_another_name_is_left_alone(run: Path) -> None:
+    shutil.copy(run / "100.pt", run / "first.pt")
+    result = prune(run, "--keep", "last:1")
+    assert names(run) == {"500.pt", "first.pt"}
+    assert result.stdout.endswith("; 1 other file left alone\n")
+
+
+def save_as_old_versions_did(directory: Path, name: str, step: int, sequence: int) -> None:
+    async def describe() -> Description:
+        return Description(sequence, step, {}, time.time())
+
+    saver = Saver(max_in_flight=1)
+    saver.save({}, FileTarget(LocalStore(str(directory)), name, describe), step, time.perf_counter())
+    saver.drain()
+
+
+def test_old_files_are_of_the_series_that_goes_on_with_them(tmp_path: Path) -> None:
+    for step in (1, 2):
+        save_as_old_versions_did(tmp_path, f"{step}.pt", step, step)
+        save_as_old_versions_did(tmp_path, f"other-{step}.pt", step, step + 2)
+    with Checkpointer(tmp_path, filename="{step}.pt") as checkpointer:
+        checkpointer.save(3, {})
+    result = prune(tmp_path, "--keep", "last:1")
+    assert result.exit_code == 0
+    assert names(tmp_path) == {"3.pt", "other-2.pt"}
+    assert "(not told)" in result.stdout

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
+from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 from typer.testing import CliRunner
 
 import asyncckpt
@@ -161,12 +162,104 @@ def test_a_file_without_checksums_is_told_from_a_damaged_one(tmp_path: Path) -> 
         asyncckpt.load(tmp_path / "off.pt")
 
 
+def write_safetensors(path: Path) -> None:
+    header = b"{}      "
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+
+
+def test_what_has_no_checksums_is_named_and_unchecked(run: Path) -> None:
+    write_safetensors(run / "model.safetensors")
+    torch.save({"a": 1}, run / "old.bin", _use_new_zipfile_serialization=False)
+    result = verify(run)
+    assert result.exit_code == 0, result.output
+    lines = [line.split(maxsplit=3) for line in result.stdout.splitlines()]
+    unchecked = [words[3] for words in lines if words[0] == "unchecked"]
+    because = "which has no checksums that verify knows"
+    assert unchecked == [
+        f"{run}/model.safetensors: a safetensors file, {because}",
+        f"{run}/old.bin: of the format that torch.save had before 1.6, {because}",
+    ]
+    assert result.stdout.endswith(": 2 unchecked, 3 good\n")
+
+
+def test_where_nothing_can_be_checked_the_status_is_3(tmp_path: Path) -> None:
+    write_safetensors(tmp_path / "model.safetensors")
+    assert verify(tmp_path).exit_code == 3
+    result = verify(tmp_path / "model.safetensors", "--json")
+    assert result.exit_code == 3
+    (verdict,) = json.loads(result.stdout)
+    assert (verdict["status"], verdict["error"].split(",")[0]) == ("unchecked", "a safetensors file")
+
+
+def test_damage_counts_more_than_what_is_unchecked(run: Path) -> None:
+    write_safetensors(run / "model.safetensors")
+    damage(run / "step-00000002.pt")
+    assert verify(run).exit_code == 1
+    (run / "empty.bin").touch()
+    (run / "step-00000002.pt").unlink()
+    assert verify(run).exit_code == 1
+
+
+@pytest.mark.filterwarnings("ignore")  # torch warns that there is one process
+def test_a_dcp_checkpoint_is_unchecked_as_a_whole(run: Path) -> None:
+    save_distributed({"weight": torch.ones(100)}, checkpoint_id=run / "dcp", no_dist=True)
+    result = verify(run / "dcp")
+    assert result.exit_code == 3
+    (told,) = result.stdout.splitlines()
+    assert told.startswith("unchecked ")
+    assert f"{run}/dcp: a directory of torch.distributed.checkpoint" in told
+    assert "format_utils dcp_to_torch" in told
+    assert verify(run / "dcp" / "__0_0.distcp").exit_code == 3
+    result = verify(run, "-r")
+    assert result.exit_code == 0
+    assert result.stdout.endswith(": 3 good, 1 unchecked\n")
+
+
+@pytest.mark.parametrize("scheme", ["", "memory://"])
+def test_directories_below_are_verified_if_wanted(tmp_path: Path, scheme: str) -> None:
+    top = f"{scheme}{tmp_path}/top"
+    for below in ("b/deep", "a"):
+        with Checkpointer(f"{top}/{below}") as checkpointer:
+            checkpointer.save(1, {})
+    result = verify(top)
+    assert result.exit_code == 2
+    there = f"there is no checkpoint in {top}, but in {top}/a, {top}/b/deep; --recursive looks there"
+    assert result.stderr == f"asyncckpt: {there}\n"
+    result = verify(top, "-r")
+    assert result.exit_code == 0, result.output
+    paths = [line.split()[-1] for line in result.stdout.splitlines()[:-1]]
+    assert paths == [f"{top}/a/step-00000001.pt", f"{top}/b/deep/step-00000001.pt"]
+    assert verify(f"{top}/none", "-r").exit_code == 2
+
+
+def test_a_file_that_vanishes_is_gone_and_does_not_hide_the_others(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*given: Any) -> Store:
+        store = FaultyStore(open_store(*given))
+        store.fail("read", FileNotFoundError(2, "gone"), where=lambda name: name == "step-00000002.pt")
+        return store
+
+    monkeypatch.setattr(locations, "open_store", failing)
+    result = verify(run)
+    assert result.exit_code == 0, result.output
+    assert f"{run}/step-00000002.pt: it was removed or replaced while it was read" in result.stdout
+    assert result.stdout.endswith(": 2 good, 1 gone\n")
+    assert verify(run / "step-00000002.pt").exit_code == 3
+
+
 def test_a_remote_file_is_verified(tmp_path: Path) -> None:
     with Checkpointer(f"memory://{tmp_path}") as checkpointer:
         checkpointer.save(1, {})
     assert verify(f"memory://{tmp_path}").exit_code == 0
     assert verify(f"memory://{tmp_path}/step-00000001.pt").exit_code == 0
     assert verify(f"memory://{tmp_path}/none").exit_code == 2
+
+
+def test_options_go_to_the_paths_that_are_urls(run: Path) -> None:
+    with Checkpointer(f"memory://{run}") as checkpointer:
+        checkpointer.save(1, {})
+    assert verify(run, f"memory://{run}", "--option", "level=1").exit_code == 0
 
 
 def test_progress_is_told_every_byte_once(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

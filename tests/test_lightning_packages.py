@@ -187,7 +187,7 @@ def test_a_missing_package_is_named(
     assert "pip install" in told
     assert f"import asyncckpt.{other}" in told
     if module == "lightning":
-        assert '"asyncckpt[lightning]"' in told
+        assert 'pip install "lightning>=2.6"' in told
 
 
 # The command line

@@ -1,4 +1,4 @@
-"""asyncckpt in a shell: look at checkpoints, check and compare them, and remove old ones."""
+"""asyncckpt in a shell: look at checkpoints, check, compare and adopt them, and remove old ones."""
 
 from __future__ import annotations
 
@@ -12,6 +12,6 @@ def main() -> None:
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in {"rich", "typer"}:
             raise
-        sys.stderr.write('asyncckpt: the shell needs typer and rich: pip install "asyncckpt[cli]"\n')
+        sys.stderr.write("asyncckpt: the shell needs typer and rich: pip install typer rich\n")
         sys.exit(2)
     app(prog_name="asyncckpt")

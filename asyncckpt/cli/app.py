@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from asyncckpt._version import __version__
+from asyncckpt.cli.adopting import adopt
 from asyncckpt.cli.benching import bench
 from asyncckpt.cli.differing import diff
 from asyncckpt.cli.inspecting import inspect
@@ -44,7 +45,7 @@ Version = Annotated[
 
 @app.callback()
 def about(*, version: Version = False) -> None:
-    """Look at checkpoints, check and compare them, and remove old ones."""
+    """Look at checkpoints, check, compare and adopt them, and remove old ones."""
     del version
 
 
@@ -62,5 +63,5 @@ def _telling(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-for _command in (ls, inspect, verify, diff, prune, bench):
+for _command in (ls, inspect, verify, diff, prune, adopt, bench):
     app.command()(_telling(_command))

@@ -12,7 +12,7 @@ import typer
 from asyncckpt.bench.place import Place, clear_up_when_told_to_go
 from asyncckpt.bench.short import SHARE, Short
 from asyncckpt.bench.states import GPT2, device, distinct_tensors, gpt2, on_device
-from asyncckpt.cli.locations import StorageOptions, file_at, parsed_options, store_at
+from asyncckpt.cli.locations import StorageOptions, file_at, options_for, parsed_options, store_at
 from asyncckpt.cli.output import (
     AsJson,
     counted,
@@ -26,7 +26,7 @@ from asyncckpt.cli.output import (
 from asyncckpt.restore import load_state
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
 Disk = Annotated[
     str, typer.Option("--dir", metavar="DIR", help="Where your checkpoints go: a path or a URL.")
@@ -63,10 +63,15 @@ def bench(  # noqa: PLR0913 - the options of the command
     Example: asyncckpt bench --dir /mnt/checkpoints --state last.pt
     """
     clear_up_when_told_to_go()
-    place = Place(store_at(directory, option), parsed_options(option))
+    paths = [path for path in (directory, state) if path is not None]
+    own = options_for(directory, paths, option)
+    place = Place(store_at(directory, own), parsed_options(own))
     about = "GPT-2 124 M + Adam" if state is None else PurePosixPath(state).name
     with place, errors.status("making the state") as status:
-        made = on_device(gpt2(GPT2), device()) if state is None else _loaded(state, weights_only, option)
+        if state is None:
+            made = on_device(gpt2(GPT2), device())
+        else:
+            made = _loaded(state, weights_only, options_for(state, paths, option))
         if not distinct_tensors(made):
             raise typer.BadParameter(f"{state} holds no tensors that could be saved", param_hint="--state")
         short = Short(made, place)
@@ -78,8 +83,8 @@ def bench(  # noqa: PLR0913 - the options of the command
         _print(found)
 
 
-def _loaded(path: str, weights_only: bool, option: list[str] | None) -> Any:  # noqa: FBT001 - as it is given
-    store, file = file_at(path, option if "://" in path else None)
+def _loaded(path: str, weights_only: bool, option: Sequence[str] | None) -> Any:  # noqa: FBT001 - as it is given
+    store, file = file_at(path, option)
     try:
         return load_state(store, file.name, device(), weights_only=weights_only).state
     except pickle.UnpicklingError as error:

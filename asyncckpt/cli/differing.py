@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from asyncckpt.cli.locations import StorageOptions, file_at
+from asyncckpt.cli.locations import StorageOptions, file_at, options_for
 from asyncckpt.cli.output import AsJson, bytes_progress, counted, line, new_table, number, print_json
-from asyncckpt.cli.running import call
 from asyncckpt.cli.states import ROWS, ShowAll, json_path, json_value, print_rest, print_rows
+from asyncckpt.engine import get_engine
 from asyncckpt.inspection.comparing import ABSENT, compare
 from asyncckpt.inspection.comparing_values import Side, compare_values
 from asyncckpt.inspection.contents import read_contents
@@ -69,7 +69,8 @@ def diff(
 
     Example: asyncckpt diff step-00000100.pt step-00000200.pt
     """
-    result = call(_compared, file_at(a, option), file_at(b, option))
+    sides = [file_at(path, options_for(path, (a, b), option)) for path in (a, b)]
+    result = get_engine().call(_compared, *sides)
     if as_json:
         print_json(_document(result))
     else:

@@ -9,8 +9,8 @@ import typer
 
 from asyncckpt.cli.locations import StorageOptions, file_at
 from asyncckpt.cli.output import AsJson, counted, line, new_table, number, print_json, size
-from asyncckpt.cli.running import call
 from asyncckpt.cli.states import ROWS, ShowAll, json_path, json_value, print_rest, print_rows
+from asyncckpt.engine import get_engine
 from asyncckpt.errors import CorruptCheckpointError
 from asyncckpt.inspection.contents import read_contents
 from asyncckpt.inspection.inventory import sums_by_module, take_inventory
@@ -48,7 +48,7 @@ def inspect(
     Example: asyncckpt inspect model.pt
     """
     store, there = file_at(file, option)
-    contents = call(read_file, read_contents, store, there.name)
+    contents = get_engine().call(read_file, read_contents, store, there.name)
     try:
         inventory = take_inventory(contents.outline, contents.payloads)
     except CorruptCheckpointError as error:

@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-import re
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from fsspec.core import split_protocol
 
-from asyncckpt.catalog import READERS
-from asyncckpt.cli.running import call
-from asyncckpt.errors import CheckpointNotFoundError, StoreError
-from asyncckpt.layout.other_formats import HEAD
+from asyncckpt.engine import get_engine
+from asyncckpt.errors import CheckpointNotFoundError
 from asyncckpt.stores import open_store
 from asyncckpt.stores.local import LocalStore
-from asyncckpt.threads import for_each
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -36,9 +32,6 @@ StorageOptions = Annotated[
     ),
 ]
 
-_SUFFIXES = frozenset({".pt", ".pth", ".ckpt", ".bin"})
-# The header of the first record of a file by torch.save or asyncckpt: data.pkl, or a storage.
-_BEGINNING = re.compile(rb"PK\x03\x04.{26}[^/]+/data(\.pkl|/\d)", re.DOTALL)
 _LOCAL = frozenset({"file", "local"})
 _DIRECTORIES = frozenset({"", ".", ".."})
 
@@ -57,42 +50,40 @@ def file_at(path: str, options: Sequence[str] | None) -> tuple[Store, StoredFile
     try:
         if name not in _DIRECTORIES:
             store = store_at(place, options)
-            return store, call(store.stat, name)
+            return store, get_engine().call(store.stat, name)
     except FileNotFoundError:
         pass
     raise CheckpointNotFoundError(f"there is no file {path}")
 
 
-def directory_at(path: str, options: Sequence[str] | None) -> Store:
+def directory_at(path: str, options: Sequence[str] | None, kind: str = "directory") -> Store:
     """Return the store of a directory that is there; one of a remote store is if it has a file.
 
+    Args:
+        path: of the directory.
+        options: of its file system.
+        kind: what to say that there is none of.
+
     Raises:
-        CheckpointNotFoundError: it is not.
+        CheckpointNotFoundError: it is not there.
     """
     store = store_at(path, options)
-    is_there = _local(store, "").is_dir() if isinstance(store, LocalStore) else bool(call(store.list))
-    if not is_there:
-        raise CheckpointNotFoundError(f"there is no directory {path}")
+    if not get_engine().call(store.exists):
+        raise CheckpointNotFoundError(f"there is no {kind} {path}")
     return store
 
 
-def files_at(path: str, options: Sequence[str] | None) -> tuple[Store, list[StoredFile]]:
-    """Return one file, or those of a directory that are checkpoints or look like one.
+def options_for(path: str, among: Sequence[str], options: Sequence[str] | None) -> Sequence[str] | None:
+    """Return the options that go with one of several paths: all of them with a URL, none with a local path.
 
-    Raises:
-        CheckpointNotFoundError: there is neither a file nor a directory.
+    Where no path is a URL they go with each, so that opening it refuses them.
     """
-    try:
-        store, file = file_at(path, options)
-    except CheckpointNotFoundError:
-        pass
-    else:
-        return store, [file]
-    try:
-        store = directory_at(path, options)
-    except CheckpointNotFoundError:
-        raise CheckpointNotFoundError(f"there is no file or directory {path}") from None
-    return store, call(_checkpoints, store)
+    return options if is_url(path) or not any(map(is_url, among)) else None
+
+
+def is_url(path: str) -> bool:
+    """Tell whether a path is a URL of a file system that is not local."""
+    return split_protocol(path)[0] not in {None, *_LOCAL}
 
 
 def parsed_options(options: Sequence[str] | None) -> dict[str, Any]:
@@ -102,23 +93,6 @@ def parsed_options(options: Sequence[str] | None) -> dict[str, Any]:
         typer.BadParameter: one of them is no pair.
     """
     return dict(map(_pair, options or ()))
-
-
-async def looks_like_checkpoint(store: Store, file: StoredFile) -> bool:
-    """Tell by its suffix and its first bytes whether a file, which may be damaged, is a checkpoint."""
-    if PurePosixPath(file.name).suffix in _SUFFIXES:
-        return True
-    head = bytearray(min(file.nbytes, HEAD))
-    try:
-        await store.read(file.name, 0, memoryview(head))
-    except (StoreError, FileNotFoundError):
-        return False
-    return _BEGINNING.match(head) is not None
-
-
-def modified(store: Store, name: str) -> float:
-    """Return when a local file was modified, in seconds since the epoch; 0.0 for a remote one."""
-    return _local(store, name).stat().st_mtime if isinstance(store, LocalStore) else 0.0
 
 
 def links_in(store: Store) -> dict[str, list[str]]:
@@ -131,14 +105,6 @@ def links_in(store: Store) -> dict[str, list[str]]:
             if target.parent == directory:
                 links.setdefault(target.name, []).append(entry.name)
     return links
-
-
-async def _checkpoints(store: Store) -> list[StoredFile]:
-    async def looked_at(file: StoredFile) -> tuple[StoredFile, bool]:
-        return file, await looks_like_checkpoint(store, file)
-
-    found = [file for file, is_one in await for_each(looked_at, await store.list(), READERS) if is_one]
-    return sorted(found, key=lambda file: file.name)
 
 
 def _local(store: LocalStore, name: str) -> Path:

@@ -42,8 +42,14 @@ def parse_metric(text: str) -> tuple[str, Mode]:
     return (name, "min") if mode == "min" else (text, "min")
 
 
-def require_metric(metric: str, checkpoints: Iterable[Checkpoint], option: str) -> None:
+def require_metric(metric: str, checkpoints: Iterable[Checkpoint], option: str, where: str = "") -> None:
     """Raise unless one of `checkpoints` has `metric`, which may be a slip of the keyboard.
+
+    Args:
+        metric: its name.
+        checkpoints: where to look for it.
+        option: by which it was given.
+        where: what to add to "no checkpoint".
 
     Raises:
         typer.BadParameter: names the metrics that there are; ends the command with status 2.
@@ -52,7 +58,7 @@ def require_metric(metric: str, checkpoints: Iterable[Checkpoint], option: str) 
     if metric not in names:
         there = ", ".join(map(clean, names)) or "none at all"
         raise typer.BadParameter(
-            f"no checkpoint has a metric {metric!r}; there are: {there}", param_hint=option
+            f"no checkpoint{where} has a metric {metric!r}; there are: {there}", param_hint=option
         )
 
 

@@ -8,42 +8,69 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from asyncckpt.cli.locations import StorageOptions, files_at
+from asyncckpt.catalog import READERS
+from asyncckpt.cli.directories import Recursive, nested_hint, stores_at
+from asyncckpt.cli.formats import (
+    DCP,
+    dcp_files,
+    foreign_format,
+    is_dcp,
+    is_safetensors,
+    looks_like_checkpoint,
+)
+from asyncckpt.cli.locations import StorageOptions, file_at, options_for
 from asyncckpt.cli.output import AsJson, bytes_progress, complain, counted, line, message, print_json, size
-from asyncckpt.cli.running import call
+from asyncckpt.engine import get_engine
 from asyncckpt.errors import AsyncCkptError, CheckpointNotFoundError, CorruptCheckpointError
 from asyncckpt.restore import verify_file
+from asyncckpt.threads import for_each
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from asyncckpt.stores.base import Store, StoredFile
 
+    Status = Literal["good", "failed", "unreadable", "unchecked", "gone"]
+
 Paths = Annotated[list[str], typer.Argument(metavar="FILE|DIR", help="Local paths or URLs.")]
 
-_FAILED, _UNREADABLE = 1, 2
+_FAILED, _UNREADABLE, _UNCHECKED = 1, 2, 3
+_STYLES = {"failed": "red", "unchecked": "yellow", "gone": "yellow"}
 
 
 @dataclass(frozen=True, slots=True)
 class _Verdict:
+    """What was found of a file, or of a directory that is one checkpoint.
+
+    Attributes:
+        status: `unchecked` if it has no checksums that can be compared, `gone` if it was removed or replaced
+            while it was read.
+        error: why it is not good.
+    """
+
     path: str
     nbytes: int
-    status: Literal["good", "failed", "unreadable"]
+    status: Status
     error: str | None = None
 
 
-def verify(paths: Paths, *, option: StorageOptions = None, as_json: AsJson = False) -> None:
+def verify(
+    paths: Paths, *, recursive: Recursive = False, option: StorageOptions = None, as_json: AsJson = False
+) -> None:
     """Read every byte of checkpoints and compare every checksum.
 
-    Of a directory, this takes what is a checkpoint or looks like one: by the suffix .pt, .pth, .ckpt or .bin,
-    or by its first bytes. The exit status is 0 if all are good, 1 if one is damaged or has no checksums, 2
-    if one could not be read.
+    Of a directory, this takes what is a checkpoint or looks like one: by the suffix .pt, .pth, .ckpt, .bin or
+    .safetensors, or by its first bytes. What has no checksums that can be compared is named and `unchecked`:
+    files of safetensors, those of torch.save before 1.6, directories of torch.distributed.checkpoint. What is
+    removed or replaced while it is read, as by a training, is `gone`. The exit status is 0 if all that were
+    checked are good, 1 if one is damaged or was saved with its checksums off, 2 if one could not be read, 3
+    if there was none to check.
 
     Example: asyncckpt verify runs/gpt
     """
     verdicts = []
     for path in paths:
-        for verdict in _verdicts(path, option):
+        for verdict in _verdicts(path, options_for(path, paths, option), recursive=recursive):
             verdicts.append(verdict)
             if not as_json:
                 _print(verdict)
@@ -51,30 +78,83 @@ def verify(paths: Paths, *, option: StorageOptions = None, as_json: AsJson = Fal
         print_json([asdict(verdict) for verdict in verdicts])
     elif len(verdicts) > 1:
         _print_summary(verdicts)
-    statuses = {verdict.status for verdict in verdicts}
-    if statuses != {"good"}:
-        raise typer.Exit(_FAILED if "failed" in statuses else _UNREADABLE)
+    status = _exit_status({verdict.status for verdict in verdicts})
+    if status:
+        raise typer.Exit(status)
 
 
-def _verdicts(path: str, option: Sequence[str] | None) -> Iterator[_Verdict]:
+def _exit_status(statuses: set[Status]) -> int:
+    if "failed" in statuses:
+        return _FAILED
+    if "unreadable" in statuses:
+        return _UNREADABLE
+    return 0 if "good" in statuses else _UNCHECKED
+
+
+def _verdicts(path: str, option: Sequence[str] | None, *, recursive: bool) -> Iterator[_Verdict]:
+    """Yield the verdicts on a file, or on what a directory holds."""
+    found = False
     try:
-        store, files = files_at(path, option)
-        if not files:
-            raise CheckpointNotFoundError(f"there is no checkpoint in {path}")
+        for verdict in _of_path(path, option, recursive=recursive):
+            found = True
+            yield verdict
+        if not found:
+            hint = "" if recursive else nested_hint(path, option)
+            raise CheckpointNotFoundError(f"there is no checkpoint in {path}{hint}")
     except (AsyncCkptError, OSError) as error:
         yield _Verdict(path, 0, "unreadable", message(error))
+
+
+def _of_path(path: str, option: Sequence[str] | None, *, recursive: bool) -> Iterator[_Verdict]:
+    try:
+        store, file = file_at(path, option)
+    except CheckpointNotFoundError:
+        pass
+    else:
+        yield _verified(store, file, file.name)
         return
+    for below in stores_at(path, option, recursive=recursive, kind="file or directory"):
+        yield from _of_directory(below)
+
+
+def _of_directory(store: Store) -> Iterator[_Verdict]:
+    listed = get_engine().call(store.list)
+    distributed = dcp_files(listed)
+    if distributed:
+        nbytes = sum(file.nbytes for file in distributed)
+        yield _Verdict(store.path_of("").rstrip("/"), nbytes, "unchecked", f"a directory {DCP}")
+    files = get_engine().call(_checkpoints, store, [file for file in listed if file not in distributed])
     for number, file in enumerate(files, 1):
         yield _verified(store, file, f"{number}/{len(files)} {file.name}")
 
 
+async def _checkpoints(store: Store, listed: Sequence[StoredFile]) -> list[StoredFile]:
+    """Return the files that are checkpoints or look like one, in order of their names."""
+
+    async def looked_at(file: StoredFile) -> tuple[StoredFile, bool]:
+        is_named = is_safetensors(file.name) or is_dcp(file.name)
+        return file, is_named or await looks_like_checkpoint(store, file)
+
+    found = [file for file, is_one in await for_each(looked_at, listed, READERS) if is_one]
+    return sorted(found, key=lambda file: file.name)
+
+
 def _verified(store: Store, file: StoredFile, label: str) -> _Verdict:
     path = store.path_of(file.name)
+    if is_dcp(file.name):
+        return _Verdict(path, file.nbytes, "unchecked", f"one file of a directory {DCP}")
     try:
         with bytes_progress(label, file.nbytes) as advance:
-            call(verify_file, store, file.name, advance)
+            get_engine().call(verify_file, store, file.name, advance)
+    except CheckpointNotFoundError:
+        return _Verdict(path, file.nbytes, "gone", "it was removed or replaced while it was read")
     except CorruptCheckpointError as error:
-        return _Verdict(path, file.nbytes, "failed", message(error))
+        foreign = get_engine().call(foreign_format, store, file)
+        if foreign is None:
+            return _Verdict(path, file.nbytes, "failed", message(error))
+        return _Verdict(
+            path, file.nbytes, "unchecked", f"{foreign}, which has no checksums that verify knows"
+        )
     except (AsyncCkptError, OSError) as error:
         return _Verdict(path, file.nbytes, "unreadable", message(error))
     return _Verdict(path, file.nbytes, "good")
@@ -83,9 +163,11 @@ def _verified(store: Store, file: StoredFile, label: str) -> _Verdict:
 def _print(verdict: _Verdict) -> None:
     if verdict.status == "unreadable":
         complain(verdict.error or verdict.path)
-    else:
-        text = f"{verdict.status:<6} {size(verdict.nbytes):>8}  {verdict.error or verdict.path}"
-        line(text, "red" if verdict.error else None)
+        return
+    text = verdict.error or verdict.path
+    if verdict.status in {"unchecked", "gone"}:
+        text = f"{verdict.path}: {verdict.error}"
+    line(f"{verdict.status:<9} {size(verdict.nbytes):>8}  {text}", _STYLES.get(verdict.status))
 
 
 def _print_summary(verdicts: Sequence[_Verdict]) -> None:

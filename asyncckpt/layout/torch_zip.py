@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 ROOT = "archive/"
 STORAGES = ROOT + "data/"
 DATA_PICKLE = ROOT + "data.pkl"
-DESCRIPTION = ROOT + ".asyncckpt.json"
+DESCRIBES = ".asyncckpt.json"  # within the folder, which torch.save may call otherwise than we do
+DESCRIPTION = ROOT + DESCRIBES
 ALIGNMENT = 64
 # A size or an offset from here on needs a zip64 field.
 ZIP64 = 0xFFFF_FFFF
@@ -131,18 +132,40 @@ def plan(body: Body, data_pickle: bytes, description: bytes) -> FilePlan:
     )
     pieces, entries, cursor = [], [], body.nbytes
     for name, payload in records:
-        crc = crc32(payload)
-        start = _start(name, cursor, len(payload))
-        descriptor = _descriptor(cursor, len(payload), crc)
-        pieces += [_local_header(name, cursor, start, len(payload)), payload, descriptor]
-        entries.append(_central_entry(name, cursor, len(payload), crc))
-        cursor = start + len(payload) + len(descriptor)
+        record, entry = _record(name, cursor, payload)
+        pieces.append(record)
+        entries.append(entry)
+        cursor += len(record)
     own_entries, crc_slots = body.directory
     directory = own_entries + b"".join(entries)
     end = _end(len(body.sizes) + len(records), len(directory), cursor)
     tail = b"".join((*pieces, directory, end))
     tail_slots = crc_slots + (cursor - body.nbytes)
     return FilePlan(body.nbytes, body.gaps, body.starts, body.stops, body.slots, tail, tail_slots)
+
+
+def tail_with_description(header: int, folder: str, count: int, entries: bytes, description: bytes) -> bytes:
+    """Return what stands in a described file from the place on where the directory is in an undescribed one.
+
+    Args:
+        header: offset of that directory.
+        folder: what the folder of all records is called.
+        count: how many there are.
+        entries: the directory, without its end.
+        description: what asyncckpt says of the file; its record becomes the last before the directory.
+    """
+    record, entry = _record(f"{folder}/{DESCRIBES}", header, description)
+    directory = entries + entry
+    return record + directory + _end(count + 1, len(directory), header + len(record))
+
+
+def _record(name: str, header: int, payload: bytes) -> tuple[bytes, bytes]:
+    """Return all bytes of a record whose header is at offset `header`, and its entry in the directory."""
+    crc = crc32(payload)
+    start = _start(name, header, len(payload))
+    head = _local_header(name, header, start, len(payload))
+    record = b"".join((head, payload, _descriptor(header, len(payload), crc)))
+    return record, _central_entry(name, header, len(payload), crc)
 
 
 def _align(offsets: Offsets) -> Offsets:

@@ -14,7 +14,7 @@ from asyncckpt.errors import CorruptCheckpointError
 from asyncckpt.layout.torch_zip import (
     CENTRAL,
     CENTRAL_MAGIC,
-    DESCRIPTION,
+    DESCRIBES,
     END,
     END64,
     END64_LOCATOR,
@@ -77,9 +77,23 @@ class Directory:
     checksums: Offsets
     ending: Ending
 
+    @property
+    def folder(self) -> str:
+        """What the folder of all records is called: `archive`, or as torch.save called it after the file."""
+        return self.names[0].partition("/")[0]
+
+    def row(self, name: str) -> int | None:
+        """Return the row of a record, whatever its folder is called; None if there is none.
+
+        Args:
+            name: with a folder, as asyncckpt calls it.
+        """
+        wanted = f"{self.folder}/{name.partition('/')[2]}"
+        return self.names.index(wanted) if wanted in self.names else None
+
     def storages(self) -> Iterator[tuple[str, int, int]]:
         """Yield the key of each storage, and where its bytes start and stop."""
-        folder = self.names[0].partition("/")[0] + "/"
+        folder = f"{self.folder}/"
         for name, start, stop in zip(self.names, self.starts.tolist(), self.stops.tolist(), strict=True):
             found = _STORAGE.fullmatch(name)
             if found and name.startswith(folder):
@@ -125,24 +139,24 @@ def read_description(size: int) -> Generator[Request, bytes, bytes | None]:
         CorruptCheckpointError: the file is cut off or damaged there.
     """
     ending, offset, tail = yield from read_ending(size)
-    name = DESCRIPTION.encode()
     entry = tail.rfind(CENTRAL_MAGIC, 0, ending.end - offset)
-    if entry < 0 or tail[entry + CENTRAL.size : entry + CENTRAL.size + len(name)] != name:
+    _, _, name = tail[entry + CENTRAL.size : ending.end - offset].partition(b"/")
+    if entry < 0 or not name.startswith(DESCRIBES.encode()):
         return None
     try:
-        _, _, checksum, length, header = _entry(tail, entry)
+        _, full, checksum, length, header = _entry(tail, entry)
     except (struct.error, UnicodeDecodeError) as error:
         raise CorruptCheckpointError("its directory is damaged") from error
     if not ending.directory - TAIL <= header < ending.directory:
-        raise CorruptCheckpointError(f"its record {DESCRIPTION} is not where the directory says")
+        raise CorruptCheckpointError(f"its record {full} is not where the directory says")
     if header < offset:
         record = yield header, ending.directory - header
     else:
         record = tail[header - offset : ending.directory - offset]
-    start = payload_start(record, DESCRIPTION)
+    start = payload_start(record, full)
     payload = record[start : start + length]
     if len(payload) != length or crc32(payload) != checksum:
-        raise CorruptCheckpointError(f"its record {DESCRIPTION} is damaged")
+        raise CorruptCheckpointError(f"its record {full} is damaged")
     return payload
 
 

@@ -19,15 +19,15 @@ if TYPE_CHECKING:
     from fsspec.spec import AbstractFileSystem
 
 _S3 = frozenset({"s3", "s3a"})
-# The extra of ours that brings what a protocol needs; others are told by fsspec.
-_EXTRAS = {
-    "s3": "s3",
-    "s3a": "s3",
-    "gs": "gcs",
-    "gcs": "gcs",
-    "abfs": "azure",
-    "abfss": "azure",
-    "az": "azure",
+# The package that a protocol needs; others are told by fsspec.
+_PACKAGES = {
+    "s3": "s3fs",
+    "s3a": "s3fs",
+    "gs": "gcsfs",
+    "gcs": "gcsfs",
+    "abfs": "adlfs",
+    "abfss": "adlfs",
+    "az": "adlfs",
 }
 
 _ENVIRONMENT = ("AWS_", "AZURE_", "GOOGLE_", "GCSFS_", "FSSPEC_")
@@ -62,8 +62,8 @@ def open_remote(url: str, protocol: str, options: dict[str, Any]) -> RemoteStore
                 _opened[key] = fs
             root = fs._strip_protocol(url)
     except StoreError as error:
-        if isinstance(error.__cause__, ImportError) and protocol in _EXTRAS:
-            msg = f'{url} needs a package: pip install "asyncckpt[{_EXTRAS[protocol]}]"'
+        if isinstance(error.__cause__, ImportError) and protocol in _PACKAGES:
+            msg = f"{url} needs a package: pip install {_PACKAGES[protocol]}"
             raise StoreError(errno.ENOSYS, msg, url) from error.__cause__
         raise
     return (S3Store if protocol in _S3 else RemoteStore)(fs, url, root)
