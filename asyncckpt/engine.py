@@ -21,7 +21,7 @@ import anyio
 from asyncckpt.errors import BusyError, SaveError
 from asyncckpt.snapshot.buffers import Arena
 from asyncckpt.snapshot.copy_threads import end_helpers
-from asyncckpt.threads import Condition, start_threads
+from asyncckpt.threads import Condition, handler_error, is_locked_by_caller, start_threads
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
@@ -108,15 +108,24 @@ class Engine:
         """Run an async function on the engine's loop, beside the line, and wait for its result.
 
         An exception that a signal handler raises meanwhile cancels it.
+
+        Raises:
+            BusyError: this is a signal handler, and the loop may be waiting for what it broke into.
         """
+        if is_locked_by_caller():
+            raise handler_error("a look at the store")
         return self._started().call(func, *args)
 
     def drain(self, timeout: float | None = None) -> bool:
         """Wait until the line is empty; returns whether it is."""
         return self._changed.until(lambda: not self._line, timeout)
 
-    def refuse_to_wait(self, what: str) -> None:
+    def refuse_to_wait(self, what: str, broken_into: bool = False) -> None:  # noqa: FBT001, FBT002
         """Raise if the calling thread would wait for itself.
+
+        Args:
+            what: is called.
+            broken_into: whether the caller knows that this is a signal handler which broke into a save.
 
         Raises:
             BusyError: it is in a callback of an operation, or in a signal handler that broke into a copy.
@@ -127,12 +136,9 @@ class Engine:
                 " or in a thread of its own"
             )
         with self._changed:
-            broken_into = any(operation.awaits_caller() for operation in self._line)
-        if broken_into:
-            raise BusyError(
-                f"{what} was called while this thread copies a state, by a signal handler: it would wait for"
-                " itself; set a flag in the handler and act on it in the loop (see asyncckpt.StopOnSignal)"
-            )
+            copying = any(operation.awaits_caller() for operation in self._line)
+        if broken_into or copying or is_locked_by_caller():
+            raise handler_error(what)
 
     def give_up(self) -> list[str]:
         """Let the process end without what is still in the line; returns the paths that it was to make."""

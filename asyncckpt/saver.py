@@ -19,7 +19,7 @@ from asyncckpt.failures import Failures, eviction_failure, failure_of
 from asyncckpt.save import Save, skipped
 from asyncckpt.staging import Stager
 from asyncckpt.targets import copy_or_write
-from asyncckpt.threads import Condition, in_thread
+from asyncckpt.threads import Condition, handler_error, in_thread, is_locked_by_caller
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
@@ -71,6 +71,10 @@ class _Job:
     operation: Operation | None = None
     thread: int = field(default_factory=threading.get_ident)
 
+    def is_taken_by_caller(self) -> bool:
+        """Return whether the calling thread is still taking it: a signal handler broke into that."""
+        return self.place is not None and self.place.thread == threading.get_ident()
+
     def is_copied_by_caller(self) -> bool:
         """Return whether the calling thread is the one that copies the state, and has not ended that."""
         copying = self.snapshot is not None and not self.snapshot.filled.ended
@@ -110,7 +114,7 @@ class Saver:
         self._when_busy: WhenBusy = when_busy
         self._on_error = on_error
         self._on_commit = on_commit
-        self._stager: Stager | None = None
+        self._stagers = threading.local()
         self._instant: _Instant | None = None
         self._reset()
         _savers.add(self)
@@ -138,6 +142,8 @@ class Saver:
             BusyError: it would have to wait for itself: it was called in a callback, or by a signal handler
                 that broke into a save. Nothing was taken.
         """
+        if is_locked_by_caller():
+            raise handler_error("save()")
         self.raise_failures("; the save that is told of it was not taken")
         engine = get_engine()
         job = _Job(Save(step, target.path), target, began)
@@ -153,7 +159,7 @@ class Saver:
         save, stats, frozen = job.save, job.save.stats, None
         entered = time.perf_counter()
         if self._instant is not None:
-            frozen = self._freeze(self._instant.stager, state)
+            frozen = self._instant.stager.freeze(state)
             if self._save_again(engine, self._instant, frozen, job):
                 return
         self._end_instant()  # what it holds may be what there has to be room for
@@ -164,7 +170,7 @@ class Saver:
         admitted = time.perf_counter()
         stager = self._stager_of(engine)
         if frozen is None:
-            frozen = self._freeze(stager, state)
+            frozen = stager.freeze(state)
         try:
             job.snapshot = stager.stage(frozen, wait=self._when_busy != "skip" and not self._is_nested(job))
         except BusyError as error:
@@ -184,10 +190,6 @@ class Saver:
         except BaseException:
             self._end_instant()
             raise
-
-    def _freeze(self, stager: Stager, state: object) -> Frozen:
-        with self._freezing:
-            return stager.freeze(state)
 
     def _copy_and_submit(self, engine: Engine, job: _Job, snapshot: Snapshot, write: _Write) -> None:
         if job.target.overlaps and snapshot.body.nbytes >= _OVERLAP_FROM:
@@ -242,8 +244,7 @@ class Saver:
 
     def reserve(self, state: object) -> int:
         """Make host memory for the snapshots of `state` ready; returns the bytes of one."""
-        with self._freezing:
-            return self._stager_of(get_engine()).reserve(state, self._max_in_flight)
+        return self._stager_of(get_engine()).reserve(state, self._max_in_flight)
 
     def drain(self, timeout: float | None = None) -> None:
         """Wait until everything submitted is carried out, evictions included.
@@ -251,7 +252,7 @@ class Saver:
         Raises:
             BusyError: it was not within `timeout` seconds, and goes on; or the caller would wait for itself.
         """
-        get_engine().refuse_to_wait("wait()")
+        get_engine().refuse_to_wait("wait()", any(job.is_taken_by_caller() for job in self._jobs))
         if not self._changed.until(lambda: not self._jobs, timeout):
             raise BusyError(f"{len(self._jobs)} saves were still pending after {timeout} s; they go on")
 
@@ -291,22 +292,19 @@ class Saver:
                 job.place = _Place()
                 self._places.add(job.place)
                 return True
-            if self._when_busy != "skip":
-                self._refuse_to_wait()
             return False
 
-        return self._changed.until(attempt, 0 if self._when_busy == "skip" else None)
+        if self._changed.until(attempt, 0) or self._when_busy == "skip":
+            return job.place is not None
+        self._refuse_to_wait()
+        return self._changed.until(attempt)
 
     def _refuse_to_wait(self) -> None:
         """Raise where no place will be free before the caller goes on."""
         get_engine().refuse_to_wait("save()")
         me = threading.get_ident()
         if all(place.thread == me for place in self._places):
-            raise BusyError(
-                "save() was called while this thread is inside save(), by a signal handler: no place in flight"
-                " would ever be free; set a flag in the handler and save in the loop (see"
-                " asyncckpt.StopOnSignal), or use max_in_flight=2"
-            )
+            raise handler_error("save()")
 
     def _is_nested(self, job: _Job) -> bool:
         """Return whether nobody would make room in host memory while this save waits for it."""
@@ -404,15 +402,16 @@ class Saver:
         save.committed.set_exception(failure)
 
     def _stager_of(self, engine: Engine) -> Stager:
-        if self._stager is None or self._stager.arena is not engine.arena:
-            self._stager = Stager(engine.arena)
-        return self._stager
+        """Return the stager of the calling thread: what it keeps is not shared with others."""
+        stager: Stager | None = getattr(self._stagers, "own", None)
+        if stager is None or stager.arena is not engine.arena:
+            stager = self._stagers.own = Stager(engine.arena)
+        return stager
 
     def _reset(self) -> None:
         """Begin with nothing in flight: at first, and in a forked child."""
         self._in_instant = False
         self._instant = None
-        self._freezing = threading.RLock()  # a signal handler may save in the middle of it
         self._changed = Condition()
         self._places: weakref.WeakSet[_Place] = weakref.WeakSet()
         self._jobs: list[_Job] = []  # submitted, and not carried out

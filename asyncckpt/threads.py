@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from _thread import RLock, start_new_thread
@@ -10,6 +11,8 @@ from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from anyio import create_task_group, to_thread
+
+from asyncckpt.errors import BusyError
 
 if sys.version_info < (3, 11):
     from exceptiongroup import BaseExceptionGroup
@@ -77,15 +80,40 @@ def start_threads(threads: Iterable[Thread], into: list[Thread]) -> None:
 # Whoever waits looks again after this many seconds at the latest: a thread that is interrupted between a
 # change and its notice would otherwise be waited for in vain.
 _LOOK_AGAIN = 1.0
+# One lock for all, held for moments only: so a signal handler can tell whether it broke into one of them.
+_lock = RLock()
 
 
-class Condition(RLock):  # type: ignore[misc] # final only for type checkers
+def is_locked_by_caller() -> bool:
+    """Return whether the calling thread holds the lock: a signal handler that finds it held broke into that.
+
+    Whatever other threads do then has to wait until the handler has returned, and what the lock guards may be
+    half changed.
+    """
+    owned: bool = _lock._is_owned()  # type: ignore[attr-defined]
+    return owned
+
+
+def handler_error(what: str) -> BusyError:
+    """Return the error that tells a signal handler that it cannot do `what` here, and what to do instead."""
+    return BusyError(
+        f"{what} was called by a signal handler that broke into asyncckpt, and would wait for itself; set a"
+        " flag in the handler and act on it in the loop (see asyncckpt.StopOnSignal)"
+    )
+
+
+class Condition:
     """A condition variable that exceptions raised by signal handlers leave usable.
 
     `threading.Condition` does not: its `__enter__` is Python code, in which a KeyboardInterrupt may come when
-    the lock is taken already, and then nobody releases it. This one is entered by the interpreter alone, and
-    nobody waits while holding it. A `concurrent.futures.Future` can have one in place of its own.
+    the lock is taken already, and then nobody releases it. This one is entered by C code alone, and nobody
+    waits while holding the lock. A `concurrent.futures.Future` can have one in place of its own.
     """
+
+    __enter__ = _lock.__enter__
+    __exit__ = _lock.__exit__
+    acquire = _lock.acquire
+    release = _lock.release
 
     def __init__(self) -> None:
         self._bells: set[SimpleQueue[None]] = set()
@@ -95,10 +123,15 @@ class Condition(RLock):  # type: ignore[misc] # final only for type checkers
 
         Returns:
             What it returned last; after `timeout` seconds that is something false.
+
+        Raises:
+            BusyError: this is a signal handler that broke into a use of the lock.
         """
+        if is_locked_by_caller():
+            raise handler_error("a wait")
         with self:
             result = attempt()
-        if result:
+        if result or timeout == 0:
             return result
         end = None if timeout is None else time.monotonic() + timeout
         bell: SimpleQueue[None] = SimpleQueue()
@@ -119,6 +152,9 @@ class Condition(RLock):  # type: ignore[misc] # final only for type checkers
         """Have all who wait try again."""
         for bell in tuple(self._bells):
             bell.put(None)
+
+
+os.register_at_fork(after_in_child=_lock._at_fork_reinit)  # type: ignore[attr-defined]
 
 
 @asynccontextmanager

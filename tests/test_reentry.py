@@ -157,6 +157,7 @@ class TestHandlers:
             if not interrupt.came:
                 break
             assert len(told) == count + 1, interrupt.where
+            assert ckpt._saver.in_flight == 0, (interrupt.where, told[-1])
             number += 1
         saved = [each for each in told if isinstance(each, int)]
         refused = [each for each in told if isinstance(each, BusyError)]

@@ -1,0 +1,176 @@
+"""How a process ends while threads of it still save: nothing hangs, and what was taken is durable."""
+
+from __future__ import annotations
+
+import textwrap
+from typing import TYPE_CHECKING
+
+import pytest
+
+from asyncckpt import Checkpointer
+from programs import Interpreter
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+PREPARE = """
+import atexit, faulthandler, resource, signal, sys, threading, time
+import asyncckpt, torch
+from asyncckpt.testing import FaultyStore, Gate, SlowStore
+
+def state_of(value, size=1 << 20):
+    return {"w": torch.full((size,), float(value))}
+
+path = sys.argv[1]
+"""
+
+
+@pytest.fixture(scope="module")
+def interpreter() -> Iterator[Interpreter]:
+    with Interpreter() as interpreter:
+        yield interpreter
+
+
+def run(interpreter: Interpreter, path: Path, body: str) -> tuple[int, str, str]:
+    status, output, errors = interpreter.run(PREPARE + textwrap.dedent(body), path)
+    assert "Timeout" not in errors, errors
+    return status, output, errors
+
+
+def steps(path: Path) -> list[int | None]:
+    ckpt = Checkpointer(path)
+    for checkpoint in ckpt.checkpoints():
+        ckpt.verify(checkpoint.path)
+    return [checkpoint.step for checkpoint in ckpt.checkpoints()]
+
+
+def test_a_thread_that_outlives_the_main_thread_goes_on_saving(interpreter: Interpreter, tmp_path: Path) -> None:
+    body = """
+        ckpt = asyncckpt.Checkpointer(path)
+        main_is_over = threading.Event()
+        threading._register_atexit(main_is_over.set)
+
+        def train():
+            main_is_over.wait()
+            for step in range(1, 6):
+                ckpt.save(step, state_of(step))
+            print(ckpt.load()["w"][0].item())
+
+        threading.Thread(target=train).start()
+        """
+    assert run(interpreter, tmp_path, body) == (0, "5.0\n", "")
+    assert steps(tmp_path) == [1, 2, 3, 4, 5]
+
+
+def test_a_daemon_thread_that_keeps_saving_does_not_keep_the_process(
+    interpreter: Interpreter, tmp_path: Path
+) -> None:
+    body = """
+        ckpt = asyncckpt.Checkpointer(path, keep=asyncckpt.LastN(3))
+        begun = threading.Event()
+
+        def train():
+            step = 0
+            while True:
+                step += 1
+                try:
+                    ckpt.save(step, state_of(step))
+                except asyncckpt.SaveError as error:
+                    assert "shutting down" in str(error)
+                    time.sleep(3600)
+                begun.set()
+
+        threading.Thread(target=train, daemon=True).start()
+        begun.wait()
+        """
+    assert run(interpreter, tmp_path, body) == (0, "", "")
+    assert steps(tmp_path)
+
+
+def test_a_save_that_is_refused_at_exit_takes_nothing(interpreter: Interpreter, tmp_path: Path) -> None:
+    body = """
+        ckpt = asyncckpt.Checkpointer(path)
+
+        @atexit.register
+        def leave():
+            for _ in range(2):
+                try:
+                    ckpt.save(2, state_of(2))
+                except asyncckpt.SaveError as error:
+                    print(error)
+            ckpt.close()
+
+        ckpt.save(1, state_of(1))
+        """
+    status, output, errors = run(interpreter, tmp_path, body)
+    assert (status, errors) == (0, "")
+    assert output.count("the interpreter is shutting down") == 2
+    assert steps(tmp_path) == [1]
+
+
+def test_ctrl_c_at_exit_gives_up_what_is_pending_and_says_so(interpreter: Interpreter, tmp_path: Path) -> None:
+    body = """
+        ckpt = asyncckpt.Checkpointer(path)
+        ckpt.save(1, state_of(1))
+        ckpt.wait()
+        gate = Gate()
+        ckpt._store = SlowStore(ckpt._store, gates={"draft": gate})
+        ckpt.save(2, state_of(2))
+        gate.wait_for_arrival()
+        threading._register_atexit(lambda: print("over", flush=True))
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        """
+    running = interpreter.start(PREPARE + textwrap.dedent(body), tmp_path)
+    assert running.line() == "over"
+    running.kill(2)
+    _, _, errors = running.end()
+    assert f"asyncckpt: {tmp_path}/step-00000002.pt is given up, at KeyboardInterrupt" in errors
+    assert steps(tmp_path) == [1]
+
+
+def test_no_thread_can_be_started(interpreter: Interpreter, tmp_path: Path) -> None:
+    body = """
+        start = threading.Thread.start
+
+        def refuse(thread):
+            raise RuntimeError("can't start new thread")
+
+        threading.Thread.start = refuse
+        try:
+            asyncckpt.Checkpointer(path)
+        except asyncckpt.SaveError as error:
+            print(error)
+        threading.Thread.start = start
+        with asyncckpt.Checkpointer(path) as ckpt:
+            threading.Thread.start = refuse  # the copy has no helpers then
+            ckpt.save(1, state_of(1, 8 << 20))
+            ckpt.wait()
+            threading.Thread.start = start
+        """
+    status, output, errors = run(interpreter, tmp_path, body)
+    assert (status, errors) == (0, "")
+    assert "cannot start its threads: can't start new thread; raise the limit" in output
+    assert steps(tmp_path) == [1]
+
+
+def test_no_memory_can_be_had(interpreter: Interpreter, tmp_path: Path) -> None:
+    body = """
+        ckpt = asyncckpt.Checkpointer(path)
+        state = state_of(1, 8 << 20)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, resource.RLIM_INFINITY))
+        for _ in range(2):
+            try:
+                ckpt.save(1, state)
+            except asyncckpt.SaveError as error:
+                print(type(error).__name__, error)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        ckpt.save(2, state)
+        ckpt.close()
+        assert asyncckpt.engine.get_engine().arena.statistics().leases == 0
+        """
+    status, output, errors = run(interpreter, tmp_path, body)
+    assert (status, errors) == (0, "")
+    assert output.count("SaveError cannot take") == 2
+    assert "ulimit -f" in output
+    assert steps(tmp_path) == [2]
