@@ -332,9 +332,7 @@ class Checkpointer:
         if wanted is None:
             store, name = locate(os.fspath(which), self._store)  # type: ignore[arg-type] # it is a path
             return load_state(store, name, map_location, weights_only=weights_only)
-        return load_wanted(
-            self._series, self._store, wanted, map_location, weights_only=weights_only, fallback=fallback
-        )
+        return load_wanted(self._series, wanted, map_location, weights_only=weights_only, fallback=fallback)
 
     def _wanted(self, which: Which) -> Wanted | None:
         """Return what of the series is asked for; None if it is a path."""

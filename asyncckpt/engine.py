@@ -223,8 +223,8 @@ class _Life:
             failure = error
         if failure is not None:
             raise SaveError(
-                f"asyncckpt cannot start its threads: {failure}; raise the limit (ulimit -u, or the pids limit"
-                " of the container)"
+                f"asyncckpt cannot start its threads: {failure}; raise the limit (ulimit -u, or the pids"
+                " limit of the container)"
             ) from failure
 
     def call(self, func: Callable[..., Awaitable[T]], *args: Any) -> T:

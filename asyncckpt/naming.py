@@ -75,11 +75,11 @@ class NameTemplate:
         return name == checkpoint.path.rpartition("/")[2]
 
     def matches(self, name: str) -> bool:
-        """Return whether `name` may have been made by this template: all there is to ask of a damaged file."""
+        """Return whether this template may have made `name`: all there is to ask of a damaged file."""
         return self._pattern.fullmatch(name) is not None
 
     def step_of(self, name: str) -> int | None:
-        """Return the step that stands in a file name, if this template may have made it and shows the step."""
+        """Return the step in a file name, if this template may have made it and shows the step."""
         found = self._pattern.fullmatch(name)
         return int(found["step"]) if found and "step" in self._pattern.groupindex else None
 

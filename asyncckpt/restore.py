@@ -60,21 +60,15 @@ def load_state(
 
 
 def load_wanted(
-    series: Series,
-    store: Store,
-    wanted: Wanted,
-    map_location: MapLocation = "cpu",
-    *,
-    weights_only: bool | None,
-    fallback: bool,
+    series: Series, wanted: Wanted, map_location: MapLocation, *, weights_only: bool | None, fallback: bool
 ) -> Loaded:
     """Load the checkpoint of a series that answers to `wanted`.
 
     Args:
         series: where to look.
-        store: of the series.
         wanted: which one.
-        map_location, weights_only: as in torch.load.
+        map_location: as in torch.load.
+        weights_only: as in torch.load.
         fallback: take the next one where one is damaged, and warn.
 
     Raises:
@@ -91,7 +85,7 @@ def load_wanted(
             if errors and not fallback:
                 raise _damaged(errors[0], choice, index)
             try:
-                loaded = load_state(store, entry.file.name, map_location, weights_only=weights_only)
+                loaded = load_state(series.store, entry.file.name, map_location, weights_only=weights_only)
             except CorruptCheckpointError as error:
                 errors.append(error)
             except CheckpointNotFoundError:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING, Literal, Union
+from typing import TYPE_CHECKING
 
 from asyncckpt.catalog import Catalog, Entry
 from asyncckpt.errors import CheckpointNotFoundError, CorruptCheckpointError
@@ -13,14 +13,15 @@ from asyncckpt.retention import rank
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from typing import Literal
 
     from asyncckpt.naming import NameTemplate
     from asyncckpt.retention import Mode
     from asyncckpt.stores.base import Store
     from asyncckpt.types import Checkpoint
 
-# What a caller asks for: the checkpoint committed last, the best by a metric, or that of a step.
-Wanted = Union[Literal["latest"], tuple[str, "Mode"], int]
+    # What a caller asks for: the checkpoint committed last, the best by a metric, or that of a step.
+    Wanted = Literal["latest"] | tuple[str, Mode] | int
 
 # By these names checkpoints go, whoever wrote them.
 SUFFIXES = frozenset({".pt", ".pth", ".ckpt", ".bin", ".safetensors"})
@@ -111,6 +112,7 @@ class Series:
     """
 
     def __init__(self, store: Store, directory: str, names: NameTemplate) -> None:
+        self.store = store
         self._directory = directory
         self._names = names
         self._catalog = Catalog(store)

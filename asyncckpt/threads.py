@@ -49,7 +49,6 @@ async def in_thread(func: Callable[..., T], *args: Any, limiter: CapacityLimiter
         return func(*args)
 
 
-
 def start_threads(threads: Iterable[Thread], into: list[Thread]) -> None:
     """Start threads, each of them then appended to `into`.
 

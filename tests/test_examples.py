@@ -7,9 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
+PAGES = sorted((ROOT / "docs").glob("*.md"))
 
 
 def run(directory: Path, *arguments: str) -> str:
@@ -38,3 +40,12 @@ def test_the_lightning_example_of_the_readme_can_be_pasted(tmp_path: Path) -> No
     assert "max_epochs=10" in program
     run(tmp_path, "-c", program.replace("max_epochs=10", "max_epochs=2, enable_progress_bar=False"))
     assert torch.load(tmp_path / "runs" / "digits" / "last.ckpt", weights_only=True)["epoch"] == 1
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_what_a_page_of_the_documentation_shows_runs(tmp_path: Path, page: Path) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    assert blocks
+    printed = run(tmp_path, "-c", "\n".join(blocks))
+    expected = re.findall(r"^print\(.*\) +# (.*)$", "\n".join(blocks), re.MULTILINE)
+    assert printed.splitlines() == expected

@@ -45,7 +45,9 @@ def steps(path: Path) -> list[int | None]:
     return [checkpoint.step for checkpoint in ckpt.checkpoints()]
 
 
-def test_a_thread_that_outlives_the_main_thread_goes_on_saving(interpreter: Interpreter, tmp_path: Path) -> None:
+def test_a_thread_that_outlives_the_main_thread_goes_on_saving(
+    interpreter: Interpreter, tmp_path: Path
+) -> None:
     body = """
         ckpt = asyncckpt.Checkpointer(path)
         main_is_over = threading.Event()
@@ -109,7 +111,9 @@ def test_a_save_that_is_refused_at_exit_takes_nothing(interpreter: Interpreter, 
     assert steps(tmp_path) == [1]
 
 
-def test_ctrl_c_at_exit_gives_up_what_is_pending_and_says_so(interpreter: Interpreter, tmp_path: Path) -> None:
+def test_ctrl_c_at_exit_gives_up_what_is_pending_and_says_so(
+    interpreter: Interpreter, tmp_path: Path
+) -> None:
     body = """
         ckpt = asyncckpt.Checkpointer(path)
         ckpt.save(1, state_of(1))

@@ -95,7 +95,9 @@ def test_save_that_waits_for_a_place(tmp_path: Path) -> None:
     assert latest.step == step
 
 
-@pytest.mark.parametrize("call", [Checkpointer.wait, Checkpointer.close, lambda ckpt: ckpt.__exit__(None, None, None)])
+@pytest.mark.parametrize(
+    "call", [Checkpointer.wait, Checkpointer.close, lambda ckpt: ckpt.__exit__(None, None, None)]
+)
 def test_wait(tmp_path: Path, call: Callable[[Checkpointer], object]) -> None:
     ckpts = [Checkpointer(tmp_path)]
     step = 0

@@ -45,7 +45,10 @@ def on_two_ranks(tmp_path: Path, body: str) -> list[Any]:
     command = [sys.executable, "-c", PREPARE + body + END]
     running = [
         subprocess.Popen(
-            [*command, str(rank), str(tmp_path / "run")], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            [*command, str(rank), str(tmp_path / "run")],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         for rank in range(2)
     ]

@@ -102,7 +102,9 @@ def state_of(value: float) -> dict[str, Any]:
 
 @pytest.fixture(params=["local", "memory"])
 def ckpt(request: pytest.FixtureRequest, tmp_path: Path) -> Checkpointer:
-    return Checkpointer(tmp_path if request.param == "local" else f"memory://{tmp_path}", filename="{step}.pt")
+    return Checkpointer(
+        tmp_path if request.param == "local" else f"memory://{tmp_path}", filename="{step}.pt"
+    )
 
 
 def test_a_file_that_is_evicted_before_it_is_opened_means_look_again(ckpt: Checkpointer) -> None:

@@ -53,7 +53,9 @@ class TestCallbacks:
             assert again[0].committed.result(30).step == 1
 
     @pytest.mark.parametrize("busy", [False, True])
-    def test_a_callback_never_hangs_while_the_loop_waits_for_a_place(self, tmp_path: Path, busy: bool) -> None:
+    def test_a_callback_never_hangs_while_the_loop_waits_for_a_place(
+        self, tmp_path: Path, busy: bool
+    ) -> None:
         told: list[object] = []
 
         def save(_: object) -> None:

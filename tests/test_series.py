@@ -114,7 +114,9 @@ class TestSeries:
         with Checkpointer(tmp_path, filename="old-{step}.pt") as ckpt:
             save(ckpt, 5)
         ckpt = Checkpointer(tmp_path, filename="new-{step}.pt")
-        with pytest.warns(UserWarning, match=r"nothing is restored: .*also holds old-5\.pt.*filename") as told:
+        with pytest.warns(
+            UserWarning, match=r"nothing is restored: .*also holds old-5\.pt.*filename"
+        ) as told:
             assert ckpt.restore(state_of(0), missing_ok=True) is None
         assert told[0].filename == __file__
 
@@ -129,12 +131,16 @@ class TestSeries:
         ckpt = Checkpointer(tmp_path, filename="ckpt_{step:03d}.pth")
         with pytest.warns(UserWarning, match=r"ckpt_003\.pth.*asyncckpt adopt"):
             ckpt.restore(state_of(0), missing_ok=True)
-        with pytest.raises(CheckpointExistsError, match=r"ckpt_003\.pth is a file that asyncckpt did not write"):
+        with pytest.raises(
+            CheckpointExistsError, match=r"ckpt_003\.pth is a file that asyncckpt did not write"
+        ):
             ckpt.save(3, state_of(3)).committed.result(30)
 
 
 class TestMetrics:
-    @pytest.mark.parametrize("given", ["val/loss", "valloss", "Val_Loss", "val-loss", "vall_loss", "valid_loss"])
+    @pytest.mark.parametrize(
+        "given", ["val/loss", "valloss", "Val_Loss", "val-loss", "vall_loss", "valid_loss"]
+    )
     @pytest.mark.parametrize("keep", [BestK(3, "val_loss"), BestK(3, "val_loss") | LastN(2)])
     def test_a_wrong_name_is_refused_with_the_nearest(self, tmp_path: Path, given: str, keep: Any) -> None:
         with Checkpointer(tmp_path, keep=keep) as ckpt:
@@ -147,7 +153,10 @@ class TestMetrics:
     def test_where_only_the_metric_decides_it_has_to_be_there(
         self, tmp_path: Path, metrics: dict[str, float]
     ) -> None:
-        with Checkpointer(tmp_path, keep=BestK(3, "val_loss")) as ckpt, pytest.raises(ValueError, match="val_loss"):
+        with (
+            Checkpointer(tmp_path, keep=BestK(3, "val_loss")) as ckpt,
+            pytest.raises(ValueError, match="val_loss"),
+        ):
             ckpt.save(1, {}, metrics=metrics)
 
     def test_one_of_several_metrics_is_enough(self, tmp_path: Path) -> None:
@@ -182,7 +191,9 @@ class TestDamage:
             save(ckpt, step, loss=-step)
         return ckpt
 
-    def test_a_damaged_newest_is_named_with_the_way_on(self, tmp_path: Path, ckpt: Checkpointer, how: str) -> None:
+    def test_a_damaged_newest_is_named_with_the_way_on(
+        self, tmp_path: Path, ckpt: Checkpointer, how: str
+    ) -> None:
         damaged(tmp_path / "3.pt", how)
         live = state_of(0)
         for call in (ckpt.load, lambda: ckpt.restore(live), lambda: ckpt.restore(live, missing_ok=True)):
@@ -204,7 +215,9 @@ class TestDamage:
         with pytest.warns(UserWarning, match=r"1\.pt is used"):
             assert ckpt.load(fallback=True)["w"][0] == 1
 
-    def test_if_all_are_damaged_nothing_is_restored(self, tmp_path: Path, ckpt: Checkpointer, how: str) -> None:
+    def test_if_all_are_damaged_nothing_is_restored(
+        self, tmp_path: Path, ckpt: Checkpointer, how: str
+    ) -> None:
         for step in (1, 2, 3):
             damaged(tmp_path / f"{step}.pt", how)
         for fallback in (False, True):

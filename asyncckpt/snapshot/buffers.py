@@ -163,14 +163,7 @@ class Arena:
         """
         lease = Lease(self)
         try:
-            if not self._changed.until(lambda: self._take(nbytes, lease), None if wait else 0):
-                raise BusyError(f"no room for {nbytes} bytes of host memory: {self._leased()} are in use")
-            buffer = lease._buffer
-            if buffer is not None and buffer.mapping is None:
-                self._make(buffer)
-            if buffer is not None and buffer.mapping is not None and pinned and not buffer.pinned:
-                buffer.pinned = True  # before it is: undoing what was not done is harmless
-                buffer.pinned = pin(buffer.mapping)
+            self._fill(lease, nbytes, pinned=pinned, wait=wait)
         except BaseException:
             lease.release()
             raise
@@ -231,14 +224,24 @@ class Arena:
         self._high_water = max(self._high_water, self._leased())
         return True
 
-    def _make(self, buffer: _Buffer) -> None:
-        try:
-            on_helper(buffer.make)
-        except (OSError, MemoryError) as error:
-            raise SaveError(
-                f"cannot take {buffer.nbytes} bytes of host memory for a snapshot: {error}; save less, lower"
-                " max_in_flight, or raise the limits of the process (ulimit -f, -v) or of its container"
-            ) from error
+    def _fill(self, lease: Lease, nbytes: int, *, pinned: bool, wait: bool) -> None:
+        """Give a lease its buffer."""
+        if not self._changed.until(lambda: self._take(nbytes, lease), None if wait else 0):
+            raise BusyError(f"no room for {nbytes} bytes of host memory: {self._leased()} are in use")
+        buffer = lease._buffer
+        if buffer is None:  # only to type checkers: it has been taken
+            return
+        if buffer.mapping is None:
+            try:
+                on_helper(buffer.make)
+            except (OSError, MemoryError) as error:
+                raise SaveError(
+                    f"cannot take {nbytes} bytes of host memory for a snapshot: {error}; save less, lower"
+                    " max_in_flight, or raise the limits of the process (ulimit -f, -v) or of its container"
+                ) from error
+        if pinned and not buffer.pinned and buffer.mapping is not None:
+            buffer.pinned = True  # before it is: undoing what was not done is harmless
+            buffer.pinned = pin(buffer.mapping)
 
     def _hold(self, buffer: _Buffer | None, lease: Lease) -> None:
         """Give a buffer one lease more."""
