@@ -2,37 +2,33 @@
 
 from __future__ import annotations
 
-import asyncio
 import concurrent.futures.thread as executors  # its exit hook must be there before ours, to run after it
 import logging
 import os
 import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
-from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import anyio
-
+from asyncckpt.engine_threads import EngineThreads, in_callback
 from asyncckpt.errors import BusyError, SaveError
 from asyncckpt.snapshot.buffers import Arena
 from asyncckpt.snapshot.copy_threads import end_helpers
-from asyncckpt.threads import Condition, handler_error, is_locked_by_caller, start_threads
+from asyncckpt.threads import Condition, handler_error, is_locked_by_caller
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
+
+    from asyncckpt.engine_threads import Next
 
 T = TypeVar("T")
 logger = logging.getLogger("asyncckpt")
 
 # Left to the rest of the job when no limit is set, as a share of the physical memory.
 _SHARE_OF_MEMORY = 0.75
-# Threads for aiofiles. They are made at once, since none can be made while the interpreter shuts down.
-_FILE_THREADS = 2
+_SHUTTING_DOWN = "the interpreter is shutting down; save, load and list before it does"
 
 
 @dataclass(slots=True, eq=False)
@@ -63,7 +59,7 @@ class Engine:
         self._starting = threading.RLock()  # a signal handler that saves may break in anywhere
         self._changed = Condition()
         self._line: list[Operation] = []  # the first one may have begun
-        self._life: _Life | None = None
+        self._threads: EngineThreads | None = None
 
     def __repr__(self) -> str:
         return f"<Engine depth={self.depth()} arena={self.arena!r}>"
@@ -78,6 +74,8 @@ class Engine:
         The caller does not let go of the interpreter here, as it would if it woke the event loop itself: the
         thread that waits for operations gets its turn when the caller next blocks.
         """
+        if _ended:
+            raise SaveError(_SHUTTING_DOWN)
         self._started()
         with self._changed:
             if not operation.withdrawn:
@@ -120,7 +118,7 @@ class Engine:
         """Wait until the line is empty; returns whether it is."""
         return self._changed.until(lambda: not self._line, timeout)
 
-    def refuse_to_wait(self, what: str, broken_into: bool = False) -> None:  # noqa: FBT001, FBT002
+    def refuse_to_wait(self, what: str, *, broken_into: bool = False) -> None:
         """Raise if the calling thread would wait for itself.
 
         Args:
@@ -130,7 +128,7 @@ class Engine:
         Raises:
             BusyError: it is in a callback of an operation, or in a signal handler that broke into a copy.
         """
-        if _carrying_out.get():
+        if in_callback():
             raise BusyError(
                 f"{what} was called in a callback of a save, which would wait for itself; do it in the loop,"
                 " or in a thread of its own"
@@ -150,184 +148,42 @@ class Engine:
         """Finish what is in the line, and end the engine's threads."""
         self.drain()
         with self._starting:
-            life, self._life = self._life, None
-        if life is not None:
-            life.ending = True
+            threads, self._threads = self._threads, None
+        if threads is not None:
+            threads.ending = True
             self._changed.notify_all()
-            life.end()
+            threads.end()
         end_helpers()
         self.arena.close()
 
-    def _started(self) -> _Life:
+    def _started(self) -> EngineThreads:
         with self._starting:
-            if self._life is None:
+            if self._threads is None:
                 if _ended:
-                    raise SaveError("the interpreter is shutting down; save, load and list before it does")
-                life = _Life(self._next, self._finished)
+                    raise SaveError(_SHUTTING_DOWN)
+                threads = EngineThreads(self._next)
                 try:
-                    life.begin()
+                    threads.begin()
                 except BaseException:
-                    life.end(wait=False)
+                    threads.end(wait=False)
                     raise
-                self._life = life
-            return self._life
+                self._threads = threads
+            return self._threads
 
-    def _next(self, life: _Life) -> Operation | None:
-        """Wait for the next operation and begin it; None when the engine ends."""
-
-        def attempt() -> Operation | None:
-            if self._line:
-                self._line[0].begun = True
-                return self._line[0]
-            return None
-
-        found = self._changed.until(lambda: life.ending or attempt())
-        return found if isinstance(found, Operation) else None
+    def _next(self, threads: EngineThreads) -> Next | None:
+        """Wait for the next operation and begin it; None when the threads are to end."""
+        self._changed.until(lambda: threads.ending or self._line)
+        with self._changed:
+            if threads.ending or not self._line:
+                return None
+            operation = self._line[0]
+            operation.begun = True
+            return operation.run, partial(self._finished, operation)
 
     def _finished(self, operation: Operation) -> None:
         with self._changed:
             self._line.remove(operation)
         self._changed.notify_all()
-
-
-class _Life:
-    """The threads of an engine, from its first use to its end: one runs the event loop, one the line.
-
-    They are daemons, so that a process which gives up what is pending can end; otherwise they are waited for.
-    """
-
-    def __init__(
-        self, take: Callable[[_Life], Operation | None], finished: Callable[[Operation], None]
-    ) -> None:
-        self.ending = False
-        self._take = take
-        self._finished = finished
-        self._stop: Callable[[], object] = _nothing
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._ready: SimpleQueue[BaseException | None] = SimpleQueue()
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._loop_thread = threading.Thread(target=self._run_loop, name="asyncckpt-loop", daemon=True)
-        self._line_thread = threading.Thread(target=self._run_line, name="asyncckpt-line", daemon=True)
-        self._started: list[threading.Thread] = []
-
-    def begin(self) -> None:
-        """Start the threads; returns once they are at work.
-
-        Raises:
-            SaveError: no thread can be started.
-        """
-        try:
-            start_threads((self._loop_thread, self._line_thread), self._started)
-            failure = self._ready.get()
-        except RuntimeError as error:
-            failure = error
-        if failure is not None:
-            raise SaveError(
-                f"asyncckpt cannot start its threads: {failure}; raise the limit (ulimit -u, or the pids"
-                " limit of the container)"
-            ) from failure
-
-    def call(self, func: Callable[..., Awaitable[T]], *args: Any) -> T:
-        """Run an async function on the loop and wait for its result."""
-        if threading.current_thread() in self._started:
-            raise BusyError("a callback that runs on the engine's own thread cannot wait for it")
-        answer: SimpleQueue[tuple[T | None, BaseException | None]] = SimpleQueue()
-        scopes: list[anyio.CancelScope] = []
-
-        async def run() -> None:
-            error: BaseException | None = None
-            result: T | None = None
-            try:
-                with anyio.CancelScope() as scope:
-                    scopes.append(scope)
-                    result = await func(*args)
-            except BaseException as raised:  # noqa: BLE001 - raised by the caller
-                error = raised
-            answer.put((result, error))
-
-        def cancel() -> None:
-            for scope in scopes:
-                scope.cancel()
-
-        try:
-            self._post(run)
-            result, error = answer.get()
-        except BaseException:
-            # The caller does not wait for it; the process would at its end.
-            self._loop_of().call_soon_threadsafe(cancel)
-            raise
-        if error is not None:
-            raise error
-        return result  # type: ignore[return-value]
-
-    def end(self, *, wait: bool = True) -> None:
-        """End the threads once the current operation is carried out; nobody calls or submits any more."""
-        self.ending = True
-        if wait:
-            self._line_thread.join()
-        self._stop()
-        if wait:
-            self._loop_thread.join()
-
-    def _run_loop(self) -> None:
-        try:
-            anyio.run(self._serve)
-        except BaseException as error:  # noqa: BLE001 - told to whoever starts it
-            self._ready.put(error)
-
-    async def _serve(self) -> None:
-        loop, stopped = asyncio.get_running_loop(), asyncio.Event()
-        self._loop = loop
-        self._stop = lambda: loop.call_soon_threadsafe(stopped.set)
-        files = _file_threads()
-        loop.set_default_executor(files)
-        self._ready.put(None)
-        if not self.ending:
-            await stopped.wait()
-        files.shutdown()
-
-    def _run_line(self) -> None:
-        while (operation := self._take(self)) is not None:
-            done: SimpleQueue[None] = SimpleQueue()
-            self._post(partial(self._carry_out, operation, done))
-            done.get()
-            self._finished(operation)
-
-    async def _carry_out(self, operation: Operation, done: SimpleQueue[None]) -> None:
-        _carrying_out.set(True)
-        try:
-            await operation.run()
-        except Exception:
-            logger.exception("an operation of asyncckpt failed and nobody was told")
-        finally:
-            done.put(None)
-
-    def _post(self, func: Callable[[], Any]) -> None:
-        loop = self._loop_of()
-
-        def start() -> None:
-            task = loop.create_task(func())
-            self._tasks.add(task)  # the loop itself holds tasks weakly
-            task.add_done_callback(self._tasks.discard)
-
-        loop.call_soon_threadsafe(start)
-
-    def _loop_of(self) -> asyncio.AbstractEventLoop:
-        assert self._loop is not None  # noqa: S101 - `begin` has returned
-        return self._loop
-
-
-def _nothing() -> None:
-    pass
-
-
-# True in an operation, and in callbacks that it calls on worker threads.
-_carrying_out = ContextVar("asyncckpt.engine.carrying_out", default=False)
-
-
-def in_callback() -> bool:
-    """Return whether the caller is a callback of an operation, for which nothing later is carried out."""
-    return _carrying_out.get()
 
 
 def wait_for_pending() -> None:
@@ -336,7 +192,7 @@ def wait_for_pending() -> None:
     Raises:
         BusyError: this is a signal handler that broke into a copy.
     """
-    if _engine is not None and not _carrying_out.get():
+    if _engine is not None and not in_callback():
         _engine.refuse_to_wait("a load")
         _engine.drain()
 
@@ -371,15 +227,6 @@ def at_exit(report: Callable[[], object]) -> None:
 
 def _default_limit() -> int:
     return int(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * _SHARE_OF_MEMORY)
-
-
-def _file_threads() -> ThreadPoolExecutor:
-    executor = ThreadPoolExecutor(_FILE_THREADS, thread_name_prefix="asyncckpt-files")
-    together = threading.Barrier(_FILE_THREADS + 1)
-    for _ in range(_FILE_THREADS):
-        executor.submit(together.wait)
-    together.wait()
-    return executor
 
 
 def _finish_at_exit() -> None:

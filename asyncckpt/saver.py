@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Literal
 
-from asyncckpt.engine import Operation, at_exit, get_engine, in_callback
+from asyncckpt.engine import Operation, at_exit, get_engine
+from asyncckpt.engine_threads import in_callback
 from asyncckpt.errors import AsyncCkptError, BusyError, SaveError
 from asyncckpt.failures import Failures, eviction_failure, failure_of
 from asyncckpt.save import Save, skipped
@@ -252,7 +253,7 @@ class Saver:
         Raises:
             BusyError: it was not within `timeout` seconds, and goes on; or the caller would wait for itself.
         """
-        get_engine().refuse_to_wait("wait()", any(job.is_taken_by_caller() for job in self._jobs))
+        get_engine().refuse_to_wait("wait()", broken_into=any(job.is_taken_by_caller() for job in self._jobs))
         if not self._changed.until(lambda: not self._jobs, timeout):
             raise BusyError(f"{len(self._jobs)} saves were still pending after {timeout} s; they go on")
 
@@ -322,6 +323,8 @@ class Saver:
 
     def _abandon(self, engine: Engine, job: _Job) -> None:
         """Undo what a save that raises has taken; one that is being written fails by itself."""
+        if job.place is not None:
+            job.place.thread = None
         if job.snapshot is not None:
             job.snapshot.end_copy()
         if job.operation is None or engine.withdraw(job.operation):

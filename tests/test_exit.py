@@ -122,8 +122,14 @@ def test_ctrl_c_at_exit_gives_up_what_is_pending_and_says_so(
         ckpt._store = SlowStore(ckpt._store, gates={"draft": gate})
         ckpt.save(2, state_of(2))
         gate.wait_for_arrival()
-        threading._register_atexit(lambda: print("over", flush=True))
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+        def tell():
+            while not asyncckpt.engine._ended:
+                time.sleep(0.001)
+            print("over", flush=True)
+
+        threading.Thread(target=tell, daemon=True).start()
         """
     running = interpreter.start(PREPARE + textwrap.dedent(body), tmp_path)
     assert running.line() == "over"
