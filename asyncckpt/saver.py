@@ -70,13 +70,22 @@ class Saver:
             or "replace" one that is still queued.
         on_error: "raise" from whichever call comes next, or a callable that is given the `Save` and its
             error, on the engine's thread.
+        warns: whether states are warned of that `weights_only=True` will refuse to load.
     """
 
-    def __init__(self, max_in_flight: int, when_busy: WhenBusy = "wait", on_error: OnError = "raise") -> None:
+    def __init__(
+        self,
+        max_in_flight: int,
+        when_busy: WhenBusy = "wait",
+        on_error: OnError = "raise",
+        *,
+        warns: bool = True,
+    ) -> None:
         _validate(max_in_flight, when_busy, on_error)
         self._max_in_flight = max_in_flight
         self._when_busy: WhenBusy = when_busy
         self._on_error = on_error
+        self._warns = warns
         self._stager: Stager | None = None
         self._instant: _Instant | None = None
         self._reset()
@@ -326,7 +335,7 @@ class Saver:
 
     def _stager_of(self, engine: Engine) -> Stager:
         if self._stager is None or self._stager.arena is not engine.arena:
-            self._stager = Stager(engine.arena)
+            self._stager = Stager(engine.arena, self._warns)
         return self._stager
 
     def _reset(self) -> None:
