@@ -7,6 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from asyncckpt.errors import CheckpointNotFoundError, CorruptCheckpointError
+from asyncckpt.load_failures import load_failure
 from asyncckpt.reader import read_image, verify
 from asyncckpt.stores import open_store
 from asyncckpt.unpickle import LoadedMemory, PayloadFile, load_file
@@ -30,10 +31,11 @@ def load_state(
     Raises:
         CheckpointNotFoundError: there is no such file.
         CorruptCheckpointError: names the damaged record.
-        pickle.UnpicklingError: `weights_only` does not allow what is in it.
+        UnsafeStateError: `weights_only` does not allow what is in it; names the entries.
+        UnloadableStateError: its objects cannot be rebuilt here.
     """
     image = engine.call(_read, store, name)
-    return state_of(image, map_location, weights_only=weights_only)
+    return state_of(image, store.path_of(name), map_location, weights_only=weights_only)
 
 
 def locate(path: str | os.PathLike[str], home: Store) -> tuple[Store, str]:
@@ -74,12 +76,27 @@ async def _checked(read: Callable[[Store, StoredFile], Awaitable[T]], store: Sto
         raise error if where in str(error) else CorruptCheckpointError(f"{where}: {error}") from error
 
 
-def state_of(image: Image, map_location: MapLocation, *, weights_only: bool | None) -> Any:
-    """Build the state of a file that is in memory; its storages keep that memory."""
+def state_of(image: Image, where: str, map_location: MapLocation, *, weights_only: bool | None) -> Any:
+    """Build the state of a file that is in memory; its storages keep that memory.
+
+    Raises:
+        CorruptCheckpointError, UnsafeStateError, UnloadableStateError: as `load_state` does; `where` is the
+            path that they name.
+    """
     directory, view = image.directory, image.mapping.view
     with LoadedMemory(image.mapping) as memory:
         payloads = {
             start: memory.storage(start, stop) for _, start, stop in directory.storages() if stop > start
         }
         file = PayloadFile(image.nbytes, lambda at, length: bytes(view[at : at + length]), payloads)
-        return load_file(file, map_location, weights_only=weights_only)
+        try:
+            return load_file(file, map_location, weights_only=weights_only)
+        except Exception as error:
+            if file.misplaced:
+                raise
+            row = next(row for row, record in enumerate(directory.names) if record.endswith("/data.pkl"))
+            data_pickle = bytes(view[directory.starts[row] : directory.stops[row]])
+            failure = load_failure(error, where, data_pickle, [s.nbytes() for s in payloads.values()])
+            if failure is None:
+                raise
+            raise failure from error
