@@ -17,9 +17,12 @@ from asyncckpt.errors import (
     SaveSkipped,
     StateMismatchError,
     StoreError,
+    UnloadableStateError,
     UnpicklableStateError,
+    UnsafeStateError,
 )
 from asyncckpt.functions import load, save, wait
+from asyncckpt.random_state import RandomState
 from asyncckpt.retention import BestK, EveryN, KeepAll, LastN, Policy
 from asyncckpt.save import Save
 from asyncckpt.types import Checkpoint, SaveStats
@@ -37,13 +40,16 @@ __all__ = [
     "KeepAll",
     "LastN",
     "Policy",
+    "RandomState",
     "Save",
     "SaveError",
     "SaveSkipped",
     "SaveStats",
     "StateMismatchError",
     "StoreError",
+    "UnloadableStateError",
     "UnpicklableStateError",
+    "UnsafeStateError",
     "__version__",
     "load",
     "save",
