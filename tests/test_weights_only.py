@@ -35,6 +35,10 @@ class Config:
     value: Any = None
 
 
+class OnlyHere:
+    """Of a kind that no other test saves: those of asyncckpt.save are told once a process."""
+
+
 class Tensor(torch.Tensor):
     """A subclass that torch's unpickler does not know."""
 
@@ -185,7 +189,7 @@ def test_a_part_of_an_object_that_is_refused_counts_to_that_object(checkpointer:
 
 def test_functions_save_warns_too(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match=START) as caught:
-        asyncckpt.save({"set": frozenset()}, tmp_path / "a.pt")
+        asyncckpt.save({"new": OnlyHere()}, tmp_path / "a.pt")
     assert caught[0].filename == __file__
     asyncckpt.wait()
 
