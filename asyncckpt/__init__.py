@@ -20,9 +20,12 @@ from asyncckpt.errors import (
     SignalError,
     StateMismatchError,
     StoreError,
+    UnloadableStateError,
     UnpicklableStateError,
+    UnsafeStateError,
 )
 from asyncckpt.functions import load, save, wait
+from asyncckpt.random_state import RandomState
 from asyncckpt.retention import BestK, EveryN, KeepAll, LastN, Policy
 from asyncckpt.save import Save
 from asyncckpt.signals import StopOnSignal
@@ -42,6 +45,7 @@ __all__ = [
     "LastN",
     "PartialRestoreError",
     "Policy",
+    "RandomState",
     "Save",
     "SaveError",
     "SaveSkipped",
@@ -51,7 +55,9 @@ __all__ = [
     "StateMismatchError",
     "StopOnSignal",
     "StoreError",
+    "UnloadableStateError",
     "UnpicklableStateError",
+    "UnsafeStateError",
     "__version__",
     "load",
     "save",

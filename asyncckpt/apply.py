@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from contextlib import contextmanager
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from asyncckpt.callers import callers_level
+from asyncckpt.caller_warning import warn_caller
 from asyncckpt.deferral import DeferredSignals
 from asyncckpt.errors import PartialRestoreError, StateMismatchError, add_note
 from asyncckpt.matching import Match
@@ -138,7 +137,7 @@ def _tell_what_was_left_out(match: Match, where: str) -> None:
         told.append(f"not in the checkpoint, left as they are: {_some(match.missing)}")
     if match.unexpected:
         told.append(f"not in the state, not taken: {_some(match.unexpected)}")
-    warnings.warn("\n  ".join([*told, *match.hints]), UserWarning, stacklevel=callers_level())
+    warn_caller("\n  ".join([*told, *match.hints]))
 
 
 def _some(paths: Collection[str]) -> str:

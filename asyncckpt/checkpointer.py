@@ -6,7 +6,6 @@ import logging
 import operator
 import os
 import time
-import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, Union
 from anyio import CancelScope, to_thread
 
 from asyncckpt.apply import apply_state
-from asyncckpt.callers import callers_level
+from asyncckpt.caller_warning import warn_caller
 from asyncckpt.engine import get_engine, wait_for_pending
 from asyncckpt.errors import (
     AsyncCkptError,
@@ -261,6 +260,8 @@ class Checkpointer:
         Raises:
             CheckpointNotFoundError: there is no such checkpoint.
             CorruptCheckpointError: names the damaged record.
+            UnsafeStateError: `weights_only` does not allow what is in it; names the entries.
+            UnloadableStateError: its objects cannot be rebuilt here.
         """
         return self._load(which, map_location, weights_only=weights_only, fallback=fallback).state
 
@@ -294,6 +295,8 @@ class Checkpointer:
         Raises:
             CheckpointNotFoundError: there is no such checkpoint.
             CorruptCheckpointError: names the damaged record; nothing was changed.
+            UnsafeStateError: `weights_only` does not allow what is in it; names the entries.
+            UnloadableStateError: its objects cannot be rebuilt here.
             StateMismatchError: lists every entry that does not fit; nothing was changed.
             PartialRestoreError: what failed could not be put back; the message lists it.
         """
@@ -303,7 +306,7 @@ class Checkpointer:
             if not missing_ok:
                 raise
             if get_engine().call(self._series.look).others:
-                warnings.warn(f"nothing is restored: {error}", stacklevel=callers_level())
+                warn_caller(f"nothing is restored: {error}")
             return None
         apply_state(state, loaded.state, loaded.checkpoint.path, strict=strict, map_keys=map_keys)
         return loaded.checkpoint

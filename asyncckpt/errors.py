@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pickle import UnpicklingError
 
 logger = logging.getLogger("asyncckpt")
 
@@ -29,6 +30,14 @@ class ShardedStateError(SaveError, TypeError):
 
 class CorruptCheckpointError(AsyncCkptError, ValueError):
     """A file is not a whole checkpoint: a damaged record, a cut end, or another format."""
+
+
+class UnsafeStateError(AsyncCkptError, UnpicklingError):
+    """`weights_only=True` refuses what a file holds; the message names the entries and their classes."""
+
+
+class UnloadableStateError(AsyncCkptError, UnpicklingError):
+    """A file is whole, but its state cannot be built here; the cause is chained."""
 
 
 class StateMismatchError(AsyncCkptError, ValueError):

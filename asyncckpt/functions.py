@@ -78,6 +78,8 @@ def load(
     Raises:
         CheckpointNotFoundError: there is no such file.
         CorruptCheckpointError: names the damaged record.
+        UnsafeStateError: `weights_only` does not allow what is in it; names the entries.
+        UnloadableStateError: its objects cannot be rebuilt here.
     """
     wait_for_pending()
     store, name = locate(_checked(path), open_store("."), storage_options)

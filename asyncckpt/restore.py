@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import os
-import warnings
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from asyncckpt.callers import callers_level
+from asyncckpt.caller_warning import warn_caller
 from asyncckpt.catalog import checkpoint_of
 from asyncckpt.engine import get_engine
 from asyncckpt.errors import CheckpointNotFoundError, CorruptCheckpointError
 from asyncckpt.layout.description import Description
 from asyncckpt.layout.torch_zip import DESCRIPTION
+from asyncckpt.load_failures import load_failure
 from asyncckpt.reader import read_image, verify
 from asyncckpt.series import damage
 from asyncckpt.stores import open_store
@@ -47,7 +47,8 @@ def load_state(
     Raises:
         CheckpointNotFoundError: there is no such file.
         CorruptCheckpointError: names the damaged record.
-        pickle.UnpicklingError: `weights_only` does not allow what is in it.
+        UnsafeStateError: `weights_only` does not allow what is in it; names the entries.
+        UnloadableStateError: its objects cannot be rebuilt here.
     """
     image = get_engine().call(read_file, read_image, store, name)
     record = image.record(DESCRIPTION)
@@ -100,7 +101,7 @@ def load_wanted(
                     msg = (
                         f"{loaded.checkpoint.path} is used, since what comes before it is damaged: {problems}"
                     )
-                    warnings.warn(msg, stacklevel=callers_level())
+                    warn_caller(msg)
                 return loaded
         else:
             raise _damaged(errors[0], choice, len(choice.entries))
@@ -160,11 +161,27 @@ async def read_file(read: Callable[[OpenFile], Awaitable[T]], store: Store, name
 
 
 def state_of(image: Image, map_location: MapLocation, *, weights_only: bool | None) -> Any:
-    """Build the state of a file that is in memory; its storages keep that memory."""
+    """Build the state of a file that is in memory; its storages keep that memory.
+
+    Raises:
+        CorruptCheckpointError: its pickle makes no sense.
+        UnsafeStateError: `weights_only` does not allow what is in it; names the entries.
+        UnloadableStateError: its objects cannot be rebuilt here.
+    """
     directory, view = image.directory, image.mapping.view
     with LoadedMemory(image.mapping) as memory:
         payloads = {
             start: memory.storage(start, stop) for _, start, stop in directory.storages() if stop > start
         }
         file = PayloadFile(image.nbytes, lambda at, length: bytes(view[at : at + length]), payloads)
-        return load_file(file, map_location, weights_only=weights_only)
+        try:
+            return load_file(file, map_location, weights_only=weights_only)
+        except Exception as error:
+            if file.misplaced:
+                raise
+            data_pickle = image.record(f"{directory.folder}/data.pkl") or b""
+            sizes = [storage.nbytes() for storage in payloads.values()]
+            failure = load_failure(error, image.path, data_pickle, sizes)
+            if failure is None:
+                raise
+            raise failure from error

@@ -101,6 +101,7 @@ class Saver:
         on_error: "raise" from whichever call comes next, or a callable that is given the `Save` and its
             error, on a background thread.
         on_commit: called with each checkpoint once it is durable, on a background thread.
+        warns: whether states are warned of that `weights_only=True` will refuse to load.
     """
 
     def __init__(
@@ -109,12 +110,15 @@ class Saver:
         when_busy: WhenBusy = "wait",
         on_error: OnError = "raise",
         on_commit: OnCommit | None = None,
+        *,
+        warns: bool = True,
     ) -> None:
         _validate(max_in_flight, when_busy, on_error, on_commit)
         self._max_in_flight = max_in_flight
         self._when_busy: WhenBusy = when_busy
         self._on_error = on_error
         self._on_commit = on_commit
+        self._warns = warns
         self._stagers = threading.local()
         self._instant: _Instant | None = None
         self._reset()
@@ -408,7 +412,7 @@ class Saver:
         """Return the stager of the calling thread: what it keeps is not shared with others."""
         stager: Stager | None = getattr(self._stagers, "own", None)
         if stager is None or stager.arena is not engine.arena:
-            stager = self._stagers.own = Stager(engine.arena)
+            stager = self._stagers.own = Stager(engine.arena, self._warns)
         return stager
 
     def _reset(self) -> None:

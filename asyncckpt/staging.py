@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import time
-import warnings
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from asyncckpt.callers import callers_level
+from asyncckpt.caller_warning import warn_caller
 from asyncckpt.errors import SaveError
 from asyncckpt.layout.torch_zip import lay_out, plan
 from asyncckpt.snapshot.compare import holds
@@ -17,6 +16,7 @@ from asyncckpt.snapshot.copy import Watermark, copy_storages
 from asyncckpt.snapshot.data_pickle import DataPickler
 from asyncckpt.snapshot.freeze import Freezer
 from asyncckpt.unpickle import PayloadFile, load_file
+from asyncckpt.weights_only import WeightsOnlyCheck
 
 if TYPE_CHECKING:
     from torch.storage import UntypedStorage
@@ -85,11 +85,18 @@ class Snapshot:
 
 @dataclass(slots=True, eq=False)
 class Stager:
-    """Takes snapshots of one state again and again; what did not change is not laid out anew."""
+    """Takes snapshots of one state again and again; what did not change is not laid out anew.
+
+    Attributes:
+        arena: where they are copied to.
+        warns: whether a state that `weights_only=True` refuses to load is warned of.
+    """
 
     arena: Arena
+    warns: bool = True
     _freezer: Freezer = field(default_factory=Freezer, init=False)
     _pickler: DataPickler = field(default_factory=DataPickler, init=False)
+    _check: WeightsOnlyCheck = field(default_factory=WeightsOnlyCheck, init=False)
     _body: Body | None = field(default=None, init=False)
     _warned: bool = field(default=False, init=False)
 
@@ -111,6 +118,8 @@ class Stager:
         decided, storages = frozen
         body = self._lay_out(decided.sizes)
         self._warn_of_inline(len(decided.pickled))
+        if self.warns and (warning := self._check.warning(decided, self._freezer.kinds)):
+            warn_caller(warning)
         began = time.perf_counter()
         lease = self.arena.lease(body.nbytes, pinned=_on_cuda(decided), wait=wait)
         snapshot = Snapshot(decided, body, lease, storages=storages)
@@ -179,7 +188,7 @@ class Stager:
                 f"{nbytes >> 20} MiB of the state are not tensors (numpy arrays, objects) and are pickled on"
                 " the training thread at every save; make tensors of them to have them copied"
             )
-            warnings.warn(msg, stacklevel=callers_level())
+            warn_caller(msg)
 
 
 def _on_cuda(frozen: FrozenState) -> bool:

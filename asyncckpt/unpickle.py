@@ -38,7 +38,14 @@ class PayloadFile:
         size: of the file in bytes.
         read_at: returns the bytes at (offset, length).
         payloads: offset of each storage's payload -> the storage that holds it.
+
+    Attributes:
+        is_placed_by_caller: whether the caller chose where storages are placed, rather than the file.
+        misplaced: whether a device or the caller's map_location failed, which is not the file's fault.
     """
+
+    is_placed_by_caller = False
+    misplaced = False
 
     def __init__(
         self, size: int, read_at: Callable[[int, int], bytes], payloads: Mapping[int, UntypedStorage]
@@ -93,6 +100,7 @@ def load_file(
     """Return what torch.load makes of `file`; with `weights_only=None`, by the default of torch."""
     _register()
     where = _restoring_first(file, map_location) if callable(map_location) else map_location
+    file.is_placed_by_caller = where is map_location and where is not None
     with _loading(file):
         return torch.load(file, map_location=where, weights_only=weights_only)  # type: ignore[arg-type]
 
@@ -138,8 +146,12 @@ def _restoring_first(file: PayloadFile, place: Callable[[UntypedStorage, str], A
     def restore(storage: UntypedStorage, location: str) -> Any:
         filled = file.restore(storage)
         with _loading(None):
-            placed = place(filled, location)
-        return default_restore_location(filled, location) if placed is None else placed
+            try:
+                placed = place(filled, location)
+            except Exception:
+                file.misplaced = True
+                raise
+            return _placed(file, filled, location) if placed is None else placed
 
     return restore
 
@@ -160,7 +172,23 @@ def _restore(storage: Any, location: str) -> Any:
     if file is None:
         return None
     with _loading(None):
-        return default_restore_location(file.restore(storage), location)
+        return _placed(file, file.restore(storage), location)
+
+
+def _placed(file: PayloadFile, storage: UntypedStorage, location: str) -> Any:
+    try:
+        return default_restore_location(storage, location)
+    except Exception:
+        file.misplaced = file.is_placed_by_caller or is_device(location)
+        raise
+
+
+def is_device(location: object) -> bool:
+    """Return whether torch knows the kind of device of a storage's location, such as "cuda:0"."""
+    try:
+        return isinstance(location, str) and bool(torch.device(location))
+    except RuntimeError:
+        return False
 
 
 @contextmanager

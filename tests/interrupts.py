@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from types import FrameType
 
+    from typing_extensions import Self
+
     from asyncckpt import Checkpointer
 
 # The interpreter runs signal handlers when a Python function begins, and behind a call of one in C.
@@ -39,7 +41,7 @@ class Interrupt:
         self.where = ""
         self._left = number
 
-    def __enter__(self) -> Interrupt:
+    def __enter__(self) -> Self:
         sys.setprofile(self._count)
         return self
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import zipfile
+from collections import OrderedDict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -173,8 +174,51 @@ def test_a_zip_that_is_compressed_or_holds_no_pickle_is_refused(tmp_path: Path) 
     with zipfile.ZipFile(tmp_path / "text.pt", "w") as file:
         file.writestr("a.txt", b"x" * 1000)
     for name in ("packed.pt", "text.pt"):
-        with pytest.raises((CorruptCheckpointError, RuntimeError)):
+        with pytest.raises(CorruptCheckpointError, match=name):
             asyncckpt.load(tmp_path / name)
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol:UserWarning")
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated:UserWarning")
+def test_a_pickle_damaged_before_its_checksum_was_made_raises_only_errors_of_ours(tmp_path: Path) -> None:
+    state = sample(3) | {
+        "ordered": OrderedDict(a=1),
+        "sparse": torch.eye(3).to_sparse(),
+        "parameter": torch.nn.Parameter(torch.ones(2)),
+        "plain": [1.5, 1j, {1, 2}, (True, None), b"bytes", bytearray(b"b"), 1 << 70, "text"],
+    }
+    torch.save(state, tmp_path / "good.pt")
+    with zipfile.ZipFile(tmp_path / "good.pt") as file:
+        records = {name.partition("/")[2]: file.read(name) for name in file.namelist()}
+    chosen, raised = random.Random(9), set()
+    for _ in range(400):
+        damaged = _damage(records["data.pkl"], chosen)
+        writer: Any = torch._C.PyTorchFileWriter(str(tmp_path / "a.pt"))
+        for name, content in (records | {"data.pkl": damaged}).items():
+            if name not in {"version", ".data/serialization_id"}:  # which the writer adds
+                writer.write_record(name, content, len(content))
+        writer.write_end_of_file()
+        try:
+            asyncckpt.load(tmp_path / "a.pt")
+        except asyncckpt.AsyncCkptError as error:
+            raised.add(type(error))
+            assert str(tmp_path / "a.pt") in str(error)  # noqa: PT017 - not each of them raises
+    assert CorruptCheckpointError in raised
+
+
+def _damage(content: bytes, chosen: random.Random) -> bytes:
+    """Change, drop or repeat a few bytes."""
+    damaged = bytearray(content)
+    for _ in range(chosen.randint(1, 3)):
+        at, length = chosen.randrange(len(damaged)), chosen.randint(1, 8)
+        change = chosen.randrange(3)
+        if change == 0:
+            damaged[at] = chosen.randrange(256)
+        elif change == 1:
+            del damaged[at : at + length]
+        else:
+            damaged[at:at] = damaged[at : at + length]
+    return bytes(damaged)
 
 
 @pytest.mark.parametrize("entries", [1, 300, 5000])

@@ -26,13 +26,14 @@ from contextlib import contextmanager
 
 warnings.simplefilter("ignore")
 
+import lightning
 import torch
 from trainers import Model, StoreIO, trainer
 
 from asyncckpt import SaveError
 from asyncckpt.engine import get_engine
 from asyncckpt.lightning import ModelCheckpoint
-from asyncckpt.testing import FaultyStore
+from asyncckpt.testing import FaultyStore, SlowStore
 
 DIRECTORY, STRATEGY, *FITS = sys.argv[1:]
 
@@ -86,6 +87,17 @@ class Watched(ModelCheckpoint):
             super().on_train_end(trainer, module)
 
 
+class Looking(lightning.Callback):
+    # Its turn comes before that of the checkpoints.
+    def on_train_end(self, trainer, module):
+        with open(f"{trainer.checkpoint_callback.dirpath}-{trainer.global_rank}.found", "w") as file:
+            file.write(str(os.path.exists(trainer.checkpoint_callback.best_model_path)))
+
+
+def slow(store):
+    return SlowStore(store, delays={"commit": 0.2})
+
+
 def fail_second(store):
     double = FaultyStore(store)
     double.fail("commit", OSError(28, "No space left on device"), where="1.ckpt".__eq__)
@@ -98,9 +110,9 @@ def fit(name):
         auto_insert_metric_name=False,
     )
     model = Told([3.0, 2.0, 1.0])
-    plugins = [] if name == "good" else [StoreIO(fail_second)]
+    plugins = {"good": [], "slow": [StoreIO(slow)]}.get(name, [StoreIO(fail_second)])
     epochs = 2 if name == "end" else 3
-    run = trainer(callback, strategy=STRATEGY, devices=2, max_epochs=epochs, plugins=plugins)
+    run = trainer(Looking(), callback, strategy=STRATEGY, devices=2, max_epochs=epochs, plugins=plugins)
     try:
         run.fit(model)
     except Exception as error:
@@ -154,7 +166,7 @@ def test_all_ranks_know_what_was_saved_and_what_failed(
     tmp_path: Path, strategy: str, failing: str | None
 ) -> None:
     bad = {"at the next save": ["next"], "at the end": ["end"], None: []}[failing]
-    ends = run_in_two_processes(tmp_path, strategy, ["good", *bad])
+    ends = run_in_two_processes(tmp_path, strategy, ["good", "slow", *bad])
     assert known_to_both(tmp_path, "good") == {
         "error": None,
         "step": 6,
@@ -165,6 +177,8 @@ def test_all_ranks_know_what_was_saved_and_what_failed(
         "worst": ["1.ckpt", 2.0],
         "exist": [False, True],
     }
+    assert [(tmp_path / f"slow-{rank}.found").read_text() for rank in range(2)] == ["True", "True"]
+    assert ends.pop("slow")[0] == "2.ckpt"
     assert ends.pop("good") == ["2.ckpt", True, "TorchCheckpointIO"]
     assert (tmp_path / "good" / "2.ckpt").samefile(tmp_path / "good" / "best.ckpt")
     for name in bad:

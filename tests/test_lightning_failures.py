@@ -22,7 +22,7 @@ from asyncckpt.engine import get_engine
 from asyncckpt.lightning import AsyncCheckpointIO, ModelCheckpoint
 from asyncckpt.testing import FaultyStore, Gate, SlowStore
 from support import start_python
-from trainers import QUIET, Model, StoreIO, trainer
+from trainers import QUIET, AtTheEnd, Model, StoreIO, trainer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -58,19 +58,6 @@ class AtBatchEnd(stock.Callback):
 
     def on_train_batch_end(self, *_: Any) -> None:
         self.func()
-
-
-class AtTheEnd(stock.Callback):
-    """Opens a gate when training is over, well or not, just before the checkpoint callbacks hear of it."""
-
-    def __init__(self, gate: Gate) -> None:
-        self.gate = gate
-
-    def on_train_end(self, *_: Any) -> None:
-        self.gate.open()
-
-    def on_exception(self, *_: Any) -> None:
-        self.gate.open()
 
 
 def failing(operation: str, error: Exception = FULL, gate: Gate | None = None, **which: Any) -> StoreIO:
@@ -161,7 +148,7 @@ def test_a_failed_save_is_raised_once_and_everything_listed_exists(
 ) -> None:
     gate = Gate(opened=not held)
     callback = checkpoints(tmp_path, **arguments)
-    run = run_of(callback, AtTheEnd(gate), failing("commit", gate=gate, at=at))
+    run = run_of(callback, AtTheEnd(gate.open), failing("commit", gate=gate, at=at))
     with pytest.raises(SaveError, match="the disk is full") as caught:
         run.fit(Scored())
     assert caught.value.__cause__ is FULL
@@ -193,7 +180,7 @@ def test_nothing_is_evicted_because_of_saves_that_failed(
     gate = Gate()
     callback = checkpoints(tmp_path, monitor=monitor)
     with pytest.raises(SaveError) as caught:
-        run_of(callback, AtTheEnd(gate), failing("commit", gate=gate, at=at, times=times)).fit(Scored())
+        run_of(callback, AtTheEnd(gate.open), failing("commit", gate=gate, at=at, times=times)).fit(Scored())
     assert str(caught.value).count("the disk is full") == times
     assert names(tmp_path) == [f"step={step}.ckpt" for step in kept]
     assert callback.best_model_path == (f"{tmp_path}/run/step={kept[0]}.ckpt" if kept else "")
@@ -215,7 +202,7 @@ def test_what_a_failed_save_was_to_evict_goes_with_the_next_one(tmp_path: Path, 
             gate.wait_for_arrival(3)
 
     watch = AtBatchEnd(let_all_but_the_third_through)
-    run = run_of(callback, watch, AtTheEnd(gate), failing("commit", gate=gate, at=2), steps=5)
+    run = run_of(callback, watch, AtTheEnd(gate.open), failing("commit", gate=gate, at=2), steps=5)
     with pytest.raises(SaveError, match="step 2"):
         run.fit(Scored())
     assert_true(callback)
@@ -224,7 +211,7 @@ def test_what_a_failed_save_was_to_evict_goes_with_the_next_one(tmp_path: Path, 
 def test_the_best_is_never_a_dangling_link_though_a_later_save_evicts_what_it_led_to(tmp_path: Path) -> None:
     gate = Gate()
     callback = checkpoints(tmp_path, monitor="score", save_top_k=2, save_best="link")
-    run = run_of(callback, AtTheEnd(gate), failing("commit", gate=gate, at=2), steps=3)
+    run = run_of(callback, AtTheEnd(gate.open), failing("commit", gate=gate, at=2), steps=3)
     with pytest.raises(SaveError):
         run.fit(Scored(3.0, 1.0, 2.0))  # the third takes the place of the first, and the second fails
     assert (tmp_path / "run" / "best.ckpt").exists()
@@ -311,7 +298,7 @@ def test_the_users_exception_is_what_fit_raises_with_a_note_of_the_save(
     gate = Gate()
     own = RuntimeError("my own")
     saves = callback(tmp_path / "run", "{step}", every_n_train_steps=1)
-    run = run_of(saves, AtTheEnd(gate), failing("commit", gate=gate))
+    run = run_of(saves, AtTheEnd(gate.open), failing("commit", gate=gate))
     with caplog.at_level(logging.ERROR, "asyncckpt"), pytest.raises(RuntimeError) as caught:
         run.fit(Scored(then=fail(own, 1)))
     assert caught.value is own
@@ -373,7 +360,7 @@ def test_whatever_ends_training_the_step_is_saved_and_nothing_pending_is_lost(
     )
     io = StoreIO(partial(SlowStore, gates={"commit": gate}), max_in_flight=99)
     with pytest.raises(raised) as caught:
-        run_of(callback, AtTheEnd(gate), io).fit(Scored(then=fail(own, 3)))
+        run_of(callback, AtTheEnd(gate.open), io).fit(Scored(then=fail(own, 3)))
     assert raised is not SystemExit or caught.value.args == (1,)
     assert names(tmp_path) == ["last.ckpt", "step=2.ckpt", "step=3.ckpt"]
     assert step_of(callback.last_model_path) == 3

@@ -16,7 +16,7 @@ from asyncckpt import SaveError
 from asyncckpt.engine import get_engine
 from asyncckpt.lightning import ModelCheckpoint
 from asyncckpt.testing import FaultyStore, Gate, SlowStore
-from trainers import QUIET, Model, StoreIO, trainer
+from trainers import QUIET, AtTheEnd, Model, StoreIO, trainer
 
 if TYPE_CHECKING:
     from asyncckpt.stores.base import Store
@@ -62,9 +62,6 @@ class Batches(Callback):
 
     def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
         self.what.get(f"at_{trainer.global_step}", lambda: None)()
-
-    def on_train_end(self, *_: Any) -> None:
-        self.what.get("at_the_end", lambda: None)()
 
 
 def checkpoints(path: Path, **arguments: Any) -> ModelCheckpoint:
@@ -124,8 +121,8 @@ def test_what_a_logger_reads_as_the_best_is_there(tmp_path: Path) -> None:
         gate.wait_for_arrival(2)
 
     io = StoreIO(partial(SlowStore, gates={"commit": gate}), max_in_flight=9)
-    at = Batches(at_3=let_one_through, at_the_end=gate.open)
-    fit(at, checkpoints(tmp_path), plugins=[io], logger=logger)
+    at = Batches(at_3=let_one_through)
+    fit(at, AtTheEnd(gate.open), checkpoints(tmp_path), plugins=[io], logger=logger)
     assert len(logger.told) == 3
     assert logger.best_is_there == [True] * 3
 
@@ -142,7 +139,7 @@ def test_they_are_not_told_of_a_save_that_failed(tmp_path: Path, at: int) -> Non
 
     with pytest.raises(SaveError):
         fit(
-            Batches(at_the_end=partial(let_through, gate)),
+            AtTheEnd(partial(let_through, gate)),
             checkpoints(tmp_path),
             plugins=[StoreIO(wrap, max_in_flight=9)],
             logger=logger,

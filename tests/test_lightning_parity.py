@@ -20,7 +20,6 @@ from unittest import mock
 import pytest
 import torch
 from fsspec.implementations.memory import MemoryFileSystem
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint as Stock
 from lightning.pytorch.callbacks.model_checkpoint import warning_cache
 from lightning.pytorch.loggers import CSVLogger
@@ -29,7 +28,7 @@ from asyncckpt.lightning import AsyncCheckpointIO
 from asyncckpt.lightning import ModelCheckpoint as Ours
 from asyncckpt.testing import Gate, SlowStore
 from sameness import assert_same
-from trainers import QUIET, Model, trainer
+from trainers import QUIET, AtTheEnd, Model, trainer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -142,19 +141,6 @@ class Told(CSVLogger):
         self.told += 1
 
 
-class Opening(Callback):
-    """Opens a gate when training is over, before the checkpoint callbacks hear of it."""
-
-    def __init__(self, gate: Gate) -> None:
-        self.gate = gate
-
-    def on_train_end(self, *_: Any) -> None:
-        self.gate.open()
-
-    def on_exception(self, *_: Any) -> None:
-        self.gate.open()
-
-
 @dataclass
 class Run:
     """Trainings in the working directory, and what each of them left behind.
@@ -201,7 +187,7 @@ class Run:
     def _fit(self, module: Model, ckpt_path: str | None, given: dict[str, Any], report: Any) -> None:
         self.gate.close()
         again, again_from, then = (given.pop(name, None) for name in ("again", "again_from", "then"))
-        a_trainer = trainer(Opening(self.gate), *self.callbacks, **given)
+        a_trainer = trainer(AtTheEnd(self.gate.open), *self.callbacks, **given)
         save = a_trainer.save_checkpoint
 
         def noting(path: str, *more: Any) -> None:

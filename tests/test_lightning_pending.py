@@ -101,6 +101,11 @@ def at(hook: str, func: Callable[[Any], object]) -> LambdaCallback:
     return LambdaCallback(**{hook: lambda trainer, *_, **__: func(trainer)})
 
 
+def after_validation(epoch: int, func: Callable[[Any], object]) -> LambdaCallback:
+    """Return a callback with a turn between what an epoch saved and the wait at the end of the last one."""
+    return at("on_train_epoch_end", lambda run: func(run) if run.current_epoch == epoch else None)
+
+
 def load(path: str | Path) -> Any:
     return torch.load(path, weights_only=False)
 
@@ -141,8 +146,8 @@ def test_a_delete_waits_for_the_commit_of_what_replaces_it(tmp_path: Path, gate:
         gate.open()
 
     gate.open()
-    checkpoint = ModelCheckpoint(tmp_path, FLAT)
-    callbacks = (at("on_train_epoch_start", hold_back), at("on_train_end", look), checkpoint)
+    checkpoint = ModelCheckpoint(tmp_path, FLAT, save_on_train_epoch_end=False)
+    callbacks = (at("on_train_epoch_start", hold_back), after_validation(1, look), checkpoint)
     trainer(*callbacks, plugins=[GatedIO(gate)], max_epochs=2).fit(Model())
     assert seen == [(["epoch=0.ckpt"], [False, True, False])]
     assert files(tmp_path) == ["epoch=1.ckpt"]
@@ -158,9 +163,9 @@ def test_names_count_the_files_that_are_pending(tmp_path: Path, gate: Gate) -> N
         seen.append(files(tmp_path))
         gate.open()
 
-    checkpoint = ModelCheckpoint(tmp_path, "same", save_top_k=3, **VAL)
+    checkpoint = ModelCheckpoint(tmp_path, "same", save_top_k=3, save_on_train_epoch_end=False, **VAL)
     io = GatedIO(gate, max_in_flight=3)
-    trainer(at("on_train_end", ask), checkpoint, plugins=[io]).fit(Model((3.0, 2.0, 1.0)))
+    trainer(after_validation(2, ask), checkpoint, plugins=[io]).fit(Model((3.0, 2.0, 1.0)))
     assert seen == [[True, True, True, False], []]
     assert files(tmp_path) == ["same-v1.ckpt", "same-v2.ckpt", "same.ckpt"]
     assert sorted(checkpoint.best_k_models) == [str(tmp_path / name) for name in files(tmp_path)]
@@ -245,9 +250,9 @@ def test_the_first_last_shares_the_snapshot(tmp_path: Path, gate: Gate) -> None:
         seen.append((get_engine().depth(), get_engine().arena.statistics().leases))
         gate.open()
 
-    checkpoint = ModelCheckpoint(tmp_path, FLAT, save_last=True)
+    checkpoint = ModelCheckpoint(tmp_path, FLAT, save_last=True, save_on_train_epoch_end=False)
     io = GatedIO(gate, max_in_flight=1)
-    trainer(at("on_train_end", look), checkpoint, plugins=[io], max_epochs=1).fit(Model())
+    trainer(after_validation(0, look), checkpoint, plugins=[io], max_epochs=1).fit(Model())
     assert seen == [(2, 1)]
     top, last = load(tmp_path / "epoch=0.ckpt"), load(tmp_path / "last.ckpt")
     told = [state["callbacks"].pop(checkpoint.state_key)["last_model_path"] for state in (top, last)]

@@ -190,7 +190,7 @@ def test_a_remote_file_that_is_replaced_while_it_is_read_is_read_anew(tmp_path: 
     reads = 0
 
     class Replaced(WrapperStore):
-        async def before(self, operation: str, subject: str) -> None:
+        async def before(self, operation: str, _: str) -> None:
             nonlocal reads
             reads += operation == "read"
             if operation == "read" and reads == 2:  # the directory is read, the content not yet

@@ -54,7 +54,7 @@ class TestCallbacks:
 
     @pytest.mark.parametrize("busy", [False, True])
     def test_a_callback_never_hangs_while_the_loop_waits_for_a_place(
-        self, tmp_path: Path, busy: bool
+        self, tmp_path: Path, *, busy: bool
     ) -> None:
         told: list[object] = []
 
@@ -78,7 +78,7 @@ class TestCallbacks:
         told: list[BusyError] = []
 
         def wait(_: object) -> None:
-            with pytest.raises(BusyError, match="in a callback of a save.*in the loop") as caught:
+            with pytest.raises(BusyError, match=r"in a callback of a save.*in the loop") as caught:
                 getattr(ckpt, what)()
             told.append(caught.value)
 

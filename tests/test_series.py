@@ -256,7 +256,7 @@ def test_fallback_does_not_go_with_what_names_one_checkpoint(tmp_path: Path) -> 
 
 def test_a_directory_that_is_only_read_is_not_made(tmp_path: Path) -> None:
     for url in (tmp_path / "runs" / "gtp", f"memory://{tmp_path}/gtp"):
-        with pytest.raises(CheckpointNotFoundError, match="no directory .*gtp"):
+        with pytest.raises(CheckpointNotFoundError, match=r"no directory .*gtp"):
             Checkpointer(url, create=False)
     assert not (tmp_path / "runs").exists()
     with Checkpointer(tmp_path / "run") as ckpt:

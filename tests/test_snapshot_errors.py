@@ -45,6 +45,7 @@ def shared_dtypes() -> dict[str, Any]:
         ({"opt": {"hook": threading.Lock()}}, 'state["opt"]["hook"]'),
         ({"a": [1, (2, Refusing())]}, 'state["a"][1][1]'),
         ({"it's": Having({3: [iter([]), open]}), "x": Refusing()}, 'state["x"]'),
+        ({"it's": Refusing()}, 'state["it\'s"]'),
         ([Having({"deep": Refusing()})], 'state[0].value["deep"]'),
         ({3: {(1, "k"): Refusing()}}, "state[3][(1, 'k')]"),
         (Refusing(), "state"),

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from asyncckpt.lightning import AsyncCheckpointIO
 from asyncckpt.stores.local import LocalStore
+from asyncckpt.trainer.callback import _is_last_epoch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -78,6 +79,20 @@ def trainer(*callbacks: Any, package: Any = lightning, **arguments: Any) -> Any:
         "max_epochs": 3,
     }
     return package.Trainer(callbacks=list(callbacks), **(quiet | arguments))
+
+
+class AtTheEnd(lightning.Callback):
+    """Calls something when the last epoch ends, or a run fails, just before the checkpoint callbacks wait."""
+
+    def __init__(self, func: Callable[[], object]) -> None:
+        self.func = func
+
+    def on_train_epoch_end(self, trainer: Any, *_: Any) -> None:
+        if _is_last_epoch(trainer):
+            self.func()
+
+    def on_exception(self, *_: Any) -> None:
+        self.func()
 
 
 class StoreIO(AsyncCheckpointIO):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -23,6 +24,11 @@ def find_culprit(state: object, probe: Callable[[object], None], name: str = "st
     return path
 
 
+def subscript(key: object) -> str:
+    """Return the text that reaches the entry of a dict, such as `["opt"]`."""
+    return f"[{json.dumps(key, ensure_ascii=False) if isinstance(key, str) else repr(key)}]"
+
+
 def _fails(value: object, probe: Callable[[object], None]) -> bool:
     try:
         probe(value)
@@ -35,7 +41,7 @@ def _children(value: Any) -> Iterator[tuple[str, object]]:
     """Yield the entries of a container, or of an object's attributes, with the text that reaches each."""
     if isinstance(value, dict):
         for key, item in value.items():
-            yield f"[{key!r}]".replace("'", '"') if isinstance(key, str) else f"[{key!r}]", item
+            yield subscript(key), item
     elif isinstance(value, (list, tuple)):
         for index, item in enumerate(value):
             yield f"[{index}]", item

@@ -8,6 +8,7 @@ import itertools
 import pickle
 import secrets
 from dataclasses import dataclass, field
+from types import BuiltinFunctionType, FunctionType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -37,6 +38,7 @@ STORAGE_CLASS = {getattr(torch, dtype): name for name, dtype in STORAGE_DTYPES.i
 _COMPLEX = frozenset({torch.complex64, torch.complex128})
 _PLAIN_DEVICES = frozenset({"cpu", "cuda", "mps", "xpu"})
 _STORAGES = (TypedStorage, UntypedStorage)
+_NAMED = (type, FunctionType, BuiltinFunctionType)  # pickled by their names
 
 # (storage key, dtype, offset, size, stride, requires_grad)
 TensorMeta = tuple[int, torch.dtype, int, tuple[int, ...], tuple[int, ...], bool]
@@ -84,9 +86,16 @@ class _ExactPickler(_PlainPickler):
 
 @dataclass(slots=True)
 class Freezer:
-    """Freezes the same state again and again, sharing what did not change since the last time."""
+    """Freezes the same state again and again, sharing what did not change since the last time.
+
+    Attributes:
+        last: what was frozen last.
+        kinds: the classes of all objects so far that are neither plain tensors nor plain Python values, and
+            the classes and functions that are pickled by their names.
+    """
 
     last: FrozenState | None = None
+    kinds: set[Any] = field(default_factory=set, init=False)
     _exact: bool = field(default=False, init=False)
 
     def freeze(self, state: object) -> tuple[FrozenState, list[UntypedStorage]]:
@@ -119,7 +128,7 @@ class Freezer:
 
     def _freeze(self, state: object) -> tuple[FrozenState, list[UntypedStorage]]:
         out = io.BytesIO()
-        table = _Table(self.last.tensors if self.last else [])
+        table = _Table(self.last.tensors if self.last else [], self.kinds)
         try:
             _pickler(out, table, exact=self._exact).dump(state)
         except (SaveError, _NeedsStorageIdsError):
@@ -143,10 +152,11 @@ class Freezer:
 class _Table:
     """The storages and plain tensors that one pass has met."""
 
-    __slots__ = ("dtypes", "keys", "known", "locations", "sizes", "storages", "tensors")
+    __slots__ = ("dtypes", "keys", "kinds", "known", "locations", "sizes", "storages", "tensors")
 
-    def __init__(self, known: list[TensorMeta]) -> None:
+    def __init__(self, known: list[TensorMeta], kinds: set[Any]) -> None:
         self.known = known
+        self.kinds = kinds
         self.tensors: list[TensorMeta] = []
         self.storages: list[UntypedStorage] = []
         self.sizes: list[int] = []
@@ -188,7 +198,7 @@ def _tensor_reducer(table: _Table, *, exact: bool) -> Callable[[Any], Any]:
     plain, strided, cpu_or_plain = torch.Tensor, torch.strided, _PLAIN_DEVICES
     tensors, keys, find, dtypes = table.tensors, table.keys, table.keys.get, table.dtypes
     storages, sizes, locations = table.storages, table.sizes, table.locations
-    marks, known = itertools.count(_FIRST_MARK), iter(table.known)
+    marks, known, note = itertools.count(_FIRST_MARK), iter(table.known), table.kinds.add
 
     def reduce(obj: Any) -> Any:
         if type(obj) is not plain:
@@ -198,6 +208,7 @@ def _tensor_reducer(table: _Table, *, exact: bool) -> Callable[[Any], Any]:
                 raise _ShardedError(
                     f"a {type(obj).__name__} over {ranks} ranks, of which this process holds its shard only"
                 )
+            note(obj if isinstance(obj, _NAMED) else type(obj))
             return NotImplemented
         dtype = obj.dtype
         if (
@@ -254,4 +265,4 @@ def _storage_ids(table: _Table) -> Callable[[Any], Any]:
 
 def _probe(value: object) -> None:
     """Raise what freezing `value` alone would raise."""
-    _pickler(io.BytesIO(), _Table([]), exact=True).dump(value)
+    _pickler(io.BytesIO(), _Table([], set()), exact=True).dump(value)

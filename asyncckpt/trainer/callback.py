@@ -90,9 +90,14 @@ class BackgroundCheckpoint(Settling):
             super().on_train_batch_end(trainer, *args, **kwargs)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save if the epoch trigger says so."""
+        """Save if the epoch trigger says so; at the end of the last epoch, wait as `on_train_end` does.
+
+        The `on_train_end` of other callbacks, which is called before ours, finds the files there.
+        """
         with self._hook(trainer):
             super().on_train_epoch_end(trainer, pl_module)
+        if _is_last_epoch(trainer):
+            self._complete(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save if the epoch trigger says so, or what was waiting for a metric."""
@@ -103,12 +108,7 @@ class BackgroundCheckpoint(Settling):
         """Wait until everything is on disk, on every rank."""
         with self._hook(trainer):
             super().on_train_end(trainer, pl_module)
-        self._settle(trainer, wait=True)
-        if self._failure is not None:  # the best may be another one again
-            self._refresh_best(trainer, self._monitor_candidates(trainer))
-            self._settle(trainer, wait=True)
-        self._tell(trainer)
-        self._raise()
+        self._complete(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Save if that was asked for, and finish what is pending; nothing of it hides the exception."""
@@ -225,6 +225,15 @@ class BackgroundCheckpoint(Settling):
                 self._evict(trainer, path)
         self._raise()
 
+    def _complete(self, trainer: Trainer) -> None:
+        """Wait until everything is on disk, on every rank, and raise what has failed."""
+        self._settle(trainer, wait=True)
+        if self._failure is not None:  # the best may be another one again
+            self._refresh_best(trainer, self._monitor_candidates(trainer))
+            self._settle(trainer, wait=True)
+        self._tell(trainer)
+        self._raise()
+
     def _place(self, path: Any) -> Place:
         return Place(path) if self._io is None else self._io.place(path)
 
@@ -288,6 +297,21 @@ class BackgroundCheckpoint(Settling):
                 f"`{saving.__name__}` writes its checkpoints itself, so asyncckpt cannot save them in the"
                 " background: training stands still until they are written."
             )
+
+
+def _is_last_epoch(trainer: Trainer) -> bool:
+    """Return whether training ends with the epoch that ends now.
+
+    `fit_loop.done` would tell, but it logs that it does, and counts the epoch as completed.
+    """
+    loop: Any = trainer.fit_loop  # its type lacks some attributes
+    limits = (
+        (loop.epoch_loop.global_step, loop.max_steps),
+        (loop.epoch_progress.current.processed, loop.max_epochs),
+    )
+    if any(limit is not None and 0 <= limit <= reached for reached, limit in limits):
+        return True
+    return trainer.should_stop and loop._can_stop_early
 
 
 def _is_local(path: Any) -> bool:

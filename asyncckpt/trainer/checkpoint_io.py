@@ -67,13 +67,14 @@ class BackgroundIO(Base):
         if isinstance(checkpoint_io, self.stock_async):
             checkpoint_io = checkpoint_io.checkpoint_io  # two of a kind: ours takes its place
         super().__init__(checkpoint_io)
-        self._saver = Saver(max_in_flight)
         self._max_in_flight = max_in_flight
         self._preemption_timeout = preemption_timeout
         self._lender: tuple[Any, CheckpointIO] | None = None
         self._forget()
 
     def _forget(self) -> None:
+        # Lightning's checkpoints hold objects of its own, and it loads them with a default of its own.
+        self._saver = Saver(self._max_in_flight, warns=False)
         self._saves: dict[str, Save] = {}
         self._changes: dict[str, Outcome[None]] = {}
         self._causes: Causes = ()
@@ -86,7 +87,6 @@ class BackgroundIO(Base):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._saver = Saver(self._max_in_flight)
         self._lender = None
         self._forget()
 
