@@ -231,27 +231,28 @@ def _default_limit() -> int:
 
 def _finish_at_exit() -> None:
     """Finish what is pending when the main thread has ended; Ctrl-C gives it up, and says what it was."""
+    try:
+        _finish()
+    except BaseException as error:
+        if _engine is not None:
+            for path in _engine.give_up():
+                sys.stderr.write(f"asyncckpt: {path} is given up, at {type(error).__name__}\n")
+        raise
+
+
+def _finish() -> None:
     global _ended  # noqa: PLW0603
     # Threads that go on training may go on saving: Python waits for them, too, but only after this.
     while others := [thread for thread in threading.enumerate() if _is_waited_for(thread)]:
         others[0].join()
     _ended = True  # a daemon thread that keeps saving does not keep the process
-    engine = _engine
-    try:
-        if engine is not None and not engine.given_up:
-            depth, began = engine.depth(), time.monotonic()
-            engine.close()
-            if depth:
-                logger.info(
-                    "finished %d pending operations at exit in %.1f s", depth, time.monotonic() - began
-                )
-        for report in _reports:
-            report()
-    except BaseException as error:
-        if engine is not None:
-            for path in engine.give_up():
-                sys.stderr.write(f"asyncckpt: {path} is given up, at {type(error).__name__}\n")
-        raise
+    if _engine is not None and not _engine.given_up:
+        depth, began = _engine.depth(), time.monotonic()
+        _engine.close()
+        if depth:
+            logger.info("finished %d pending operations at exit in %.1f s", depth, time.monotonic() - began)
+    for report in _reports:
+        report()
 
 
 def _is_waited_for(thread: threading.Thread) -> bool:

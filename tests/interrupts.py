@@ -29,14 +29,15 @@ _SWALLOWING = {"__del__", "_remove", "_commit_removals"}
 
 
 class Interrupt:
-    """Sends SIGINT at the n-th point of a `with` block in the main thread.
+    """Sends SIGINT, or raises an error, at the n-th point of a `with` block in the main thread.
 
     Attributes:
         came: whether there were as many points.
         where: the point.
     """
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, number: int, error: type[Exception] | None = None) -> None:
+        self._error = error
         self.came = False
         self.where = ""
         self._left = number
@@ -56,6 +57,8 @@ class Interrupt:
             sys.setprofile(None)
             self.came = True
             self.where = f"{frame.f_code.co_filename}:{frame.f_lineno} {frame.f_code.co_name} {event}"
+            if self._error is not None:
+                raise self._error("injected")
             signal.raise_signal(signal.SIGINT)
 
 
@@ -66,7 +69,10 @@ def _stack(frame: FrameType | None) -> Iterator[FrameType]:
 
 
 def interrupt_everywhere(
-    call: Callable[[], object], before: Callable[[], object], after: Callable[[str], object]
+    call: Callable[[], object],
+    before: Callable[[], object],
+    after: Callable[[str], object],
+    error: type[Exception] | None = None,
 ) -> int:
     """Call `call` again and again, interrupted at the first point, the second, and so on, until it ends.
 
@@ -74,20 +80,21 @@ def interrupt_everywhere(
         call: what is interrupted.
         before: called before each.
         after: called behind each interrupt, with the point at which it came; to look at what is left.
+        error: what fails there, in place of a Ctrl-C.
 
     Returns:
         At how many points it was interrupted.
     """
-    number = 0
+    number, expected = 0, (KeyboardInterrupt, asyncckpt.AsyncCkptError, error or KeyboardInterrupt)
     gc.freeze()  # what is there already need not be looked at each time
     while True:
         before()
-        interrupt = Interrupt(number)
+        interrupt = Interrupt(number, error)
         try:
             with interrupt:
                 call()
-        except KeyboardInterrupt as error:
-            error.__traceback__ = None  # it holds what the frames had
+        except expected as raised:
+            raised.__traceback__ = None  # it holds what the frames had
         if not interrupt.came:
             gc.unfreeze()
             return number

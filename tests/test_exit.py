@@ -184,3 +184,29 @@ def test_no_memory_can_be_had(interpreter: Interpreter, tmp_path: Path) -> None:
     assert output.count("SaveError cannot take") == 2
     assert "ulimit -f" in output
     assert steps(tmp_path) == [2]
+
+
+@pytest.mark.parametrize("number", [0, 1, 2, 3, 5, 8, 13, 21, 34, 55, 89])
+def test_ctrl_c_at_any_point_of_the_exit(interpreter: Interpreter, tmp_path: Path, number: int) -> None:
+    """The process ends; what is not durable then is told."""
+    body = f"""
+        left = {number}
+
+        def count(frame, event, _):
+            global left
+            if event in {{"call", "c_return"}} and "asyncckpt" in frame.f_code.co_filename:
+                left -= 1
+                if left < 0:
+                    sys.setprofile(None)
+                    raise KeyboardInterrupt
+
+        ckpt = asyncckpt.Checkpointer(path, max_in_flight=2)
+        ckpt.save(1, state_of(1))
+        ckpt.wait()
+        ckpt.save(2, state_of(2))
+        threading._register_atexit(lambda: sys.setprofile(count))
+        """
+    _, _, errors = run(interpreter, tmp_path, body)
+    found = steps(tmp_path)
+    assert found in ([1], [1, 2])
+    assert found == [1, 2] or "step-00000002.pt is given up" in errors

@@ -37,8 +37,9 @@ def overlapping(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.usefixtures("overlapping")
+@pytest.mark.parametrize("error", [None, MemoryError], ids=["Ctrl-C", "a failing call"])
 @pytest.mark.parametrize("memory", ["warm", "cold"])
-def test_save(tmp_path: Path, memory: str) -> None:
+def test_save(tmp_path: Path, memory: str, error: type[Exception] | None) -> None:
     ckpt = Checkpointer(tmp_path, keep=asyncckpt.LastN(1))
     step = 0
 
@@ -65,7 +66,7 @@ def test_save(tmp_path: Path, memory: str) -> None:
     ckpt.save(0, state_of(0))
     settle(ckpt)
     steady = held()[1:]
-    assert interrupt_everywhere(lambda: ckpt.save(step, state_of(step)), before, after) > 100
+    assert interrupt_everywhere(lambda: ckpt.save(step, state_of(step)), before, after, error) > 100
     settle(ckpt)
 
 

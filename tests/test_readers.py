@@ -148,7 +148,7 @@ def test_a_file_that_is_listed_and_can_never_be_opened_is_an_error(tmp_path: Pat
         @asynccontextmanager
         async def open(self, name: str) -> AsyncIterator[OpenFile]:
             raise FileNotFoundError(name)
-            yield
+            yield  # type: ignore[unreachable] # it makes this a generator
 
     series = ckpt._series
     put_under(ckpt, Gone(ckpt._store))

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from asyncckpt import BusyError, Checkpointer, SaveError, staging
+from asyncckpt import BusyError, Checkpointer, SaveError
 from asyncckpt.engine import get_engine
+from asyncckpt.snapshot.copy import copy_storages
 from asyncckpt.testing import FaultyStore, Gate, SlowStore
 from interrupts import Interrupt, settle
 from support import put_under
@@ -187,7 +188,7 @@ def test_a_handler_that_only_waits_while_the_state_is_copied(
             signal.raise_signal(signal.SIGINT)
             self.copy(*args)
 
-    monkeypatch.setattr(staging, "copy_storages", Breaks(staging.copy_storages))
+    monkeypatch.setattr("asyncckpt.staging.copy_storages", Breaks(copy_storages))
     for call in (ckpt.wait, ckpt.load):
         told = handler(call)
         ckpt.save(1, state_of(1)).committed.result(30)

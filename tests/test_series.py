@@ -28,6 +28,8 @@ from support import flip, payload_offset
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from asyncckpt import Checkpoint
+
 
 def state_of(value: float) -> dict[str, Any]:
     return {"w": torch.full((9,), float(value))}
@@ -271,7 +273,7 @@ def test_a_directory_that_is_only_read_is_not_made(tmp_path: Path) -> None:
 
 
 def test_commits_and_evictions_are_logged_and_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    told = []
+    told: list[Checkpoint] = []
     with (
         caplog.at_level(logging.DEBUG, "asyncckpt"),
         Checkpointer(tmp_path, filename="{step}.pt", keep=LastN(1), on_commit=told.append) as ckpt,
