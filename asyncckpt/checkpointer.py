@@ -1,21 +1,17 @@
-"""The face for a training loop: save, list, load and restore the checkpoints of one directory."""
+"""The face for a training loop: save the checkpoints of a series, evict old ones, and find them again."""
 
 from __future__ import annotations
 
 import logging
-import operator
-import os
 import time
-from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, Union
+from typing import TYPE_CHECKING, Any
 
 from anyio import CancelScope, to_thread
 
-from asyncckpt.apply import apply_state
-from asyncckpt.caller_warning import warn_caller
-from asyncckpt.engine import get_engine, wait_for_pending
+from asyncckpt.arguments import checked_metrics, checked_step
+from asyncckpt.engine import get_engine
 from asyncckpt.errors import (
     AsyncCkptError,
     CheckpointExistsError,
@@ -23,37 +19,30 @@ from asyncckpt.errors import (
     SaveError,
     add_note,
 )
+from asyncckpt.finder import Finder
 from asyncckpt.layout.description import MAX_BYTES, Description
-from asyncckpt.naming import NameTemplate
 from asyncckpt.ranks import claim
-from asyncckpt.restore import load_state, load_wanted, locate, verify_file
-from asyncckpt.retention import KeepAll, Policy, check_metrics, evict, first_best, rank
+from asyncckpt.retention import check_metrics, evict
 from asyncckpt.saver import Saver
-from asyncckpt.series import Series
 from asyncckpt.stateful import collect
-from asyncckpt.stores import open_store
 from asyncckpt.targets import FileTarget
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    import os
+    from collections.abc import Callable, Mapping
     from types import TracebackType
 
     from typing_extensions import Self
 
-    from asyncckpt.restore import Loaded
+    from asyncckpt.retention import Policy
     from asyncckpt.save import Save
     from asyncckpt.saver import OnCommit, OnError, WhenBusy
-    from asyncckpt.series import Wanted
-    from asyncckpt.stores.base import Store
     from asyncckpt.types import Checkpoint
-    from asyncckpt.unpickle import MapLocation
-
-Which = Union[int, str, "os.PathLike[str]"]
 
 logger = logging.getLogger("asyncckpt")
 
 
-class Checkpointer:
+class Checkpointer(Finder):
     """Saves the checkpoints of one run into a directory, in the background, and finds them again.
 
     The checkpoints of one `filename` are a series. Several Checkpointers may have a series each in one
@@ -97,35 +86,25 @@ class Checkpointer:
         overwrite: bool = False,
         create: bool = True,
     ) -> None:
-        self.directory = os.fspath(directory)
-        self._names = NameTemplate(filename)
-        self._keep: Policy = KeepAll() if keep is None else keep
-        if isinstance(self._keep, type) or not isinstance(self._keep, Policy):
-            raise TypeError(
-                f"keep must be a policy such as LastN(3), or have its method keep(); it is {keep!r}"
-            )
+        super().__init__(directory, filename, keep, storage_options)
         self._overwrite = overwrite
         self._saver = Saver(max_in_flight, when_busy, on_error, on_commit)
         self._closed = False
         self._unclaim: Callable[[], object] | None = None
-        self._store: Store = open_store(directory, storage_options)
-        self._series = Series(self._store, self.directory, self._names)
         self._prepared = create
         if create:
             get_engine().call(self._store.prepare)
         elif not get_engine().call(self._store.exists):
             raise CheckpointNotFoundError(f"there is no directory {self.directory}")
+        get_engine().call(self._series.look)
         found = get_engine().call(self._series.all_checkpoints)
         self._sequence = max((c.sequence for c in found), default=0)
         self._steps = {_name_of(c): c.step for c in found}
-        self._count = sum(map(self._names.owns, found))
 
     def __repr__(self) -> str:
         state = "closed, " if self._closed else ""
-        return (
-            f"<Checkpointer {self.directory!r} {self._names.template!r}: {state}{self._count} checkpoints,"
-            f" {self._saver.in_flight} in flight>"
-        )
+        counts = f"{self._series.count} checkpoints, {self._saver.in_flight} in flight"
+        return f"<Checkpointer {self.directory!r} {self._names.template!r}: {state}{counts}>"
 
     def __enter__(self) -> Self:
         return self
@@ -177,10 +156,10 @@ class Checkpointer:
             BusyError: called from a callback or a signal handler, it would wait for itself.
         """
         began = time.perf_counter()
-        step = _checked_step(step, state)
+        step = checked_step(step, state)
         if self._closed:
             raise SaveError(f"the Checkpointer of {self.directory} is closed; make a new one")
-        numbers = _checked_metrics(metrics)
+        numbers = checked_metrics(metrics)
         check_metrics(self._keep, numbers)
         name = self._names.name(step, numbers)
         if self._unclaim is None:
@@ -222,148 +201,6 @@ class Checkpointer:
         if self._unclaim is not None:
             self._unclaim()
 
-    def checkpoints(self) -> list[Checkpoint]:
-        """Return the committed checkpoints of the series, in order of commit."""
-        listed = get_engine().call(self._series.look).checkpoints
-        self._count = len(listed)
-        return listed
-
-    def latest(self) -> Checkpoint | None:
-        """Return the checkpoint committed last, if there is one."""
-        return next(reversed(self.checkpoints()), None)
-
-    def best(self, metric: str | None = None, mode: Literal["min", "max"] | None = None) -> Checkpoint | None:
-        """Return the best checkpoint that has the metric, if there is one; NaN is the worst.
-
-        Args:
-            metric: its name; if not given, that of the `BestK` in `keep`.
-            mode: "min" or "max"; if not given, that of the same `BestK`, else "min".
-        """
-        return next(iter(rank(self.checkpoints(), *self._ranking(metric, mode))), None)
-
-    def load(
-        self,
-        which: Which = "latest",
-        *,
-        map_location: MapLocation = "cpu",
-        weights_only: bool = True,
-        fallback: bool = False,
-    ) -> Any:
-        """Return the state of a checkpoint, every byte of it checked. Waits for pending saves first.
-
-        Args:
-            which: "latest", "best", a step, or a path.
-            map_location: as in torch.load.
-            weights_only: as in torch.load.
-            fallback: where the latest or the best is damaged, warn and take the next one that is whole.
-
-        Raises:
-            CheckpointNotFoundError: there is no such checkpoint.
-            CorruptCheckpointError: names the damaged record.
-            UnsafeStateError: `weights_only` does not allow what is in it; names the entries.
-            UnloadableStateError: its objects cannot be rebuilt here.
-        """
-        return self._load(which, map_location, weights_only=weights_only, fallback=fallback).state
-
-    def restore(  # noqa: PLR0913 - each is one decision of the user's
-        self,
-        state: Any,
-        which: Which = "latest",
-        *,
-        missing_ok: bool = False,
-        fallback: bool = False,
-        weights_only: bool = True,
-        strict: bool = True,
-        map_keys: Callable[[str], str] | None = None,
-    ) -> Checkpoint | None:
-        """Put a checkpoint into `state`, all of it or nothing.
-
-        Where there is a `load_state_dict` it is called, tensors are changed in place, values replaced.
-
-        Args:
-            state: what is given to `save`.
-            which: "latest", "best", a step, or a path.
-            missing_ok: return None and leave `state` alone where there is no such checkpoint; a warning tells
-                what else is there.
-            fallback: where the latest or the best is damaged, warn and take the next one that is whole.
-            weights_only: as in torch.load.
-            strict: whether both must have the same entries. If not, those of only one side are left out, and
-                a warning lists them.
-            map_keys: applied to each key of the saved state dicts of modules and of dicts of tensors, before
-                they are matched: `lambda key: key.replace("_orig_mod.", "")`.
-
-        Raises:
-            CheckpointNotFoundError: there is no such checkpoint.
-            CorruptCheckpointError: names the damaged record; nothing was changed.
-            UnsafeStateError: `weights_only` does not allow what is in it; names the entries.
-            UnloadableStateError: its objects cannot be rebuilt here.
-            StateMismatchError: lists every entry that does not fit; nothing was changed.
-            PartialRestoreError: what failed could not be put back; the message lists it.
-        """
-        try:
-            loaded = self._load(which, "cpu", weights_only=weights_only, fallback=fallback)
-        except CheckpointNotFoundError as error:
-            if not missing_ok:
-                raise
-            if get_engine().call(self._series.look).others:
-                warn_caller(f"nothing is restored: {error}")
-            return None
-        apply_state(state, loaded.state, loaded.checkpoint.path, strict=strict, map_keys=map_keys)
-        return loaded.checkpoint
-
-    def verify(self, which: Which = "latest") -> None:
-        """Read every byte of a checkpoint and compare every checksum.
-
-        Raises:
-            CheckpointNotFoundError: there is no such checkpoint.
-            CorruptCheckpointError: names the damaged record.
-        """
-        wait_for_pending()
-        wanted = self._wanted(which)
-        if wanted is None:
-            store, name = locate(os.fspath(which), self._store)  # type: ignore[arg-type] # it is a path
-        else:
-            choice = get_engine().call(self._series.look).choose(wanted)
-            store, name = self._store, (*choice.damaged, *choice.entries)[0].file.name
-        get_engine().call(verify_file, store, name)
-
-    def _load(self, which: Which, map_location: MapLocation, *, weights_only: bool, fallback: bool) -> Loaded:
-        wait_for_pending()
-        wanted = self._wanted(which)
-        if fallback and (wanted is None or isinstance(wanted, int)):
-            raise ValueError(f'fallback=True goes with "latest" and "best", not with {which!r}')
-        if wanted is None:
-            store, name = locate(os.fspath(which), self._store)  # type: ignore[arg-type] # it is a path
-            return load_state(store, name, map_location, weights_only=weights_only)
-        return load_wanted(self._series, wanted, map_location, weights_only=weights_only, fallback=fallback)
-
-    def _wanted(self, which: Which) -> Wanted | None:
-        """Return what of the series is asked for; None if it is a path."""
-        if which == "latest":
-            return "latest"
-        if which == "best":
-            return self._ranking(None, None)
-        if isinstance(which, int) and not isinstance(which, bool):
-            return which
-        if isinstance(which, (str, os.PathLike)):
-            return None
-        raise TypeError(f'which must be "latest", "best", a step or a path, not {which!r}')
-
-    def _ranking(
-        self, metric: str | None, mode: Literal["min", "max"] | None
-    ) -> tuple[str, Literal["min", "max"]]:
-        """Return what "best" means: what is not given is that of the `BestK` in `keep`."""
-        policy = first_best(self._keep)
-        if metric is None:
-            if policy is None:
-                raise ValueError(
-                    'best() needs a metric, such as best("val_loss"), as keep has no BestK to take it from'
-                )
-            metric = policy.metric
-        if mode is None:
-            mode = policy.mode if policy is not None and policy.metric == metric else "min"
-        return metric, mode
-
     def _refuse_taken(self, name: str, step: int) -> None:
         """Raise if another step has this name, by what is known without asking the store."""
         if self._overwrite or self._steps.get(name, step) == step:
@@ -396,14 +233,12 @@ class Checkpointer:
         return replace(description, sequence=self._sequence)
 
     async def _evict(self, committed: Checkpoint) -> None:
-        listed = (await self._series.look()).checkpoints
-        self._count = len(listed)
-        for checkpoint in evict(self._keep, listed):
+        for checkpoint in evict(self._keep, (await self._series.look()).checkpoints):
             if checkpoint.path != committed.path:
                 await self._store.remove(_name_of(checkpoint))
                 logger.debug("%s is evicted", checkpoint.path)
                 self._steps.pop(_name_of(checkpoint), None)
-                self._count -= 1
+                self._series.count -= 1
 
 
 def _name_of(checkpoint: Checkpoint) -> str:
@@ -418,26 +253,3 @@ def _exists(path: str, there: int | None, step: int) -> CheckpointExistsError:
         )
     msg = f"{path} is the checkpoint of step {there} and would be replaced by step {step}"
     return CheckpointExistsError(f"{msg}; put {{step}} into filename, or set overwrite=True")
-
-
-def _checked_step(step: Any, state: Any) -> int:
-    try:
-        number = operator.index(step)
-    except TypeError:
-        hint = "; the order is save(step, state)" if isinstance(state, int) else ""
-        raise TypeError(f"step must be an int, not {type(step).__name__}{hint}") from None
-    if isinstance(step, bool):
-        raise TypeError("step must be an int, not bool")
-    return number
-
-
-def _checked_metrics(metrics: Mapping[str, float] | None) -> dict[str, float]:
-    numbers: dict[str, float] = {}
-    if metrics is not None and not isinstance(metrics, Mapping):
-        raise TypeError(f"metrics must be a mapping of names to numbers, not {metrics!r}")
-    for name, value in (metrics or {}).items():
-        try:
-            numbers[str(name)] = float(value)
-        except (TypeError, ValueError) as error:
-            raise TypeError(f"metric {name!r} must be a number, not {value!r}") from error
-    return numbers

@@ -9,14 +9,15 @@ import threading
 import time
 import weakref
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Literal
 
+from asyncckpt.arguments import check_options
 from asyncckpt.engine import Operation, at_exit, get_engine
 from asyncckpt.engine_threads import in_callback
 from asyncckpt.errors import AsyncCkptError, BusyError, SaveError
 from asyncckpt.failures import Failures, eviction_failure, failure_of
+from asyncckpt.job import Instant, Job, Place
 from asyncckpt.save import Save, skipped
 from asyncckpt.staging import Stager
 from asyncckpt.targets import copy_or_write
@@ -42,55 +43,6 @@ logger = logging.getLogger("asyncckpt")
 _OVERLAP_FROM = 32 << 20
 
 
-class _Place:
-    """One of the places in flight: taken before a state is frozen, free when its buffer is, or when dropped.
-
-    Attributes:
-        thread: who takes the snapshot; None once it is in host memory and queued.
-    """
-
-    def __init__(self) -> None:
-        self.thread: int | None = threading.get_ident()
-
-
-@dataclass(slots=True, eq=False)
-class _Job:
-    """A save on its way.
-
-    Attributes:
-        place: of the places in flight, as soon as it has one.
-        snapshot: the state, as soon as it is frozen.
-        operation: what writes it, as soon as it is submitted.
-        thread: who saves.
-    """
-
-    save: Save
-    target: Target
-    began: float
-    place: _Place | None = None
-    snapshot: Snapshot | None = None
-    operation: Operation | None = None
-    thread: int = field(default_factory=threading.get_ident)
-
-    def is_taken_by_caller(self) -> bool:
-        """Return whether the calling thread is still taking it: a signal handler broke into that."""
-        return self.place is not None and self.place.thread == threading.get_ident()
-
-    def is_copied_by_caller(self) -> bool:
-        """Return whether the calling thread is the one that copies the state, and has not ended that."""
-        copying = self.snapshot is not None and not self.snapshot.filled.ended
-        return copying and threading.get_ident() == self.thread
-
-
-@dataclass(slots=True, eq=False)
-class _Instant:
-    """What was saved last in an instant, and a hold on the copy that was made in it."""
-
-    job: _Job
-    stager: Stager
-    snapshot: Snapshot
-
-
 class Saver:
     """Takes snapshots and has them written, at most `max_in_flight` in host memory at once.
 
@@ -113,14 +65,14 @@ class Saver:
         *,
         warns: bool = True,
     ) -> None:
-        _validate(max_in_flight, when_busy, on_error, on_commit)
+        check_options(max_in_flight, when_busy, on_error, on_commit)
         self._max_in_flight = max_in_flight
         self._when_busy: WhenBusy = when_busy
         self._on_error = on_error
         self._on_commit = on_commit
         self._warns = warns
         self._stagers = threading.local()
-        self._instant: _Instant | None = None
+        self._instant: Instant | None = None
         self._reset()
         _savers.add(self)
 
@@ -151,7 +103,7 @@ class Saver:
             raise handler_error("save()")
         self.raise_failures("; the save that is told of it was not taken")
         engine = get_engine()
-        job = _Job(Save(step, target.path), target, began)
+        job = Job(Save(step, target.path), target, began)
         try:
             self._take(engine, job, state)
         except BaseException:
@@ -160,7 +112,7 @@ class Saver:
         job.save.stats.stall = time.perf_counter() - began
         return job.save
 
-    def _take(self, engine: Engine, job: _Job, state: object) -> None:
+    def _take(self, engine: Engine, job: Job, state: object) -> None:
         save, stats, frozen = job.save, job.save.stats, None
         entered = time.perf_counter()
         if self._instant is not None:
@@ -187,7 +139,7 @@ class Saver:
         stats.freeze = compared - entered + time.perf_counter() - admitted - job.snapshot.wait_seconds
         stats.wait = admitted - compared + job.snapshot.wait_seconds
         if self._in_instant:
-            self._instant = _Instant(job, stager, job.snapshot.share(job.snapshot.frozen))
+            self._instant = Instant(job, stager, job.snapshot.share(job.snapshot.frozen))
         try:
             self._copy_and_submit(
                 engine, job, job.snapshot, partial(job.target.write, stager, job.snapshot, stats)
@@ -196,7 +148,7 @@ class Saver:
             self._end_instant()
             raise
 
-    def _copy_and_submit(self, engine: Engine, job: _Job, snapshot: Snapshot, write: _Write) -> None:
+    def _copy_and_submit(self, engine: Engine, job: Job, snapshot: Snapshot, write: _Write) -> None:
         if job.target.overlaps and snapshot.body.nbytes >= _OVERLAP_FROM:
             try:
                 self._submit(engine, job, write)
@@ -210,7 +162,7 @@ class Saver:
         if job.place is not None:
             job.place.thread = None
 
-    def _save_again(self, engine: Engine, last: _Instant, frozen: Frozen, job: _Job) -> bool:
+    def _save_again(self, engine: Engine, last: Instant, frozen: Frozen, job: Job) -> bool:
         """Save what has been copied in this instant already; returns false if it has changed."""
         snapshot = last.stager.stage_again(frozen, last.snapshot)
         if snapshot is None:
@@ -269,7 +221,7 @@ class Saver:
         """
         self._failures.raise_unheard(hint)
 
-    def _copy(self, job: _Job, snapshot: Snapshot) -> None:
+    def _copy(self, job: Job, snapshot: Snapshot) -> None:
         try:
             snapshot.copy()
         except SaveError:
@@ -278,7 +230,7 @@ class Saver:
         job.save.stats.copy = snapshot.copy_seconds
         job.save.snapshotted.set_result(None)
 
-    def _submit(self, engine: Engine, job: _Job, write: _Write) -> None:
+    def _submit(self, engine: Engine, job: Job, write: _Write) -> None:
         job.operation = Operation(
             partial(self._carry_out, job, write), {job.save.path: True}, job.is_copied_by_caller
         )
@@ -287,14 +239,14 @@ class Saver:
             self._jobs.append(job)
         engine.submit(job.operation)
 
-    def _admit(self, engine: Engine, job: _Job) -> bool:
+    def _admit(self, engine: Engine, job: Job) -> bool:
         """Take one of the places in flight; returns whether there was one, or was made."""
 
         def attempt() -> bool:
             if len(self._places) >= self._max_in_flight and self._when_busy == "replace":
                 self._withdraw_queued(engine)
             if len(self._places) < self._max_in_flight:
-                job.place = _Place()
+                job.place = Place()
                 self._places.add(job.place)
                 return True
             return False
@@ -311,7 +263,7 @@ class Saver:
         if all(place.thread == me for place in self._places):
             raise handler_error("save()")
 
-    def _is_nested(self, job: _Job) -> bool:
+    def _is_nested(self, job: Job) -> bool:
         """Return whether nobody would make room in host memory while this save waits for it."""
         me = threading.get_ident()
         places = [place for saver in list(_savers) for place in saver._places if place is not job.place]
@@ -325,7 +277,7 @@ class Saver:
                 skipped(job.save, "a newer save took its place while it was queued")
                 return
 
-    def _abandon(self, engine: Engine, job: _Job) -> None:
+    def _abandon(self, engine: Engine, job: Job) -> None:
         """Undo what a save that raises has taken; one that is being written fails by itself."""
         if job.place is not None:
             job.place.thread = None
@@ -334,14 +286,14 @@ class Saver:
         if job.operation is None or engine.withdraw(job.operation):
             self._forget(job)
 
-    def _forget(self, job: _Job) -> None:
+    def _forget(self, job: Job) -> None:
         self._give_back(job.place, job.snapshot)
         with self._changed:
             if job in self._jobs:
                 self._jobs.remove(job)
         self._changed.notify_all()
 
-    def _give_back(self, place: _Place | None, snapshot: Snapshot | None) -> None:
+    def _give_back(self, place: Place | None, snapshot: Snapshot | None) -> None:
         """Free a place in flight, and its buffer unless somebody shares that."""
         if place is None or (snapshot is not None and not snapshot.lease.release()):
             return
@@ -349,7 +301,7 @@ class Saver:
             self._places.discard(place)
         self._changed.notify_all()
 
-    async def _carry_out(self, job: _Job, write: _Write) -> None:
+    async def _carry_out(self, job: Job, write: _Write) -> None:
         save, target = job.save, job.target
         try:
             try:
@@ -374,7 +326,7 @@ class Saver:
                 self._jobs.remove(job)
             self._changed.notify_all()
 
-    def _settle(self, job: _Job) -> None:
+    def _settle(self, job: Job) -> None:
         if job.operation is not None:
             get_engine().settle(job.operation)
 
@@ -420,8 +372,8 @@ class Saver:
         self._in_instant = False
         self._instant = None
         self._changed = Condition()
-        self._places: weakref.WeakSet[_Place] = weakref.WeakSet()
-        self._jobs: list[_Job] = []  # submitted, and not carried out
+        self._places: weakref.WeakSet[Place] = weakref.WeakSet()
+        self._jobs: list[Job] = []  # submitted, and not carried out
         self._failures = Failures()
 
 
@@ -431,23 +383,6 @@ def _guarded(tell: Callable[..., object], *args: object) -> None:
         tell(*args)
     except BaseException:
         logger.exception("a callback of a save failed")
-
-
-def _validate(max_in_flight: int, when_busy: str, on_error: object, on_commit: object) -> None:
-    if isinstance(max_in_flight, bool) or not isinstance(max_in_flight, int):
-        raise TypeError(f"max_in_flight must be an int, not {max_in_flight!r}")
-    if max_in_flight < 1:
-        raise ValueError(f"max_in_flight must be at least 1, not {max_in_flight}")
-    if when_busy not in {"wait", "skip", "replace"}:
-        raise ValueError(f'when_busy must be "wait", "skip" or "replace", not {when_busy!r}')
-    if when_busy == "replace" and max_in_flight < 2:  # noqa: PLR2004 - one being written, one to replace
-        raise ValueError(
-            'when_busy="replace" needs max_in_flight=2 or more: one is written, one can be replaced'
-        )
-    if on_error != "raise" and not callable(on_error):
-        raise TypeError(f'on_error must be "raise" or a callable, not {on_error!r}')
-    if on_commit is not None and not callable(on_commit):
-        raise TypeError(f"on_commit must be a callable, not {on_commit!r}")
 
 
 _savers: weakref.WeakSet[Saver] = weakref.WeakSet()

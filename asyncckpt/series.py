@@ -109,6 +109,9 @@ class Series:
         store: the directory.
         directory: its path or URL, as the user gave it.
         names: the template.
+
+    Attributes:
+        count: how many checkpoints there were when they were last listed.
     """
 
     def __init__(self, store: Store, directory: str, names: NameTemplate) -> None:
@@ -117,6 +120,7 @@ class Series:
         self._names = names
         self._catalog = Catalog(store)
         self._warned: set[str] = set()
+        self.count = 0
 
     async def look(self) -> View:
         """List the directory; a damaged file of the series is logged once."""
@@ -134,6 +138,7 @@ class Series:
             if entry.file.version not in self._warned:
                 self._warned.add(entry.file.version)
                 logger.warning("not a whole checkpoint: %s", damage(self._directory, entry))
+        self.count = len(own)
         return View(self._directory, self._names, own, damaged, others)
 
     async def all_checkpoints(self) -> list[Checkpoint]:

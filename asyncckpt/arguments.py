@@ -1,0 +1,50 @@
+"""Check what a caller gives to a Checkpointer."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from typing import Any
+
+
+def checked_step(step: Any, state: Any) -> int:
+    """Return a step as an int; raises TypeError if it is none, as where it changed places with the state."""
+    try:
+        number = operator.index(step)
+    except TypeError:
+        hint = "; the order is save(step, state)" if isinstance(state, int) else ""
+        raise TypeError(f"step must be an int, not {type(step).__name__}{hint}") from None
+    if isinstance(step, bool):
+        raise TypeError("step must be an int, not bool")
+    return number
+
+
+def checked_metrics(metrics: Mapping[str, float] | None) -> dict[str, float]:
+    """Return metrics as floats by name; raises TypeError if they are none."""
+    numbers: dict[str, float] = {}
+    if metrics is not None and not isinstance(metrics, Mapping):
+        raise TypeError(f"metrics must be a mapping of names to numbers, not {metrics!r}")
+    for name, value in (metrics or {}).items():
+        try:
+            numbers[str(name)] = float(value)
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"metric {name!r} must be a number, not {value!r}") from error
+    return numbers
+
+
+def check_options(max_in_flight: int, when_busy: str, on_error: object, on_commit: object) -> None:
+    """Raise unless these can say how saves queue up and who is told of them."""
+    if isinstance(max_in_flight, bool) or not isinstance(max_in_flight, int):
+        raise TypeError(f"max_in_flight must be an int, not {max_in_flight!r}")
+    if max_in_flight < 1:
+        raise ValueError(f"max_in_flight must be at least 1, not {max_in_flight}")
+    if when_busy not in {"wait", "skip", "replace"}:
+        raise ValueError(f'when_busy must be "wait", "skip" or "replace", not {when_busy!r}')
+    if when_busy == "replace" and max_in_flight < 2:  # noqa: PLR2004 - one being written, one to replace
+        raise ValueError(
+            'when_busy="replace" needs max_in_flight=2 or more: one is written, one can be replaced'
+        )
+    if on_error != "raise" and not callable(on_error):
+        raise TypeError(f'on_error must be "raise" or a callable, not {on_error!r}')
+    if on_commit is not None and not callable(on_commit):
+        raise TypeError(f"on_commit must be a callable, not {on_commit!r}")
