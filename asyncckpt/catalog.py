@@ -30,16 +30,12 @@ class Entry:
     Attributes:
         file: as it was listed.
         checkpoint: what it says that it is; None if it has no description, or none with a step.
-        error: why it cannot be a whole checkpoint, if it cannot.
+        error: why it cannot be a whole checkpoint, or why it could not be read this time.
     """
 
     file: StoredFile
     checkpoint: Checkpoint | None = None
-    error: CorruptCheckpointError | None = None
-
-
-class _UnreadableError(Exception):
-    """A file could not be read this time; the next listing tries again."""
+    error: CorruptCheckpointError | StoreError | None = None
 
 
 class Catalog:
@@ -63,11 +59,12 @@ class Catalog:
         found = {file.name: self._known[file.name] for file in files if self._is_known(file)}
 
         async def read(file: StoredFile) -> None:
-            with contextlib.suppress(_UnreadableError, FileNotFoundError):
+            with contextlib.suppress(FileNotFoundError):  # removed since it was listed
                 found[file.name] = await self._entry(file)
 
         await for_each(read, [file for file in files if file.name not in found], READERS)
-        self._known = found
+        # What could not be read is tried again the next time.
+        self._known = {name: e for name, e in found.items() if not isinstance(e.error, StoreError)}
         return sorted(found.values(), key=_order)
 
     def _is_known(self, file: StoredFile) -> bool:
@@ -84,7 +81,7 @@ class Catalog:
             return Entry(file, error=error)
         except StoreError as error:
             logger.warning("%s cannot be read and is not listed: %s", path, error)
-            raise _UnreadableError from error
+            return Entry(file, error=error)
         if description is None or description.step is None:
             return Entry(opened.file)
         return Entry(opened.file, checkpoint_of(path, description, opened.file.nbytes))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from asyncckpt.caller_warning import warn_caller
 from asyncckpt.catalog import checkpoint_of
 from asyncckpt.engine import get_engine
-from asyncckpt.errors import CheckpointNotFoundError, CorruptCheckpointError
+from asyncckpt.errors import CheckpointNotFoundError, CorruptCheckpointError, StoreError
 from asyncckpt.layout.description import Description
 from asyncckpt.layout.torch_zip import DESCRIPTION
 from asyncckpt.load_failures import load_failure
@@ -70,24 +70,24 @@ def load_wanted(
         wanted: which one.
         map_location: as in torch.load.
         weights_only: as in torch.load.
-        fallback: take the next one where one is damaged, and warn.
+        fallback: take the next one where one is damaged or cannot be read, and warn.
 
     Raises:
         CheckpointNotFoundError: there is none.
         CorruptCheckpointError: it is damaged, or all are.
-        StoreError: a file is listed and cannot be opened.
+        StoreError: it cannot be read.
     """
     vanished: set[str] = set()
     while True:
         view = get_engine().call(series.look)
         choice = view.choose(wanted)
-        errors = [damage(view.directory, entry) for entry in choice.damaged]
+        errors: list[Exception] = [damage(view.directory, entry) for entry in choice.damaged]
         for index, entry in enumerate(choice.entries):
             if errors and not fallback:
                 raise _damaged(errors[0], choice, index)
             try:
                 loaded = load_state(series.store, entry.file.name, map_location, weights_only=weights_only)
-            except CorruptCheckpointError as error:
+            except (CorruptCheckpointError, StoreError) as error:
                 errors.append(error)
             except CheckpointNotFoundError:
                 # Evicted since it was listed. What is there now?
@@ -107,9 +107,9 @@ def load_wanted(
             raise _damaged(errors[0], choice, len(choice.entries))
 
 
-def _damaged(error: CorruptCheckpointError, choice: Choice, used: int) -> CorruptCheckpointError:
+def _damaged(error: Exception, choice: Choice, used: int) -> Exception:
     left = choice.entries[used:]
-    if not left:
+    if not left or not isinstance(error, CorruptCheckpointError):
         return error
     hint = f"fallback=True takes the next one that is whole, maybe {left[0].file.name}"
     raised = CorruptCheckpointError(f"{error}; {hint}")

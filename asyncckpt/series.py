@@ -8,7 +8,7 @@ from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
 from asyncckpt.catalog import Catalog, Entry
-from asyncckpt.errors import CheckpointNotFoundError, CorruptCheckpointError
+from asyncckpt.errors import CheckpointNotFoundError, CorruptCheckpointError, StoreError
 from asyncckpt.retention import rank
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class View:
         directory: its path or URL.
         names: the template of the series.
         own: the checkpoints of the series, in order of commit.
-        damaged: files that have a name of the series and are not whole.
+        damaged: files that have a name of the series, and are not whole or cannot be read.
         others: checkpoints of other series, and files that look like checkpoints.
     """
 
@@ -71,7 +71,6 @@ class View:
 
         Raises:
             CheckpointNotFoundError: nothing does; the message says what else there is.
-            CorruptCheckpointError: only damaged files might have.
         """
         if wanted == "latest":
             entries = list(reversed(self.own))
@@ -146,8 +145,10 @@ class Series:
         return await self._catalog.checkpoints()
 
 
-def damage(directory: str, entry: Entry) -> CorruptCheckpointError:
-    """Return the error that says which file is damaged, and how."""
+def damage(directory: str, entry: Entry) -> CorruptCheckpointError | StoreError:
+    """Return the error that says which file is damaged or cannot be read, and why."""
+    if isinstance(entry.error, StoreError):
+        return entry.error
     return CorruptCheckpointError(f"{directory.rstrip('/')}/{entry.file.name}: {entry.error}")
 
 

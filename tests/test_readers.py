@@ -150,9 +150,7 @@ def test_a_file_that_is_listed_and_can_never_be_opened_is_an_error(tmp_path: Pat
             raise FileNotFoundError(name)
             yield  # type: ignore[unreachable] # it makes this a generator
 
-    series = ckpt._series
-    put_under(ckpt, Gone(ckpt._store))
-    ckpt._series = series
+    ckpt._series.store = Gone(ckpt._store)
     with pytest.raises(CheckpointNotFoundError, match=r"00000001\.pt"):
         ckpt.restore(state_of(0))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import re
@@ -21,9 +22,12 @@ from asyncckpt import (
     EveryN,
     KeepAll,
     LastN,
+    StoreError,
 )
 from asyncckpt.layout.description import Description
-from support import flip, payload_offset
+from asyncckpt.stores.local import LocalStore
+from asyncckpt.testing import FaultyOps
+from support import flip, payload_offset, put_under
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -246,6 +250,23 @@ class TestDamage:
                 assert ckpt.load("best", fallback=True)["w"][0] == 2
         else:  # its metrics are not known any more
             assert ckpt.load("best")["w"][0] == 2
+
+
+def test_a_newest_that_cannot_be_read_is_not_passed_over(tmp_path: Path) -> None:
+    ops = FaultyOps()
+    with Checkpointer(tmp_path, filename="{step}.pt") as ckpt:
+        for step in (1, 2):
+            save(ckpt, step)
+    ckpt = Checkpointer(tmp_path, filename="{step}.pt")
+    put_under(ckpt, LocalStore(str(tmp_path), ops))
+    for call in (ckpt.load, lambda: ckpt.restore(state_of(0), missing_ok=True)):
+        ops.fail("open", OSError(errno.EIO, "Input/output error"), where=lambda path: path.endswith("2.pt"))
+        with pytest.raises(StoreError, match="the device that holds"):
+            call()
+        ops.fail("open", OSError(errno.EIO, "Input/output error"), where=lambda path: path.endswith("2.pt"))
+        with pytest.warns(UserWarning, match=r"1\.pt is used"):
+            assert ckpt.load(fallback=True)["w"][0] == 1
+        assert ckpt.load()["w"][0] == 2
 
 
 def test_fallback_does_not_go_with_what_names_one_checkpoint(tmp_path: Path) -> None:

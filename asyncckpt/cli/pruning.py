@@ -130,6 +130,9 @@ def prune(  # noqa: PLR0913 - the options of the command
     policies = {spec: parse_policy(spec) for spec in keep}
     store = directory_at(directory, option)
     entries = get_engine().call(Catalog(store).entries)
+    for entry in entries:
+        if isinstance(entry.error, StoreError):  # it may be the newest, or the best
+            raise entry.error
     found = _chosen(by_series(entry.checkpoint for entry in entries if entry.checkpoint), series)
     _require_metrics(policies.values(), found)
     damaged = get_engine().call(_damaged, store, entries)
