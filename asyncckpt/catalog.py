@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from asyncckpt.errors import CorruptCheckpointError, StoreError
@@ -55,17 +56,25 @@ class Catalog:
 
     async def entries(self) -> list[Entry]:
         """Return all files, the checkpoints in order of commit."""
-        files = await self._store.list()
-        found = {file.name: self._known[file.name] for file in files if self._is_known(file)}
-
-        async def read(file: StoredFile) -> None:
-            with contextlib.suppress(FileNotFoundError):  # removed since it was listed
-                found[file.name] = await self._entry(file)
-
-        await for_each(read, [file for file in files if file.name not in found], READERS)
+        vanished: set[tuple[str, str]] = set()
+        while True:
+            listed = await self._store.list()
+            files = [file for file in listed if (file.name, file.version) not in vanished]
+            found = {file.name: self._known[file.name] for file in files if self._is_known(file)}
+            read = partial(self._read, found)
+            await for_each(read, [file for file in files if file.name not in found], READERS)
+            gone = {(file.name, file.version) for file in files if file.name not in found}
+            if not gone:
+                break
+            # They were removed since they were listed. What took their place may not have been seen.
+            vanished |= gone
         # What could not be read is tried again the next time.
         self._known = {name: e for name, e in found.items() if not isinstance(e.error, StoreError)}
         return sorted(found.values(), key=_order)
+
+    async def _read(self, found: dict[str, Entry], file: StoredFile) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            found[file.name] = await self._entry(file)
 
     def _is_known(self, file: StoredFile) -> bool:
         known = self._known.get(file.name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import concurrent.futures.thread as executors  # its exit hook must be there before ours, to run after it
 import logging
 import os
@@ -172,13 +173,16 @@ class Engine:
 
     def _next(self, threads: EngineThreads) -> Next | None:
         """Wait for the next operation and begin it; None when the threads are to end."""
-        self._changed.until(lambda: threads.ending or self._line)
-        with self._changed:
-            if threads.ending or not self._line:
-                return None
-            operation = self._line[0]
-            operation.begun = True
-            return operation.run, partial(self._finished, operation)
+        taken: list[Operation] = []
+
+        def attempt() -> bool:
+            if self._line and not threads.ending:
+                self._line[0].begun = True
+                taken.append(self._line[0])
+            return bool(taken) or threads.ending
+
+        self._changed.until(attempt)
+        return (taken[0].run, partial(self._finished, taken[0])) if taken else None
 
     def _finished(self, operation: Operation) -> None:
         with self._changed:
@@ -233,11 +237,15 @@ def _finish_at_exit() -> None:
     """Finish what is pending when the main thread has ended; Ctrl-C gives it up, and says what it was."""
     try:
         _finish()
-    except BaseException as error:
-        if _engine is not None:
-            for path in _engine.give_up():
-                sys.stderr.write(f"asyncckpt: {path} is given up, at {type(error).__name__}\n")
-        raise
+    finally:
+        _tell_what_is_given_up()
+
+
+def _tell_what_is_given_up() -> None:
+    """Print what is still pending, once; at last in an `atexit` function, if all before was interrupted."""
+    if _engine is not None and not _engine.given_up:
+        for path in _engine.give_up():
+            sys.stderr.write(f"asyncckpt: {path} is given up, as the exit was interrupted\n")
 
 
 def _finish() -> None:
@@ -275,4 +283,5 @@ _ended = False
 _engine_lock = threading.RLock()
 _reports: list[Callable[[], object]] = []
 threading._register_atexit(_finish_at_exit)  # type: ignore[attr-defined]
+atexit.register(_tell_what_is_given_up)
 os.register_at_fork(after_in_child=_forget_in_child)

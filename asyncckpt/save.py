@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from concurrent.futures._base import FINISHED
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -61,7 +62,8 @@ class Outcome(Future[T]):
 
     def _wait(self, timeout: float | None) -> None:
         condition: Any = self._condition
-        condition.until(self._is_done, timeout)
+        if not condition.until(self._is_done, timeout):
+            raise FutureTimeoutError
 
     def _is_done(self) -> bool:
         return self._state == FINISHED

@@ -58,11 +58,13 @@ class Program:
         """Send a signal."""
         os.kill(self.pid, number)
 
-    def end(self) -> tuple[int, str, str]:
+    def end(self, *, closing_input: bool = True) -> tuple[int, str, str]:
         """Wait for its end, and for that of all that it started; return status, rest of output, errors."""
-        self._input.close()
+        if closing_input:
+            self._input.close()
         with self._output, self._errors:
             output = self._output.read()
+            self._input.close()
             return self._interpreter.ask({"wait": self.pid}), output, self._seen()
 
     def _seen(self) -> str:

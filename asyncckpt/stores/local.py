@@ -9,7 +9,7 @@ import mmap
 import os
 import stat as modes
 import sys
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
@@ -34,9 +34,14 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _ATTEMPTS = 16
+_LISTINGS = 100
 _NAME_MAX = 255
 _NO_LINK = frozenset({errno.EPERM, errno.EXDEV, errno.EMLINK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EACCES})
 _NO_SYMLINK = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EACCES})
+
+
+class _VanishedError(Exception):
+    """A file was removed while the directory was listed."""
 
 
 class LocalStore(Store):
@@ -164,6 +169,16 @@ class LocalStore(Store):
         sync_directory(self._ops, parent)
 
     def _list(self) -> Sequence[StoredFile]:
+        for _ in range(_LISTINGS):
+            with suppress(_VanishedError):
+                return self._list_once()
+        raise StoreError(
+            errno.EAGAIN,
+            f"files of {self._directory} were removed during each of {_LISTINGS} attempts to list it",
+            self._directory,
+        )
+
+    def _list_once(self) -> Sequence[StoredFile]:
         try:
             entries = self._ops.scandir(self._directory)
         except FileNotFoundError:
@@ -175,7 +190,8 @@ class LocalStore(Store):
             try:
                 status = self._ops.lstat(entry.path)
             except FileNotFoundError:
-                continue
+                # What took its place may have come too late to be seen.
+                raise _VanishedError from None
             if modes.S_ISREG(status.st_mode):
                 found.append(_stored(entry.name, status))
         return found
