@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from dataclasses import dataclass
 from functools import partial
@@ -24,11 +25,14 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
 
     from asyncckpt.reader import Image
-    from asyncckpt.series import Choice, Series, Wanted
+    from asyncckpt.series import Choice, Series, View, Wanted
     from asyncckpt.stores.base import OpenFile, Store
     from asyncckpt.unpickle import MapLocation
 
 T = TypeVar("T")
+
+# So often a file or a directory is looked at anew that others change meanwhile.
+_ATTEMPTS = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,34 +81,48 @@ def load_wanted(
         CorruptCheckpointError: it is damaged, or all are.
         StoreError: it cannot be read.
     """
-    vanished: set[str] = set()
-    while True:
+    for _ in range(_ATTEMPTS):
         view = get_engine().call(series.look)
-        choice = view.choose(wanted)
-        errors: list[Exception] = [damage(view.directory, entry) for entry in choice.damaged]
-        for index, entry in enumerate(choice.entries):
-            if errors and not fallback:
-                raise _damaged(errors[0], choice, index)
-            try:
-                loaded = load_state(series.store, entry.file.name, map_location, weights_only=weights_only)
-            except (CorruptCheckpointError, StoreError) as error:
-                errors.append(error)
-            except CheckpointNotFoundError:
-                # Evicted since it was listed. What is there now?
-                if entry.file.version in vanished:
-                    raise
-                vanished.add(entry.file.version)
-                break
-            else:
-                if errors:
-                    problems = "; ".join(map(str, errors))
-                    msg = (
-                        f"{loaded.checkpoint.path} is used, since what comes before it is damaged: {problems}"
-                    )
-                    warn_caller(msg)
-                return loaded
+        loaded = _load_first(view, wanted, series.store, map_location, weights_only, fallback)
+        if loaded is not None:
+            return loaded
+    raise StoreError(
+        errno.EAGAIN,
+        f"checkpoints of {view.directory} were replaced or removed in each of {_ATTEMPTS} attempts",
+        view.directory,
+    )
+
+
+def _load_first(  # noqa: PLR0913, PLR0917 - what `load_wanted` is given
+    view: View,
+    wanted: Wanted,
+    store: Store,
+    map_location: MapLocation,
+    weights_only: bool | None,  # noqa: FBT001
+    fallback: bool,  # noqa: FBT001
+) -> Loaded | None:
+    """Load the first that is whole; None if the directory has to be listed again."""
+    choice = view.choose(wanted)
+    errors: list[Exception] = [damage(view.directory, entry) for entry in choice.damaged]
+    for index, entry in enumerate(choice.entries):
+        if errors and not fallback:
+            raise _damaged(errors[0], choice, index)
+        try:
+            loaded = load_state(store, entry.file.name, map_location, weights_only=weights_only)
+        except (CorruptCheckpointError, StoreError) as error:
+            errors.append(error)
+        except CheckpointNotFoundError:  # evicted since it was listed
+            return None
         else:
-            raise _damaged(errors[0], choice, len(choice.entries))
+            if wanted != "latest" and loaded.checkpoint != entry.checkpoint:  # replaced since then
+                return None
+            if errors:
+                problems = "; ".join(map(str, errors))
+                warn_caller(
+                    f"{loaded.checkpoint.path} is used, since what comes before it is damaged: {problems}"
+                )
+            return loaded
+    raise _damaged(errors[0], choice, len(choice.entries))
 
 
 def _damaged(error: Exception, choice: Choice, used: int) -> Exception:
@@ -152,12 +170,26 @@ async def read_file(read: Callable[[OpenFile], Awaitable[T]], store: Store, name
     """
     where = store.path_of(name)
     try:
-        async with store.open(name) as file:
-            return await read(file)
+        return await _read_whole(read, store, name)
     except FileNotFoundError as error:
         raise CheckpointNotFoundError(f"there is no checkpoint {where}") from error
     except CorruptCheckpointError as error:
         raise error if where in str(error) else CorruptCheckpointError(f"{where}: {error}") from error
+
+
+async def _read_whole(read: Callable[[OpenFile], Awaitable[T]], store: Store, name: str) -> T:
+    """Open a file for `read`, again if it turns out to have been replaced meanwhile."""
+    for _ in range(_ATTEMPTS):
+        try:
+            async with store.open(name) as file:
+                return await read(file)
+        except FileNotFoundError:
+            await store.stat(name)  # raises if it is gone rather than replaced
+    raise StoreError(
+        errno.EAGAIN,
+        f"{store.path_of(name)} was replaced in each of {_ATTEMPTS} attempts to read it",
+        store.path_of(name),
+    )
 
 
 def state_of(image: Image, map_location: MapLocation, *, weights_only: bool | None) -> Any:

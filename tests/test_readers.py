@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import asyncckpt
-from asyncckpt import Checkpointer, CheckpointNotFoundError, LastN
+from asyncckpt import Checkpointer, CheckpointNotFoundError, LastN, StoreError
 from asyncckpt.engine import get_engine
 from asyncckpt.stores.local import LocalStore
 from asyncckpt.testing.doubles import WrapperStore
@@ -151,8 +151,21 @@ def test_a_file_that_is_listed_and_can_never_be_opened_is_an_error(tmp_path: Pat
             yield  # type: ignore[unreachable] # it makes this a generator
 
     ckpt._series.store = Gone(ckpt._store)
-    with pytest.raises(CheckpointNotFoundError, match=r"00000001\.pt"):
+    with pytest.raises(StoreError, match="in each of 100 attempts"):
         ckpt.restore(state_of(0))
+
+
+def test_a_step_that_is_replaced_by_another_one_is_not_taken_for_it(tmp_path: Path) -> None:
+    ckpt = Checkpointer(tmp_path, filename="only.pt", overwrite=True)
+    store = put_under(ckpt, Changing(ckpt._store))
+    ckpt.save(1, state_of(1))
+    ckpt.wait()
+    ckpt.checkpoints()
+    other = Checkpointer(tmp_path, filename="only.pt", overwrite=True)
+    store.change = lambda _: other.save(2, state_of(2)).committed.result(30)
+    with pytest.raises(CheckpointNotFoundError, match="no step 1"):
+        ckpt.load(1)
+    assert ckpt.load(2)["step"] == 2
 
 
 def test_an_open_file_stays_the_same_file(tmp_path: Path) -> None:

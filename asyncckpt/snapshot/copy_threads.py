@@ -72,7 +72,7 @@ def on_helper(func: Callable[[], T]) -> T:
         except BaseException as error:  # noqa: BLE001 - raised by the caller
             answer.put((None, error))
 
-    if _start_helpers(1):
+    if _start_helpers(min(_MOST, _cores())):  # this one, and those that help it
         _errands.put(call)
     else:
         call()
