@@ -133,6 +133,7 @@ class Checkpointer(Finder):
             # told by the next call, or at exit.
             with CancelScope(shield=True):
                 await to_thread.run_sync(self._saver.drain, abandon_on_cancel=True)
+                await to_thread.run_sync(self._unclaim_if_done)
             self._saver.raise_failures()
         except AsyncCkptError as failure:
             if error is None:
@@ -197,16 +198,23 @@ class Checkpointer(Finder):
     def close(self, timeout: float | None = None) -> None:
         """Wait as `wait` does, and take no more saves."""
         self._closed = True
-        self.wait(timeout)
-        if self._unclaim is not None:
+        try:
+            self.wait(timeout)
+        finally:
+            self._unclaim_if_done()
+
+    def _unclaim_if_done(self) -> None:
+        """Let another rank have the series, once nothing of it is pending here."""
+        if self._unclaim is not None and not self._saver.pending:
             self._unclaim()
 
     def _refuse_taken(self, name: str, step: int) -> None:
         """Raise if another step has this name, by what is known without asking the store."""
-        if self._overwrite or self._steps.get(name, step) == step:
+        there = self._steps.get(name, step)
+        if self._overwrite or there == step:
             return
         if get_engine().pending(self._store.path_of(name)):
-            raise _exists(self._store.path_of(name), self._steps[name], step)
+            raise _exists(self._store.path_of(name), there, step)
         # That save may have failed, or its file may be gone: only now it is worth a look.
         get_engine().call(self._refuse_other_step, name, step)
 

@@ -149,7 +149,7 @@ class EngineThreads:
         _carrying_out.set(True)
         try:
             await run()
-        except Exception:
+        except BaseException:
             logger.exception("an operation of asyncckpt failed and nobody was told")
         finally:
             done.put(None)

@@ -37,7 +37,7 @@ class Failures:
             raise SaveError("; ".join(map(str, unheard)) + hint) from unheard[0]
 
 
-def failure_of(save: Save, error: Exception) -> SaveError:
+def failure_of(save: Save, error: BaseException) -> SaveError:
     """Return what the user is told of a save that failed."""
     if isinstance(error, CheckpointExistsError):
         return error
@@ -47,7 +47,7 @@ def failure_of(save: Save, error: Exception) -> SaveError:
     return failure
 
 
-def eviction_failure(checkpoint: Checkpoint, error: Exception) -> SaveError:
+def eviction_failure(checkpoint: Checkpoint, error: BaseException) -> SaveError:
     """Return what the user is told where a checkpoint is saved, but none could be removed for it."""
     failure = SaveError(f"{checkpoint.path} is saved, but older checkpoints were not evicted: {error}")
     failure.__cause__ = error

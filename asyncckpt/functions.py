@@ -13,13 +13,11 @@ from asyncckpt.restore import load_state, locate
 from asyncckpt.saver import Saver
 from asyncckpt.stores import open_store
 from asyncckpt.targets import FileTarget
-from asyncckpt.threads import in_thread
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from asyncckpt.save import Save
-    from asyncckpt.types import Checkpoint
     from asyncckpt.unpickle import MapLocation
 
 # One being written and one being taken: two files saved one after the other do not wait for each other.
@@ -52,10 +50,14 @@ def save(
         await store.prepare()
         return description
 
-    async def after(_: Checkpoint) -> None:
-        await in_thread(unclaim)
-
-    return _saver.save(state, FileTarget(store, name, describe, after), None, began)
+    try:
+        saved = _saver.save(state, FileTarget(store, name, describe), None, began)
+    except BaseException:
+        unclaim()
+        raise
+    # Whether it fails or not; a later save of this rank to the same file claims it anew.
+    saved.committed.add_done_callback(lambda _: unclaim())
+    return saved
 
 
 def load(

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     from asyncckpt.types import Checkpoint
 
-_WHOLE = re.compile(r"0?\d*d?")  # formats that leave a step its digits
+_WHOLE = re.compile(r"(0\d*)?d?")  # formats that leave a step its digits
 _DIGITS = r"-?\d+"
 _STEP = rf"(?P<step>{_DIGITS})"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import sys
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -44,7 +45,13 @@ def claim(directory: str, filename: str) -> Callable[[], object]:
             " and evict each other's checkpoints; let one rank save, or give each rank a filename of its own"
             f' (filename=f"rank{rank}-{{step}}.pt")'
         )
-    return partial(store.compare_set, key, rank, "")
+    return partial(_give_back, store, key, rank)
+
+
+def _give_back(store: Any, key: str, rank: str) -> None:
+    # The process that keeps the store may have ended; then nobody asks any more.
+    with suppress(RuntimeError):
+        store.compare_set(key, rank, "")
 
 
 def _nothing() -> None:

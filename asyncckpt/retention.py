@@ -21,8 +21,7 @@ if TYPE_CHECKING:
 
 Mode = Literal["min", "max"]
 
-_NOT_LETTERS = re.compile(r"[\W_]+")
-_NEAR = 0.8  # how alike two names are that may be meant to be one
+_PUNCTUATION = re.compile(r"[\W_]+")
 
 
 @runtime_checkable
@@ -142,7 +141,7 @@ def check_metrics(policy: object, metrics: Mapping[str, float]) -> None:
     """Raise if a save with these metrics would be evicted because of a wrong name.
 
     It needs a metric that a `BestK` ranks by, unless something else than a `BestK` decides, too: then a save
-    may do without, but not with a name that is nearly the same.
+    may do without, but not with a name that differs in punctuation or case alone.
 
     Raises:
         ValueError: names the metric that is missing, and the nearest that is there.
@@ -151,18 +150,20 @@ def check_metrics(policy: object, metrics: Mapping[str, float]) -> None:
     wanted = [member.metric for member in members if isinstance(member, BestK)]
     missing = [metric for metric in wanted if metric not in metrics]
     others_decide = len(wanted) < len(members)
+    given = {_letters(name): name for name in metrics if name not in wanted}
     for metric in missing:
-        near = _nearest(metric, metrics)
-        if near is not None or (len(missing) == len(wanted) and not others_decide):
-            given = ", ".join(map(repr, metrics)) or "none"
-            hint = f"; did you mean {near!r}?" if near is not None else ""
-            raise ValueError(f"keep ranks by the metric {metric!r}, and metrics has {given}{hint}")
+        same = given.get(_letters(metric))
+        if same is None and (others_decide or len(missing) < len(wanted)):
+            continue
+        near = [same] if same else [given[n] for n in get_close_matches(_letters(metric), given, n=1)]
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        there = ", ".join(map(repr, metrics)) or "none"
+        raise ValueError(f"keep ranks by the metric {metric!r}, and metrics has {there}{hint}")
 
 
-def _nearest(name: str, names: Iterable[str]) -> str | None:
-    plain = {_NOT_LETTERS.sub("", other).lower(): other for other in names}
-    found = get_close_matches(_NOT_LETTERS.sub("", name).lower(), plain, n=1, cutoff=_NEAR)
-    return plain[found[0]] if found else None
+def _letters(name: str) -> str:
+    """Return a name without what names are punctuated by, and without case."""
+    return _PUNCTUATION.sub("", name).lower()
 
 
 def first_best(policy: object) -> BestK | None:

@@ -74,7 +74,8 @@ class Saver:
         self._stagers = threading.local()
         self._instant: Instant | None = None
         self._reset()
-        _savers.add(self)
+        with self._changed:
+            _savers.add(self)
 
     def __repr__(self) -> str:
         return f"<Saver in_flight={self.in_flight}/{self._max_in_flight} pending={len(self._jobs)}>"
@@ -83,6 +84,11 @@ class Saver:
     def in_flight(self) -> int:
         """How many snapshots are held in host memory, or being taken."""
         return len(self._places)
+
+    @property
+    def pending(self) -> int:
+        """How many saves are submitted and not carried out, evictions included."""
+        return len(self._jobs)
 
     def save(self, state: object, target: Target, step: int | None, began: float) -> Save:
         """Take a snapshot of `state` and queue its file; returns when the state may change.
@@ -241,41 +247,47 @@ class Saver:
 
     def _admit(self, engine: Engine, job: Job) -> bool:
         """Take one of the places in flight; returns whether there was one, or was made."""
+        replaced: list[Job] = []
 
         def attempt() -> bool:
             if len(self._places) >= self._max_in_flight and self._when_busy == "replace":
-                self._withdraw_queued(engine)
+                replaced.extend(self._withdraw_queued(engine))
             if len(self._places) < self._max_in_flight:
                 job.place = Place()
                 self._places.add(job.place)
                 return True
             return False
 
-        if self._changed.until(attempt, 0) or self._when_busy == "skip":
-            return job.place is not None
-        self._refuse_to_wait()
-        return self._changed.until(attempt)
+        try:
+            if self._changed.until(attempt, 0) or self._when_busy == "skip":
+                return job.place is not None
+            self._refuse_to_wait()
+            return self._changed.until(attempt)
+        finally:
+            for other in replaced:  # not under the lock: callbacks are called
+                skipped(other.save, "a newer save took its place while it was queued")
 
     def _refuse_to_wait(self) -> None:
         """Raise where no place will be free before the caller goes on."""
         get_engine().refuse_to_wait("save()")
-        me = threading.get_ident()
-        if all(place.thread == me for place in self._places):
+        with self._changed:
+            places = list(self._places)
+        if places and all(place.thread == threading.get_ident() for place in places):
             raise handler_error("save()")
 
     def _is_nested(self, job: Job) -> bool:
         """Return whether nobody would make room in host memory while this save waits for it."""
-        me = threading.get_ident()
-        places = [place for saver in list(_savers) for place in saver._places if place is not job.place]
-        return in_callback() or any(place.thread == me for place in places)
+        with self._changed:
+            places = [place for saver in _savers for place in saver._places if place is not job.place]
+        return in_callback() or any(place.thread == threading.get_ident() for place in places)
 
-    def _withdraw_queued(self, engine: Engine) -> None:
-        """Give up the newest save that is still queued, if there is one."""
+    def _withdraw_queued(self, engine: Engine) -> list[Job]:
+        """Give up the newest save that is still queued; returns it, if there is one."""
         for job in reversed(self._jobs):
             if job.operation is not None and engine.withdraw(job.operation):
                 self._forget(job)
-                skipped(job.save, "a newer save took its place while it was queued")
-                return
+                return [job]
+        return []
 
     def _abandon(self, engine: Engine, job: Job) -> None:
         """Undo what a save that raises has taken; one that is being written fails by itself."""
@@ -311,7 +323,7 @@ class Saver:
                 if job.snapshot is not None:
                     await in_thread(job.snapshot.filled.wait_for_end)
                 self._give_back(job.place, job.snapshot)
-        except Exception as error:  # noqa: BLE001 - told to the caller, whatever it is
+        except BaseException as error:  # noqa: BLE001 - told to the caller, whatever it is
             self._settle(job)
             # Callbacks run on a worker thread, from which they may use the engine.
             await in_thread(_guarded, self._fail, save, error)
@@ -345,11 +357,11 @@ class Saver:
             return
         try:
             await target.after(checkpoint)
-        except Exception as error:
+        except BaseException as error:  # a policy of the user's may even raise SystemExit
             logger.exception("%s is saved, but what follows a commit failed", checkpoint.path)
             self._failures.add(eviction_failure(checkpoint, error))
 
-    def _fail(self, save: Save, error: Exception) -> None:
+    def _fail(self, save: Save, error: BaseException) -> None:
         failure = failure_of(save, error)
         logger.error("%s", failure, exc_info=error)
         if callable(self._on_error):
@@ -390,7 +402,9 @@ _savers: weakref.WeakSet[Saver] = weakref.WeakSet()
 
 def _report_at_exit() -> None:
     """Tell of failures that nobody can be told of any more."""
-    for saver in list(_savers):
+    with Condition():
+        savers = list(_savers)
+    for saver in savers:
         try:
             saver.raise_failures()
         except SaveError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from asyncckpt import BusyError, Checkpointer, SaveError
 from asyncckpt.engine import get_engine
 from asyncckpt.snapshot.copy import copy_storages
 from asyncckpt.testing import FaultyStore, Gate, SlowStore
+from asyncckpt.threads import is_locked_by_caller
 from interrupts import Interrupt, settle
 from support import put_under
 
@@ -95,6 +97,52 @@ class TestCallbacks:
             made = ckpt.save(1, state_of(1)).committed.result(30)
             ckpt.wait()
         assert told == [1.0, made]
+
+
+def test_a_policy_that_exits_does_not_end_the_saves(tmp_path: Path) -> None:
+    class Leaves:
+        def keep(self, _: object, /) -> Any:
+            sys.exit(3)
+
+    with Checkpointer(tmp_path, keep=Leaves()) as ckpt:
+        for step in (1, 2):
+            ckpt.save(step, state_of(step)).committed.result(30)
+            with pytest.raises(SaveError, match="not evicted"):
+                ckpt.wait()
+        assert steps(ckpt) == [1, 2]
+
+
+def test_callbacks_of_a_replaced_save_are_called_without_the_lock(tmp_path: Path) -> None:
+    told: list[bool] = []
+    with Checkpointer(tmp_path, max_in_flight=2, when_busy="replace") as ckpt:
+        gate = Gate()
+        put_under(ckpt, SlowStore(ckpt._store, gates={"draft": gate}))
+        ckpt.save(0, state_of(0))
+        gate.wait_for_arrival()
+        for step in (1, 2):
+            save = ckpt.save(step, state_of(step))
+            save.committed.add_done_callback(lambda _: told.append(is_locked_by_caller()))
+        assert told == [False]
+        gate.open()
+
+
+def test_a_place_that_becomes_free_at_the_last_moment_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ckpt = Checkpointer(tmp_path, max_in_flight=1)
+    gate = Gate()
+    put_under(ckpt, SlowStore(ckpt._store, gates={"commit": gate}))
+    first = ckpt.save(1, state_of(1))
+    refuse = ckpt._saver._refuse_to_wait
+
+    def refuse_late() -> None:
+        gate.open()
+        first.committed.result(30)
+        refuse()
+
+    monkeypatch.setattr(ckpt._saver, "_refuse_to_wait", refuse_late)
+    assert ckpt.save(2, state_of(2)).committed.result(30).step == 2
+    ckpt.close()
 
 
 @pytest.fixture

@@ -144,9 +144,7 @@ class TestSeries:
 
 
 class TestMetrics:
-    @pytest.mark.parametrize(
-        "given", ["val/loss", "valloss", "Val_Loss", "val-loss", "vall_loss", "valid_loss"]
-    )
+    @pytest.mark.parametrize("given", ["val/loss", "valloss", "Val_Loss", "val-loss"])
     @pytest.mark.parametrize("keep", [BestK(3, "val_loss"), BestK(3, "val_loss") | LastN(2)])
     def test_a_wrong_name_is_refused_with_the_nearest(self, tmp_path: Path, given: str, keep: Any) -> None:
         with Checkpointer(tmp_path, keep=keep) as ckpt:
@@ -164,6 +162,28 @@ class TestMetrics:
             pytest.raises(ValueError, match="val_loss"),
         ):
             ckpt.save(1, {}, metrics=metrics)
+
+    def test_where_only_the_metric_decides_a_slip_is_told(self, tmp_path: Path) -> None:
+        with (
+            Checkpointer(tmp_path, keep=BestK(3, "val_loss")) as ckpt,
+            pytest.raises(ValueError, match="did you mean 'vall_loss'"),
+        ):
+            ckpt.save(1, {}, metrics={"vall_loss": 1.0})
+
+    @pytest.mark.parametrize(
+        ("keep", "given"),
+        [
+            (BestK(1, "val_acc1", "max") | BestK(1, "val_acc5", "max"), "val_acc1"),
+            (BestK(3, "val_loss_ema") | LastN(2), "val_loss"),
+            (BestK(3, "val_f1") | LastN(2), "val_f2"),
+        ],
+    )
+    def test_other_metrics_that_are_called_alike_are_no_slip(
+        self, tmp_path: Path, keep: Any, given: str
+    ) -> None:
+        with Checkpointer(tmp_path, keep=keep) as ckpt:
+            save(ckpt, 1, **{given: 1.0})
+            assert steps(ckpt) == [1]
 
     def test_one_of_several_metrics_is_enough(self, tmp_path: Path) -> None:
         with Checkpointer(tmp_path, keep=BestK(1, "loss") | BestK(1, "acc", "max")) as ckpt:
@@ -250,6 +270,20 @@ class TestDamage:
                 assert ckpt.load("best", fallback=True)["w"][0] == 2
         else:  # its metrics are not known any more
             assert ckpt.load("best")["w"][0] == 2
+
+
+@pytest.mark.parametrize(
+    "filename", ["s-{step:8d}.pt", "s-{step:_d}.pt", "s-{step:x}.pt", "s-{step:08d}-{loss:.1f}.pt"]
+)
+def test_a_damaged_newest_is_named_whatever_its_template(tmp_path: Path, filename: str) -> None:
+    with Checkpointer(tmp_path, filename=filename) as ckpt:
+        for step in (1, 2000):
+            save(ckpt, step, loss=1.0)
+        latest = ckpt.latest()
+        assert latest is not None
+        damaged(tmp_path / latest.path.rpartition("/")[2], "truncated")
+        with pytest.raises(CorruptCheckpointError, match="fallback=True"):
+            ckpt.load()
 
 
 def test_a_newest_that_cannot_be_read_is_not_passed_over(tmp_path: Path) -> None:

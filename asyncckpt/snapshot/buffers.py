@@ -190,10 +190,10 @@ class Arena:
                 buffer.mapping.abandon()
         self._buffers = []
 
-    def _take(self, nbytes: int, lease: Lease) -> bool:
+    def _take(self, nbytes: int, lease: Lease, unused: list[_Buffer]) -> bool:
         """Let `lease` hold a buffer for `nbytes`, a free one or one that is still to be mapped.
 
-        Free buffers are unmapped as far as there has to be room. The lock is held.
+        Free buffers are put into `unused`, to be unmapped, as far as there has to be room. The lock is held.
 
         Returns:
             Whether there is one; if not, none will be until something is released.
@@ -214,7 +214,7 @@ class Arena:
             if mapped + nbytes <= room:
                 break
             self._buffers.remove(buffer)
-            buffer.close()
+            unused.append(buffer)
             mapped -= buffer.nbytes
         if mapped + nbytes > room:
             return False
@@ -226,7 +226,13 @@ class Arena:
 
     def _fill(self, lease: Lease, nbytes: int, *, pinned: bool, wait: bool) -> None:
         """Give a lease its buffer."""
-        if not self._changed.until(lambda: self._take(nbytes, lease), None if wait else 0):
+        unused: list[_Buffer] = []
+        try:
+            found = self._changed.until(lambda: self._take(nbytes, lease, unused), None if wait else 0)
+        finally:
+            for old in unused:
+                old.close()
+        if not found:
             raise BusyError(f"no room for {nbytes} bytes of host memory: {self._leased()} are in use")
         buffer = lease._buffer
         if buffer is None:  # only to type checkers: it has been taken
