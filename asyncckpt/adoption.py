@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import mmap
 from dataclasses import dataclass, replace
 from functools import partial
@@ -137,7 +136,7 @@ async def _adopt(store: Store, found: Checkpoint, progress: Progress | None, fil
         await _copy(file, ending.directory, tail, checks, draft, progress)
         await in_thread(checks.finish)
         if (await store.stat(file.file.name)).version != file.file.version:
-            raise FileNotFoundError(errno.ENOENT, "replaced while it was read", file.path)
+            raise CheckpointNotFoundError(f"{file.path} was replaced while it was read")
         await draft.commit()
 
 

@@ -171,6 +171,8 @@ async def read_file(read: Callable[[OpenFile], Awaitable[T]], store: Store, name
     where = store.path_of(name)
     try:
         return await _read_whole(read, store, name)
+    except CheckpointNotFoundError:
+        raise
     except FileNotFoundError as error:
         raise CheckpointNotFoundError(f"there is no checkpoint {where}") from error
     except CorruptCheckpointError as error:
@@ -183,6 +185,8 @@ async def _read_whole(read: Callable[[OpenFile], Awaitable[T]], store: Store, na
         try:
             async with store.open(name) as file:
                 return await read(file)
+        except CheckpointNotFoundError:  # `read` has told already
+            raise
         except FileNotFoundError:
             await store.stat(name)  # raises if it is gone rather than replaced
     raise StoreError(

@@ -235,9 +235,13 @@ def test_directories_below_are_verified_if_wanted(tmp_path: Path, scheme: str) -
 def test_a_file_that_vanishes_is_gone_and_does_not_hide_the_others(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    looks = 0  # that still find it
+
     def failing(*given: Any) -> Store:
         store = FaultyStore(open_store(*given))
-        store.fail("read", FileNotFoundError(2, "gone"), where=lambda name: name == "step-00000002.pt")
+        gone = FileNotFoundError(2, "gone")
+        store.fail("read", gone, where=lambda name: name == "step-00000002.pt")
+        store.fail("stat", gone, at=looks + 1, where=lambda name: name == "step-00000002.pt")
         return store
 
     monkeypatch.setattr(locations, "open_store", failing)
@@ -245,6 +249,7 @@ def test_a_file_that_vanishes_is_gone_and_does_not_hide_the_others(
     assert result.exit_code == 0, result.output
     assert f"{run}/step-00000002.pt: it was removed or replaced while it was read" in result.stdout
     assert result.stdout.endswith(": 2 good, 1 gone\n")
+    looks = 1
     assert verify(run / "step-00000002.pt").exit_code == 3
 
 
