@@ -35,7 +35,7 @@ class Told(SlowStore):
     # prints what is about to happen, and goes on when a line comes in
     async def before(self, operation, subject):
         if operation in self.told:
-            os.write(1, f"{operation}\n".encode())  # whole, whatever another thread prints
+            os.write(1, f"{operation}\\n".encode())  # whole, whatever another thread prints
             await asyncio.to_thread(sys.stdin.readline)
 
 def tell(ckpt, *operations):
@@ -259,7 +259,7 @@ def test_an_interrupt_while_waiting_is_raised_and_the_save_is_finished(
         try:
             ckpt.wait()
         except KeyboardInterrupt:
-            os.write(1, b"interrupted\n")
+            os.write(1, b"interrupted\\n")
         ckpt.wait()
         print([c.step for c in ckpt.checkpoints()])
         """)
@@ -278,7 +278,7 @@ def test_an_interrupt_in_the_block_finishes_what_is_pending(interpreter: Interpr
             tell(ckpt, "draft")
             ckpt.save(1, state_of(1))
             ckpt.save(2, state_of(2))
-            os.write(1, b"taken\n")
+            os.write(1, b"taken\\n")
             ckpt.save(3, state_of(3))  # waits for a place
         """)
     running = interpreter.start(script, tmp_path)
