@@ -33,6 +33,7 @@ class Job:
         snapshot: the state, as soon as it is frozen.
         operation: what writes it, as soon as it is submitted.
         thread: who saves.
+        replaced: queued saves whose place it takes.
     """
 
     save: Save
@@ -42,6 +43,7 @@ class Job:
     snapshot: Snapshot | None = None
     operation: Operation | None = None
     thread: int = field(default_factory=threading.get_ident)
+    replaced: list[Job] = field(default_factory=list)
 
     def is_taken_by_caller(self) -> bool:
         """Return whether the calling thread is still taking it: a signal handler broke into that."""

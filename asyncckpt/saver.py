@@ -247,11 +247,10 @@ class Saver:
 
     def _admit(self, engine: Engine, job: Job) -> bool:
         """Take one of the places in flight; returns whether there was one, or was made."""
-        replaced: list[Job] = []
 
         def attempt() -> bool:
             if len(self._places) >= self._max_in_flight and self._when_busy == "replace":
-                replaced.extend(self._withdraw_queued(engine))
+                self._withdraw_queued(engine, job.replaced)
             if len(self._places) < self._max_in_flight:
                 job.place = Place()
                 self._places.add(job.place)
@@ -264,7 +263,13 @@ class Saver:
             self._refuse_to_wait()
             return self._changed.until(attempt)
         finally:
-            for other in replaced:  # not under the lock: callbacks are called
+            self._tell_replaced(job)
+
+    def _tell_replaced(self, job: Job) -> None:
+        """Tell of the saves whose place was taken; not under the lock, as callbacks are called."""
+        for other in job.replaced:
+            if other.operation is not None and other.operation.withdrawn and not other.save.committed.done():
+                self._forget(other)  # once more, if an interrupt came in between
                 skipped(other.save, "a newer save took its place while it was queued")
 
     def _refuse_to_wait(self) -> None:
@@ -281,16 +286,19 @@ class Saver:
             places = [place for saver in _savers for place in saver._places if place is not job.place]
         return in_callback() or any(place.thread == threading.get_ident() for place in places)
 
-    def _withdraw_queued(self, engine: Engine) -> list[Job]:
-        """Give up the newest save that is still queued; returns it, if there is one."""
+    def _withdraw_queued(self, engine: Engine, replaced: list[Job]) -> None:
+        """Give up the newest save that is still queued, noted in `replaced` beforehand, if there is one."""
         for job in reversed(self._jobs):
-            if job.operation is not None and engine.withdraw(job.operation):
-                self._forget(job)
-                return [job]
-        return []
+            if job.operation is not None and not job.operation.begun:
+                replaced.append(job)
+                if engine.withdraw(job.operation):
+                    self._forget(job)
+                    return
+                replaced.remove(job)
 
     def _abandon(self, engine: Engine, job: Job) -> None:
         """Undo what a save that raises has taken; one that is being written fails by itself."""
+        self._tell_replaced(job)
         if job.place is not None:
             job.place.thread = None
         if job.snapshot is not None:

@@ -11,7 +11,7 @@ import torch
 import asyncckpt
 from asyncckpt import Checkpointer
 from asyncckpt.engine import get_engine
-from asyncckpt.testing import SlowStore
+from asyncckpt.testing import Gate, SlowStore
 from interrupts import held, interrupt_everywhere, settle, wait_until
 from support import put_under
 
@@ -68,6 +68,32 @@ def test_save(tmp_path: Path, memory: str, error: type[Exception] | None) -> Non
     steady = held()[1:]
     assert interrupt_everywhere(lambda: ckpt.save(step, state_of(step)), before, after, error) > 100
     settle(ckpt)
+
+
+def test_save_that_replaces_another_one(tmp_path: Path) -> None:
+    ckpt = Checkpointer(tmp_path, max_in_flight=2, when_busy="replace", keep=asyncckpt.LastN(1))
+    inner, gates, queued = ckpt._store, [Gate(opened=True)], []
+    step = 0
+
+    def before() -> None:
+        nonlocal step
+        gates.append(Gate())
+        put_under(ckpt, SlowStore(inner, gates={"draft": gates[-1]}))
+        step += 3
+        ckpt.save(step - 2, state_of(step))
+        gates[-1].wait_for_arrival()
+        queued.append(ckpt.save(step - 1, state_of(step)))
+
+    def after(where: str) -> None:
+        gates[-1].open()
+        settle(ckpt)
+        assert queued[-1].committed.done(), where
+        assert (ckpt._saver.in_flight, held()[0]) == (0, 0), where
+
+    assert interrupt_everywhere(lambda: ckpt.save(step, state_of(step)), before, after) > 100
+    gates[-1].open()
+    settle(ckpt)
+    assert queued[-1].skipped
 
 
 def test_save_that_waits_for_a_place(tmp_path: Path) -> None:
