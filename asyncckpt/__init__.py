@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 
+from asyncckpt._saving.engine import set_memory_limit
+from asyncckpt._saving.save import Save
 from asyncckpt._version import __version__
 from asyncckpt.checkpointer import Checkpointer
-from asyncckpt.engine import set_memory_limit
 from asyncckpt.errors import (
     AsyncCkptError,
     BusyError,
@@ -27,7 +28,6 @@ from asyncckpt.errors import (
 from asyncckpt.functions import load, save, wait
 from asyncckpt.random_state import RandomState
 from asyncckpt.retention import BestK, EveryN, KeepAll, LastN, Policy
-from asyncckpt.save import Save
 from asyncckpt.signals import StopOnSignal
 from asyncckpt.types import Checkpoint, SaveStats
 

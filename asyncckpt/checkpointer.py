@@ -10,8 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from anyio import CancelScope, to_thread
 
-from asyncckpt.arguments import checked_metrics, checked_step
-from asyncckpt.engine import get_engine
+from asyncckpt._loading.finder import Finder
+from asyncckpt._loading.stateful import collect
+from asyncckpt._saving.arguments import checked_metrics, checked_step
+from asyncckpt._saving.engine import get_engine
+from asyncckpt._saving.ranks import claim
+from asyncckpt._saving.saver import Saver
+from asyncckpt._saving.targets import FileTarget
 from asyncckpt.errors import (
     AsyncCkptError,
     CheckpointExistsError,
@@ -19,13 +24,8 @@ from asyncckpt.errors import (
     SaveError,
     add_note,
 )
-from asyncckpt.finder import Finder
 from asyncckpt.layout.description import MAX_BYTES, Description
-from asyncckpt.ranks import claim
 from asyncckpt.retention import check_metrics, evict
-from asyncckpt.saver import Saver
-from asyncckpt.stateful import collect
-from asyncckpt.targets import FileTarget
 
 if TYPE_CHECKING:
     import os
@@ -34,9 +34,9 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
+    from asyncckpt._saving.save import Save
+    from asyncckpt._saving.saver import OnCommit, OnError, WhenBusy
     from asyncckpt.retention import Policy
-    from asyncckpt.save import Save
-    from asyncckpt.saver import OnCommit, OnError, WhenBusy
     from asyncckpt.types import Checkpoint
 
 logger = logging.getLogger("asyncckpt")

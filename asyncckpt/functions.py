@@ -6,19 +6,19 @@ import os
 import time
 from typing import TYPE_CHECKING, Any
 
-from asyncckpt.engine import wait_for_pending
+from asyncckpt._loading.load import load_state, locate
+from asyncckpt._saving.engine import wait_for_pending
+from asyncckpt._saving.ranks import claim
+from asyncckpt._saving.saver import Saver
+from asyncckpt._saving.targets import FileTarget
 from asyncckpt.layout.description import Description
-from asyncckpt.ranks import claim
-from asyncckpt.restore import load_state, locate
-from asyncckpt.saver import Saver
 from asyncckpt.stores import open_store
-from asyncckpt.targets import FileTarget
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from asyncckpt.save import Save
-    from asyncckpt.unpickle import MapLocation
+    from asyncckpt._loading.unpickle import MapLocation
+    from asyncckpt._saving.save import Save
 
 # One being written and one being taken: two files saved one after the other do not wait for each other.
 _saver = Saver(max_in_flight=2)

@@ -14,8 +14,8 @@ except ImportError as error:
         " the package lightning, import asyncckpt.lightning."
     ) from error
 
-from asyncckpt.trainer.callback import BackgroundCheckpoint, WithLinkBest
-from asyncckpt.trainer.checkpoint_io import BackgroundIO
+from asyncckpt._trainer.callback import BackgroundCheckpoint, WithLinkBest
+from asyncckpt._trainer.checkpoint_io import BackgroundIO
 
 __all__ = ["AsyncCheckpointIO", "ModelCheckpoint", "ModelCheckpointWithLinkBest"]
 

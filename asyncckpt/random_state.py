@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from asyncckpt.caller_warning import warn_caller
+from asyncckpt._caller_warning import warn_caller
 from asyncckpt.errors import StateMismatchError
 
 if TYPE_CHECKING:

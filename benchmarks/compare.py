@@ -23,7 +23,7 @@ import compare_data
 import compare_plan
 import compare_report
 import machine
-from asyncckpt.bench.place import clear_up_when_told_to_go
+from asyncckpt._bench.place import clear_up_when_told_to_go
 from harness import run_apart
 from measure import versions
 from peers import PEERS

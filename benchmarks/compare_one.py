@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 import states
-from asyncckpt.bench.limits import Bare, PlainCopy, bring_in_memory
-from asyncckpt.bench.loop import Loop, training_step
-from asyncckpt.bench.place import sync
+from asyncckpt._bench.limits import Bare, PlainCopy, bring_in_memory
+from asyncckpt._bench.loop import Loop, training_step
+from asyncckpt._bench.place import sync
 from harness import Options, forget_cached
 from peers import PEERS
 from peers.fsync_notes import Notes

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import states
-from asyncckpt.bench.place import sync
+from asyncckpt._bench.place import sync
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

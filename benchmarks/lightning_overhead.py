@@ -28,8 +28,8 @@ from torch.utils.data import DataLoader
 import asyncckpt.lightning as ours
 import machine
 import states
-from asyncckpt.bench.limits import PlainCopy, bring_in_memory
-from asyncckpt.bench.place import clear_up_when_told_to_go
+from asyncckpt._bench.limits import PlainCopy, bring_in_memory
+from asyncckpt._bench.place import clear_up_when_told_to_go
 from harness import (
     Options,
     forget_peak,

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from asyncckpt.bench.place import clear_up_when_told_to_go
+from asyncckpt._bench.place import clear_up_when_told_to_go
 from harness import forget_peak, run_apart, status
 from lightning_sides import (
     SAVES,

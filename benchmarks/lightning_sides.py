@@ -28,7 +28,7 @@ from lightning.pytorch.plugins import AsyncCheckpointIO
 from torch.utils.data import DataLoader
 
 import asyncckpt.lightning as ours
-from asyncckpt.engine import wait_for_pending
+from asyncckpt._saving.engine import wait_for_pending
 from asyncckpt.stores.local import LocalStore
 from asyncckpt.testing import FaultyStore, SlowStore
 

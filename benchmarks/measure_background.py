@@ -12,8 +12,8 @@ import torch
 
 import states
 from asyncckpt import Checkpointer, LastN
-from asyncckpt.bench.limits import Bare
-from asyncckpt.bench.loop import Loop
+from asyncckpt._bench.limits import Bare
+from asyncckpt._bench.loop import Loop
 from harness import Options, Samples, forget_peak, status
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from asyncckpt.bench.states import (
+from asyncckpt._bench.states import (
     GPT2,
     QUICK,
     RandomTensors,

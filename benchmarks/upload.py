@@ -24,8 +24,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import machine
-from asyncckpt.bench.limits import PlainCopy
-from asyncckpt.bench.place import clear_up_when_told_to_go
+from asyncckpt._bench.limits import PlainCopy
+from asyncckpt._bench.place import clear_up_when_told_to_go
 from harness import forget_peak, run_apart, status
 from measure import versions
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import asyncckpt
-from asyncckpt.engine import get_engine
+from asyncckpt._saving.engine import get_engine
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import pytest
 import torch
 
-from asyncckpt.series import Series
+from asyncckpt._loading.series import Series
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

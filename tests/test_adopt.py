@@ -17,13 +17,13 @@ from typer.testing import CliRunner
 
 import asyncckpt
 from asyncckpt import Checkpointer, StoreError
-from asyncckpt.adoption import adopt as adopt_file
-from asyncckpt.adoption import survey
+from asyncckpt._loading.adoption import adopt as adopt_file
+from asyncckpt._loading.adoption import survey
+from asyncckpt._name_parsing import NameParser, guess_template
+from asyncckpt._naming import NameTemplate
+from asyncckpt._saving.engine import get_engine
 from asyncckpt.cli import locations
 from asyncckpt.cli.app import app
-from asyncckpt.engine import get_engine
-from asyncckpt.name_parsing import NameParser, guess_template
-from asyncckpt.naming import NameTemplate
 from asyncckpt.stores import open_store
 from asyncckpt.stores.local_draft import LocalDraft
 from asyncckpt.testing import FaultyStore

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asyncckpt import BusyError, SaveError
-from asyncckpt.snapshot.buffers import Arena, Lease
+from asyncckpt._snapshot.buffers import Arena, Lease
 
 MIB = 1 << 20
 

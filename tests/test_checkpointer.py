@@ -10,7 +10,7 @@ import torch
 
 import asyncckpt
 from asyncckpt import AsyncCkptError, Checkpointer, CheckpointExistsError, LastN, SaveError, SaveSkipped
-from asyncckpt.engine import get_engine
+from asyncckpt._saving.engine import get_engine
 from asyncckpt.testing import FaultyStore, Gate, SlowStore
 from support import put_under
 

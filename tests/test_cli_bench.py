@@ -13,7 +13,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from asyncckpt.bench.place import Place
+from asyncckpt._bench.place import Place
 from asyncckpt.cli.app import app
 from asyncckpt.errors import StoreError
 from asyncckpt.stores import open_store
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 @pytest.fixture(autouse=True)
 def _in_a_hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("asyncckpt.bench.short._ALONE", 0.02)
-    monkeypatch.setattr("asyncckpt.bench.place._PAUSE", 0)
+    monkeypatch.setattr("asyncckpt._bench.short._ALONE", 0.02)
+    monkeypatch.setattr("asyncckpt._bench.place._PAUSE", 0)
 
 
 @pytest.fixture
@@ -115,7 +115,7 @@ def test_a_store_that_cannot_be_opened_is_an_error(
 def test_what_is_written_goes_when_the_terminal_is_closed(tmp_path: Path) -> None:
     script = """
         import signal, sys
-        from asyncckpt.bench.short import Short
+        from asyncckpt._bench.short import Short
         from asyncckpt.cli.app import app
 
         Short.run = lambda *_: signal.raise_signal(signal.SIGHUP)

@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 import asyncckpt
+from asyncckpt._inspection import comparing, comparing_values
+from asyncckpt._inspection.tensor_values import pieces, span
+from asyncckpt._inspection.value_differences import difference
 from asyncckpt.cli.app import app
-from asyncckpt.inspection import comparing, comparing_values
-from asyncckpt.inspection.tensor_values import pieces, span
-from asyncckpt.inspection.value_differences import difference
 from asyncckpt.stores.local import LocalStore
 from states import DTYPES
 from strangers import write_file

@@ -16,9 +16,9 @@ from typer.testing import CliRunner
 
 import asyncckpt
 from asyncckpt import Checkpointer
+from asyncckpt._inspection.unsafe import refused_globals
 from asyncckpt.cli import locations
 from asyncckpt.cli.app import app
-from asyncckpt.inspection.unsafe import refused_globals
 from asyncckpt.layout.torch_zip import lay_out, plan
 from asyncckpt.stores import open_store
 from asyncckpt.testing import FaultyStore

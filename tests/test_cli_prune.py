@@ -15,13 +15,13 @@ from typer.testing import CliRunner
 
 import asyncckpt
 from asyncckpt import Checkpointer, StoreError
+from asyncckpt._saving.saver import Saver
+from asyncckpt._saving.targets import FileTarget
 from asyncckpt.cli import locations, output
 from asyncckpt.cli.app import app
 from asyncckpt.layout.description import Description
-from asyncckpt.saver import Saver
 from asyncckpt.stores import open_store
 from asyncckpt.stores.local import LocalStore
-from asyncckpt.targets import FileTarget
 from asyncckpt.testing import FaultyStore
 from support import flip, payload_offset
 

@@ -15,11 +15,12 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_distribut
 from typer.testing import CliRunner
 
 import asyncckpt
-from asyncckpt import Checkpointer, CorruptCheckpointError, reader
+from asyncckpt import Checkpointer, CorruptCheckpointError
+from asyncckpt._loading import reader
+from asyncckpt._loading.load import verify_file
+from asyncckpt._saving.engine import get_engine
 from asyncckpt.cli import locations, output
 from asyncckpt.cli.app import app
-from asyncckpt.engine import get_engine
-from asyncckpt.restore import verify_file
 from asyncckpt.stores import open_store
 from asyncckpt.testing import FaultyStore
 from support import flip, payload_offset

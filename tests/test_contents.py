@@ -19,11 +19,11 @@ import torch
 
 import asyncckpt
 from asyncckpt import Checkpoint, Checkpointer, CorruptCheckpointError
-from asyncckpt.engine import get_engine
-from asyncckpt.inspection.contents import Contents, Summary, read_contents, summarize
+from asyncckpt._inspection.contents import Contents, Summary, read_contents, summarize
+from asyncckpt._outline.nodes import TensorOutline
+from asyncckpt._outline.walk import walk
+from asyncckpt._saving.engine import get_engine
 from asyncckpt.layout.torch_zip import CENTRAL, lay_out, plan
-from asyncckpt.outline.nodes import TensorOutline
-from asyncckpt.outline.walk import walk
 from asyncckpt.stores import open_store
 from asyncckpt.stores.local import LocalStore
 from strangers import data_pickle, pickled_text, write_file
@@ -136,7 +136,7 @@ def test_only_little_is_read(tmp_path: Path) -> None:
 def test_a_listing_leaves_large_pickles_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.save({"step": 5, "array": np.zeros(10_000)}, tmp_path / "x.pt")
     assert told(tmp_path / "x.pt")[0].checkpoint.step == 5
-    monkeypatch.setattr("asyncckpt.inspection.contents.MAX_SUMMARY", 50_000)
+    monkeypatch.setattr("asyncckpt._inspection.contents.MAX_SUMMARY", 50_000)
     brief, contents = told(tmp_path / "x.pt")
     assert (brief.checkpoint.step, brief.writer) == (None, "torch")
     assert contents.summary.checkpoint.step == 5
@@ -331,7 +331,7 @@ def test_a_record_that_is_larger_than_it_could_be_is_not_read(
         told(tmp_path / "x.pt")
     write_file(tmp_path / "x.pt", pickled)
     assert told(tmp_path / "x.pt")[0].checkpoint.step == 5
-    monkeypatch.setattr("asyncckpt.inspection.contents.MAX_PICKLE", len(pickled) - 1)
+    monkeypatch.setattr("asyncckpt._inspection.contents.MAX_PICKLE", len(pickled) - 1)
     with pytest.raises(CorruptCheckpointError, match=r"record x/data\.pkl has \d+ bytes, too many"):
         told(tmp_path / "x.pt")
 

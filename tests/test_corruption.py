@@ -13,7 +13,7 @@ import torch
 
 import asyncckpt
 from asyncckpt import Checkpointer, CorruptCheckpointError
-from asyncckpt.catalog import Catalog
+from asyncckpt._loading.catalog import Catalog
 from asyncckpt.layout.description import MAX_BYTES, Description
 from asyncckpt.stores.local import LocalStore
 from asyncckpt.testing import RecordingOps

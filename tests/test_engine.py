@@ -12,7 +12,7 @@ import torch
 
 import asyncckpt
 from asyncckpt import BusyError, Checkpointer, SaveError, SaveSkipped
-from asyncckpt.engine import get_engine
+from asyncckpt._saving.engine import get_engine
 from asyncckpt.testing import Gate, SlowStore
 from support import put_under
 

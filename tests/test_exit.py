@@ -125,7 +125,7 @@ def test_ctrl_c_at_exit_gives_up_what_is_pending_and_says_so(
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
         def tell():
-            while not asyncckpt.engine._ended:
+            while not asyncckpt._saving.engine._ended:
                 time.sleep(0.001)
             print("over", flush=True)
 
@@ -177,7 +177,7 @@ def test_no_memory_can_be_had(interpreter: Interpreter, tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         ckpt.save(2, state)
         ckpt.close()
-        assert asyncckpt.engine.get_engine().arena.statistics().leases == 0
+        assert asyncckpt._saving.engine.get_engine().arena.statistics().leases == 0
         """
     status, output, errors = run(interpreter, tmp_path, body)
     assert (status, errors) == (0, "")

@@ -12,7 +12,7 @@ import torch
 
 import asyncckpt
 from asyncckpt import AsyncCkptError, Checkpoint, Checkpointer, LastN, Save, SaveError
-from asyncckpt.engine import get_engine
+from asyncckpt._saving.engine import get_engine
 from asyncckpt.stores.local import LocalStore
 from asyncckpt.testing import FaultyOps, FaultyStore, Gate, SlowStore
 from support import put_under

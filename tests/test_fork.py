@@ -40,7 +40,7 @@ def state_of(value, size=1 << 20):
 
 def put_under(ckpt, store):
     ckpt._store = store
-    ckpt._series = asyncckpt.series.Series(store, ckpt.directory, ckpt._names)
+    ckpt._series = asyncckpt._loading.series.Series(store, ckpt.directory, ckpt._names)
 
 def child(body):
     # runs a function in a forked child; returns its process id
@@ -134,7 +134,7 @@ def test_a_child_is_told_at_once_that_a_pending_save_is_the_parents(
             assert isinstance(error, asyncckpt.SaveError) and "forked from" in str(error)
             ckpt.wait(0)  # nothing is pending here, and nothing is left to be told
             assert "0 in flight" in repr(ckpt)
-            assert asyncckpt.engine.get_engine().arena.statistics().leases == 0
+            assert asyncckpt._saving.engine.get_engine().arena.statistics().leases == 0
 
         assert status_of(child(body)) == 0
         """

@@ -14,13 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.serialization import config as _config
 
-from asyncckpt.checksum import crc32, crc32_combine
+from asyncckpt._checksum import crc32, crc32_combine
+from asyncckpt._loading.reader import answer
+from asyncckpt._snapshot.data_pickle import DataPickler
+from asyncckpt._snapshot.freeze import Freezer
 from asyncckpt.layout.description import Description
 from asyncckpt.layout.torch_zip import STORAGES, lay_out, plan
 from asyncckpt.layout.zip_reader import read_description, read_directory
-from asyncckpt.reader import answer
-from asyncckpt.snapshot.data_pickle import DataPickler
-from asyncckpt.snapshot.freeze import Freezer
 from asyncckpt.stores.local import LocalStore
 from support import payload_offset
 

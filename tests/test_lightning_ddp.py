@@ -31,7 +31,7 @@ import torch
 from trainers import Model, StoreIO, trainer
 
 from asyncckpt import SaveError
-from asyncckpt.engine import get_engine
+from asyncckpt._saving.engine import get_engine
 from asyncckpt.lightning import ModelCheckpoint
 from asyncckpt.testing import FaultyStore, SlowStore
 

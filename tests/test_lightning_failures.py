@@ -18,7 +18,7 @@ from lightning.pytorch import callbacks as stock
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from asyncckpt import SaveError
-from asyncckpt.engine import get_engine
+from asyncckpt._saving.engine import get_engine
 from asyncckpt.lightning import AsyncCheckpointIO, ModelCheckpoint
 from asyncckpt.testing import FaultyStore, Gate, SlowStore
 from support import start_python

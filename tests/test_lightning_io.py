@@ -27,10 +27,10 @@ from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from torch import nn
 
 from asyncckpt import BusyError, CorruptCheckpointError, SaveError
-from asyncckpt.engine import get_engine
+from asyncckpt._saving.engine import get_engine
+from asyncckpt._trainer.places import Place
 from asyncckpt.lightning import AsyncCheckpointIO, ModelCheckpoint
 from asyncckpt.testing import FaultyStore, Gate, SlowStore
-from asyncckpt.trainer.places import Place
 from sameness import assert_same
 from support import flip, payload_offset, torch_round_trip
 from trainers import QUIET, Model, StoreIO, batches, trainer

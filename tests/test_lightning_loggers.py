@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger, Logger
 
 from asyncckpt import SaveError
-from asyncckpt.engine import get_engine
+from asyncckpt._saving.engine import get_engine
 from asyncckpt.lightning import ModelCheckpoint
 from asyncckpt.testing import FaultyStore, Gate, SlowStore
 from trainers import QUIET, AtTheEnd, Model, StoreIO, trainer

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 import asyncckpt.lightning
 import asyncckpt.pytorch_lightning
 from asyncckpt import SaveError
+from asyncckpt._trainer.places import Place
 from asyncckpt.stores.local import LocalStore
 from asyncckpt.testing import FaultyStore
-from asyncckpt.trainer.places import Place
 from trainers import QUIET, Model, batches, trainer
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from lightning.pytorch.plugins import TorchCheckpointIO
 from lightning.pytorch.tuner.tuning import Tuner
 
 from asyncckpt import SaveError
-from asyncckpt.engine import get_engine
+from asyncckpt._saving.engine import get_engine
 from asyncckpt.lightning import ModelCheckpoint, ModelCheckpointWithLinkBest
 from asyncckpt.testing import FaultyStore, Gate, SlowStore
 from asyncckpt.testing.doubles import WrapperStore

@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from asyncckpt import SaveError, SaveSkipped, StoreError, operations, staging
-from asyncckpt.engine import get_engine
+from asyncckpt import SaveError, SaveSkipped, StoreError
+from asyncckpt._saving import operations, staging
+from asyncckpt._saving.engine import get_engine
+from asyncckpt._saving.saver import Saver
+from asyncckpt._saving.staging import Stager
+from asyncckpt._saving.targets import FileTarget
+from asyncckpt._snapshot.copy import copy_storages
 from asyncckpt.layout.description import Description
-from asyncckpt.saver import Saver
-from asyncckpt.snapshot.copy import copy_storages
-from asyncckpt.staging import Stager
 from asyncckpt.stores.local import LocalStore
-from asyncckpt.targets import FileTarget
 from asyncckpt.testing import Gate, SlowStore
 
 if TYPE_CHECKING:

@@ -15,14 +15,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from asyncckpt.outline.machine import outline
-from asyncckpt.outline.nodes import (
+from asyncckpt._outline.machine import outline
+from asyncckpt._outline.nodes import (
     KeyOutline,
     OrderedDictOutline,
     TensorOutline,
 )
-from asyncckpt.outline.texts import path_text, short
-from asyncckpt.outline.walk import walk
+from asyncckpt._outline.texts import path_text, short
+from asyncckpt._outline.walk import walk
 from states import DTYPES
 from strangers import data_pickle, malicious, register_system
 

@@ -14,11 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asyncckpt import CorruptCheckpointError
-from asyncckpt.outline.machine import MAX_OPERATIONS, outline
-from asyncckpt.outline.nodes import GlobalOutline, KeyOutline, ObjectOutline, Repeated, StorageOutline
-from asyncckpt.outline.texts import path_text, short
-from asyncckpt.outline.walk import MAX_DEPTH, walk
-from asyncckpt.outline.walk import Path as Keys
+from asyncckpt._outline.machine import MAX_OPERATIONS, outline
+from asyncckpt._outline.nodes import GlobalOutline, KeyOutline, ObjectOutline, Repeated, StorageOutline
+from asyncckpt._outline.texts import path_text, short
+from asyncckpt._outline.walk import MAX_DEPTH, walk
+from asyncckpt._outline.walk import Path as Keys
 from strangers import data_pickle, pickled_text
 
 
@@ -183,7 +183,7 @@ def test_arguments_are_not_copied_for_each_call(call: bytes) -> None:
 
 def test_too_many_operations_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     assert MAX_OPERATIONS >= 10_000_000
-    monkeypatch.setattr("asyncckpt.outline.machine.MAX_OPERATIONS", 10)
+    monkeypatch.setattr("asyncckpt._outline.machine.MAX_OPERATIONS", 10)
     assert outline(b"N" * 9 + b".").root is None
     with pytest.raises(CorruptCheckpointError, match="more than 10 operations"):
         outline(b"N" * 10 + b".")

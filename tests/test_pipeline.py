@@ -13,13 +13,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from asyncckpt._loading.reader import answer
+from asyncckpt._saving.transfer import Transfer
+from asyncckpt._snapshot.copy import Watermark
 from asyncckpt.errors import SaveError
 from asyncckpt.layout.description import Description
 from asyncckpt.layout.torch_zip import STORAGES, lay_out, plan
 from asyncckpt.layout.zip_reader import read_directory
-from asyncckpt.pipeline import Transfer
-from asyncckpt.reader import answer
-from asyncckpt.snapshot.copy import Watermark
 from asyncckpt.stores.base import Draft
 from asyncckpt.stores.local import LocalStore
 

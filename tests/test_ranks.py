@@ -119,13 +119,13 @@ def test_one_file_is_written_by_one_rank_at_once(tmp_path: Path) -> None:
     told = on_two_ranks(
         tmp_path,
         """
-from asyncckpt.engine import get_engine
-from asyncckpt.engine import Operation
+from asyncckpt._saving.engine import get_engine
+from asyncckpt._saving.engine import Operation
 import threading
 go_on = threading.Event()
 
 async def hold():
-    await asyncckpt.threads.in_thread(go_on.wait)
+    await asyncckpt._threads.in_thread(go_on.wait)
 
 get_engine().submit(Operation(hold))  # what is saved now is pending until both have tried
 attempt(asyncckpt.save, {"w": torch.ones(3)}, f"{directory}/same.pt")

@@ -14,7 +14,7 @@ import torch
 
 import asyncckpt
 from asyncckpt import Checkpointer, CheckpointNotFoundError, LastN, StoreError
-from asyncckpt.engine import get_engine
+from asyncckpt._saving.engine import get_engine
 from asyncckpt.stores.local import LocalStore
 from asyncckpt.testing.doubles import WrapperStore
 from support import put_under
@@ -90,7 +90,7 @@ class Changing(WrapperStore):
     async def open(self, name: str) -> AsyncIterator[OpenFile]:
         if self.change is not None:
             change, self.change = self.change, None
-            await asyncckpt.threads.in_thread(change, name)
+            await asyncckpt._threads.in_thread(change, name)
         async with super().open(name) as file:
             self.opened.append(name)
             yield file
@@ -178,7 +178,7 @@ def test_an_open_file_stays_the_same_file(tmp_path: Path) -> None:
 
     async def read() -> bytes:
         async with store.open("a.pt") as file:
-            await asyncckpt.threads.in_thread(replace)
+            await asyncckpt._threads.in_thread(replace)
             data = memoryview(bytearray(file.file.nbytes))
             await file.read(0, data[: 1 << 20])
             await file.read(1 << 20, data[1 << 20 :])
@@ -205,7 +205,7 @@ def test_a_remote_file_that_is_replaced_while_it_is_read_is_read_anew(tmp_path: 
             nonlocal reads
             reads += operation == "read"
             if operation == "read" and reads == 2:  # the directory is read, the content not yet
-                await asyncckpt.threads.in_thread(
+                await asyncckpt._threads.in_thread(
                     lambda: other.save(2, state_of(2) | {"more": torch.ones(99)}).committed.result(30)
                 )
 

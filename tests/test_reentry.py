@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from asyncckpt import BusyError, Checkpointer, SaveError
-from asyncckpt.engine import get_engine
-from asyncckpt.snapshot.copy import copy_storages
+from asyncckpt._saving.engine import get_engine
+from asyncckpt._snapshot.copy import copy_storages
+from asyncckpt._threads import is_locked_by_caller
 from asyncckpt.testing import FaultyStore, Gate, SlowStore
-from asyncckpt.threads import is_locked_by_caller
 from interrupts import Interrupt, settle
 from support import put_under
 
@@ -173,7 +173,7 @@ class TestHandlers:
     @pytest.fixture(autouse=True)
     def overlap(self, monkeypatch: pytest.MonkeyPatch, *, overlapping: bool) -> None:
         if overlapping:
-            monkeypatch.setattr("asyncckpt.saver._OVERLAP_FROM", 0)
+            monkeypatch.setattr("asyncckpt._saving.saver._OVERLAP_FROM", 0)
 
     def test_a_handler_that_saves_and_waits(
         self, tmp_path: Path, handler: Callable[[Callable[[], object]], list[object]], max_in_flight: int
@@ -223,7 +223,7 @@ class TestHandlers:
 def test_a_handler_that_only_waits_while_the_state_is_copied(
     tmp_path: Path, handler: Callable[[Callable[[], object]], list[object]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("asyncckpt.saver._OVERLAP_FROM", 0)
+    monkeypatch.setattr("asyncckpt._saving.saver._OVERLAP_FROM", 0)
     ckpt = Checkpointer(tmp_path)
 
     class Breaks:
@@ -236,7 +236,7 @@ def test_a_handler_that_only_waits_while_the_state_is_copied(
             signal.raise_signal(signal.SIGINT)
             self.copy(*args)
 
-    monkeypatch.setattr("asyncckpt.staging.copy_storages", Breaks(copy_storages))
+    monkeypatch.setattr("asyncckpt._saving.staging.copy_storages", Breaks(copy_storages))
     for call in (ckpt.wait, ckpt.load):
         told = handler(call)
         ckpt.save(1, state_of(1)).committed.result(30)

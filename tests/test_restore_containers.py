@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from asyncckpt import Checkpointer, StateMismatchError
-from asyncckpt.apply import apply_state
-from asyncckpt.stateful import collect, is_plain, remake
+from asyncckpt._loading.restore import apply_state
+from asyncckpt._loading.stateful import collect, is_plain, remake
 from restoring import Counter, meaning
 from sameness import assert_same
 

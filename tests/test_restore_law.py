@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from asyncckpt import StateMismatchError
-from asyncckpt.apply import apply_state
-from asyncckpt.stateful import collect
+from asyncckpt._loading.restore import apply_state
+from asyncckpt._loading.stateful import collect
 from restoring import Counter, meaning
 from sameness import assert_same
 from support import torch_round_trip

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from asyncckpt import Checkpointer, StateMismatchError
-from asyncckpt.apply import apply_state
-from asyncckpt.state_keys import map_state_keys, prefix_remedy
+from asyncckpt._loading.restore import apply_state
+from asyncckpt._loading.state_keys import map_state_keys, prefix_remedy
 from restoring import Counter, meaning, trained
 from sameness import assert_same
 

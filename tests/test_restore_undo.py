@@ -14,9 +14,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from asyncckpt import AsyncCkptError, Checkpointer, PartialRestoreError, StateMismatchError
-from asyncckpt.apply import apply_state
-from asyncckpt.deferral import DeferredSignals
-from asyncckpt.stateful import collect
+from asyncckpt._loading.deferral import DeferredSignals
+from asyncckpt._loading.restore import apply_state
+from asyncckpt._loading.stateful import collect
 from restoring import Counter, meaning, trained
 from sameness import assert_same
 from support import torch_round_trip

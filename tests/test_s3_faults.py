@@ -15,7 +15,7 @@ import torch
 
 import asyncckpt
 from asyncckpt import BestK, Checkpointer, CorruptCheckpointError, LastN, SaveError, StoreError
-from asyncckpt.engine import get_engine
+from asyncckpt._saving.engine import get_engine
 from asyncckpt.stores import s3
 from object_servers import delay, drop, drop_answer, status, truncate
 from support import run_python

@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 import torch
 
-from asyncckpt import SaveError, operations
-from asyncckpt.engine import get_engine
+from asyncckpt import SaveError
+from asyncckpt._saving import operations
+from asyncckpt._saving.engine import get_engine
+from asyncckpt._saving.saver import Saver
+from asyncckpt._saving.targets import FileTarget
 from asyncckpt.errors import UnpicklableStateError
 from asyncckpt.layout.description import Description
-from asyncckpt.saver import Saver
 from asyncckpt.stores.local import LocalStore
-from asyncckpt.targets import FileTarget
 from asyncckpt.testing import FaultyStore, Gate
 from asyncckpt.testing.doubles import WrapperStore
 from sameness import assert_same
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from asyncckpt import Save
-    from asyncckpt.engine import Engine
+    from asyncckpt._saving.engine import Engine
     from asyncckpt.stores.base import Store
 
 # Enough that the copy and the writing overlap.

@@ -37,7 +37,7 @@ def tell(line):
 
 def told(ckpt):
     ckpt._store = Told(ckpt._store)
-    ckpt._catalog = asyncckpt.catalog.Catalog(ckpt._store)
+    ckpt._catalog = asyncckpt._loading.catalog.Catalog(ckpt._store)
     return ckpt
 
 def train(step):

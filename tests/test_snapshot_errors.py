@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import asyncckpt
-from asyncckpt import Checkpointer, SaveError, UnpicklableStateError, staging
-from asyncckpt.engine import get_engine
+from asyncckpt import Checkpointer, SaveError, UnpicklableStateError
+from asyncckpt._saving import staging
+from asyncckpt._saving.engine import get_engine
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -17,10 +17,11 @@ import torch
 from torch.serialization import safe_globals
 
 import asyncckpt
-from asyncckpt import Checkpointer, UnsafeStateError, weights_only
-from asyncckpt.outline import machine
-from asyncckpt.snapshot.freeze import Freezer
-from asyncckpt.weights_only import Refused, WeightsOnlyCheck, listing
+from asyncckpt import Checkpointer, UnsafeStateError
+from asyncckpt._outline import machine
+from asyncckpt._saving import weights_only
+from asyncckpt._saving.weights_only import Refused, WeightsOnlyCheck, listing
+from asyncckpt._snapshot.freeze import Freezer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

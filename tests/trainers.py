@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from asyncckpt._trainer.callback import _is_last_epoch
 from asyncckpt.lightning import AsyncCheckpointIO
 from asyncckpt.stores.local import LocalStore
-from asyncckpt.trainer.callback import _is_last_epoch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -8,8 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from asyncckpt.adoption import adopt as adopt_file
-from asyncckpt.adoption import check, survey
+from asyncckpt._loading.adoption import adopt as adopt_file
+from asyncckpt._loading.adoption import check, survey
+from asyncckpt._loading.series import SUFFIXES
+from asyncckpt._name_parsing import NameParser, guess_template
+from asyncckpt._naming import NameTemplate
+from asyncckpt._saving.engine import get_engine
 from asyncckpt.cli.locations import Directory, StorageOptions, directory_at
 from asyncckpt.cli.output import (
     AsJson,
@@ -22,17 +26,13 @@ from asyncckpt.cli.output import (
     print_json,
     size,
 )
-from asyncckpt.engine import get_engine
 from asyncckpt.errors import AsyncCkptError, CheckpointNotFoundError, CorruptCheckpointError
-from asyncckpt.name_parsing import NameParser, guess_template
-from asyncckpt.naming import NameTemplate
-from asyncckpt.series import SUFFIXES
 from asyncckpt.types import Checkpoint
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from asyncckpt.adoption import Survey
+    from asyncckpt._loading.adoption import Survey
     from asyncckpt.stores.base import Store
 
     Status = Literal["adopted", "refused", "failed"]

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import torch
 import typer
 
-from asyncckpt.bench.place import Place, clear_up_when_told_to_go
-from asyncckpt.bench.short import SHARE, Short
-from asyncckpt.bench.states import GPT2, device, distinct_tensors, gpt2, on_device
+from asyncckpt._bench.place import Place, clear_up_when_told_to_go
+from asyncckpt._bench.short import SHARE, Short
+from asyncckpt._bench.states import GPT2, device, distinct_tensors, gpt2, on_device
+from asyncckpt._loading.load import load_state
 from asyncckpt.cli.locations import StorageOptions, file_at, options_for, parsed_options, store_at
 from asyncckpt.cli.output import (
     AsJson,
@@ -23,7 +24,6 @@ from asyncckpt.cli.output import (
     print_table,
     size,
 )
-from asyncckpt.restore import load_state
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

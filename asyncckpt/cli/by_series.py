@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from asyncckpt.naming import NameTemplate
+from asyncckpt._naming import NameTemplate
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from asyncckpt.catalog import READERS
+from asyncckpt._loading.catalog import READERS
+from asyncckpt._loading.load import read_file, verify_file
+from asyncckpt._loading.structure import check_structure
+from asyncckpt._saving.engine import get_engine
+from asyncckpt._threads import for_each
 from asyncckpt.cli.output import bytes_progress, message
-from asyncckpt.engine import get_engine
 from asyncckpt.errors import AsyncCkptError
-from asyncckpt.restore import read_file, verify_file
-from asyncckpt.structure import check_structure
-from asyncckpt.threads import for_each
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -7,22 +7,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from asyncckpt._inspection.comparing import ABSENT, compare
+from asyncckpt._inspection.comparing_values import Side, compare_values
+from asyncckpt._inspection.contents import read_contents
+from asyncckpt._inspection.tensor_values import dtype_of
+from asyncckpt._outline.texts import clean, path_text, short
+from asyncckpt._saving.engine import get_engine
+from asyncckpt._threads import in_thread
 from asyncckpt.cli.locations import StorageOptions, file_at, options_for
 from asyncckpt.cli.output import AsJson, bytes_progress, counted, line, new_table, number, print_json
 from asyncckpt.cli.states import ROWS, ShowAll, json_path, json_value, print_rest, print_rows
-from asyncckpt.engine import get_engine
-from asyncckpt.inspection.comparing import ABSENT, compare
-from asyncckpt.inspection.comparing_values import Side, compare_values
-from asyncckpt.inspection.contents import read_contents
-from asyncckpt.inspection.tensor_values import dtype_of
-from asyncckpt.outline.texts import clean, path_text, short
-from asyncckpt.threads import in_thread
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from asyncckpt.inspection.comparing import Comparison, Difference, TensorPair
-    from asyncckpt.inspection.value_differences import ValueDifference
+    from asyncckpt._inspection.comparing import Comparison, Difference, TensorPair
+    from asyncckpt._inspection.value_differences import ValueDifference
     from asyncckpt.stores.base import Store, StoredFile
 
     _File = tuple[Store, StoredFile]

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from fsspec.core import split_protocol, url_to_fs
 
+from asyncckpt._loading.series import SUFFIXES
 from asyncckpt.cli.formats import is_dcp
 from asyncckpt.cli.locations import directory_at, is_url, parsed_options, store_at
 from asyncckpt.errors import CheckpointNotFoundError, StoreError
-from asyncckpt.series import SUFFIXES
 from asyncckpt.stores.remote_errors import told
 
 if TYPE_CHECKING:

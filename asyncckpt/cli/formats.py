@@ -6,9 +6,9 @@ import re
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
+from asyncckpt._loading.series import SUFFIXES
 from asyncckpt.errors import StoreError
 from asyncckpt.layout.other_formats import HEAD, recognize
-from asyncckpt.series import SUFFIXES
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -7,23 +7,23 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from asyncckpt._inspection.contents import read_contents
+from asyncckpt._inspection.inventory import sums_by_module, take_inventory
+from asyncckpt._inspection.tensor_values import is_native
+from asyncckpt._inspection.unsafe import refused_globals
+from asyncckpt._loading.load import read_file
+from asyncckpt._outline.texts import clean, key_text, path_text, short
+from asyncckpt._saving.engine import get_engine
 from asyncckpt.cli.locations import StorageOptions, file_at
 from asyncckpt.cli.output import AsJson, counted, line, new_table, number, print_json, size
 from asyncckpt.cli.states import ROWS, ShowAll, json_path, json_value, print_rest, print_rows
-from asyncckpt.engine import get_engine
 from asyncckpt.errors import CorruptCheckpointError
-from asyncckpt.inspection.contents import read_contents
-from asyncckpt.inspection.inventory import sums_by_module, take_inventory
-from asyncckpt.inspection.tensor_values import is_native
-from asyncckpt.inspection.unsafe import refused_globals
-from asyncckpt.outline.texts import clean, key_text, path_text, short
-from asyncckpt.restore import read_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from asyncckpt.inspection.contents import Contents
-    from asyncckpt.inspection.inventory import Inventory, TensorEntry
+    from asyncckpt._inspection.contents import Contents
+    from asyncckpt._inspection.inventory import Inventory, TensorEntry
 
 File = Annotated[str, typer.Argument(metavar="FILE", show_default=False)]
 Depth = Annotated[int, typer.Option(min=0, help="Levels of modules to sum up, below the top-level entries.")]

@@ -9,7 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from asyncckpt.catalog import READERS
+from asyncckpt._inspection.contents import summarize
+from asyncckpt._loading.catalog import READERS
+from asyncckpt._outline.texts import clean
+from asyncckpt._saving.engine import get_engine
+from asyncckpt._threads import for_each
 from asyncckpt.cli.by_series import by_series, series_text
 from asyncckpt.cli.directories import Recursive, nested_hint, stores_at
 from asyncckpt.cli.formats import dcp_files, is_dcp, looks_like_checkpoint
@@ -27,12 +31,8 @@ from asyncckpt.cli.output import (
     size,
 )
 from asyncckpt.cli.policies import metric_names, parse_metric, require_metric
-from asyncckpt.engine import get_engine
 from asyncckpt.errors import CorruptCheckpointError, StoreError
-from asyncckpt.inspection.contents import summarize
-from asyncckpt.outline.texts import clean
 from asyncckpt.retention import rank
-from asyncckpt.threads import for_each
 from asyncckpt.types import Checkpoint
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from fsspec.core import split_protocol
 
-from asyncckpt.engine import get_engine
+from asyncckpt._saving.engine import get_engine
 from asyncckpt.errors import CheckpointNotFoundError
 from asyncckpt.stores import open_store
 from asyncckpt.stores.local import LocalStore

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from asyncckpt.catalog import Catalog
+from asyncckpt._loading.catalog import Catalog
+from asyncckpt._outline.texts import clean
+from asyncckpt._saving.engine import get_engine
 from asyncckpt.cli.by_series import by_series, series_text
 from asyncckpt.cli.checking import find_damage
 from asyncckpt.cli.formats import foreign_format, looks_like_checkpoint
@@ -24,15 +26,13 @@ from asyncckpt.cli.output import (
     size,
 )
 from asyncckpt.cli.policies import parse_policy, require_metric
-from asyncckpt.engine import get_engine
 from asyncckpt.errors import StoreError
-from asyncckpt.outline.texts import clean
 from asyncckpt.retention import AnyOf, BestK, evict
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-    from asyncckpt.catalog import Entry
+    from asyncckpt._loading.catalog import Entry
     from asyncckpt.retention import Policy
     from asyncckpt.stores.base import Store
     from asyncckpt.types import Checkpoint

@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from asyncckpt._outline.texts import key_text, short
 from asyncckpt.cli.output import line, print_table
-from asyncckpt.outline.texts import key_text, short
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from asyncckpt.outline.walk import Path
+    from asyncckpt._outline.walk import Path
 
 ShowAll = Annotated[bool, typer.Option("--all", help="Show all rows of each table.")]
 

@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from asyncckpt.catalog import READERS
+from asyncckpt._loading.catalog import READERS
+from asyncckpt._loading.load import verify_file
+from asyncckpt._saving.engine import get_engine
+from asyncckpt._threads import for_each
 from asyncckpt.cli.directories import Recursive, nested_hint, stores_at
 from asyncckpt.cli.formats import (
     DCP,
@@ -20,10 +23,7 @@ from asyncckpt.cli.formats import (
 )
 from asyncckpt.cli.locations import StorageOptions, file_at, options_for
 from asyncckpt.cli.output import AsJson, bytes_progress, complain, counted, line, message, print_json, size
-from asyncckpt.engine import get_engine
 from asyncckpt.errors import AsyncCkptError, CheckpointNotFoundError, CorruptCheckpointError
-from asyncckpt.restore import verify_file
-from asyncckpt.threads import for_each
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

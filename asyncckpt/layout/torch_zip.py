@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from asyncckpt.checksum import crc32
+from asyncckpt._checksum import crc32
 from asyncckpt.types import FilePlan
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from asyncckpt.checksum import crc32
+from asyncckpt._checksum import crc32
 from asyncckpt.errors import CorruptCheckpointError
 from asyncckpt.layout.torch_zip import (
     CENTRAL,

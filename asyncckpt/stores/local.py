@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, TypeVar
 from aiofiles.os import wrap
 from anyio import CancelScope
 
+from asyncckpt._threads import in_thread
 from asyncckpt.errors import StoreError
 from asyncckpt.stores.base import Store, StoredFile
 from asyncckpt.stores.fileops import FileOps
@@ -24,7 +25,6 @@ from asyncckpt.stores.local_errors import translated
 from asyncckpt.stores.local_io import read_buffered
 from asyncckpt.stores.local_reading import LocalFile, ReadFile
 from asyncckpt.stores.local_temporary import is_temporary, remove_abandoned, temporary_name, unlink_quietly
-from asyncckpt.threads import in_thread
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Sequence

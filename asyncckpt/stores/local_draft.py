@@ -14,6 +14,7 @@ from weakref import WeakSet
 
 from anyio import CancelScope
 
+from asyncckpt._threads import in_thread
 from asyncckpt.errors import StoreError
 from asyncckpt.stores.base import Draft
 from asyncckpt.stores.local_errors import size_text, translated
@@ -28,7 +29,6 @@ from asyncckpt.stores.local_io import (
     write_direct,
 )
 from asyncckpt.stores.local_temporary import close_quietly, hold, temporary_name, unlink_quietly
-from asyncckpt.threads import in_thread
 
 if TYPE_CHECKING:
     from collections.abc import Callable

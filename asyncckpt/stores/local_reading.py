@@ -8,6 +8,7 @@ import os
 import threading
 from typing import TYPE_CHECKING
 
+from asyncckpt._threads import in_thread
 from asyncckpt.errors import StoreError
 from asyncckpt.stores.base import OpenFile
 from asyncckpt.stores.local_errors import translated
@@ -20,7 +21,6 @@ from asyncckpt.stores.local_io import (
     read_direct,
 )
 from asyncckpt.stores.local_temporary import close_quietly
-from asyncckpt.threads import in_thread
 
 if TYPE_CHECKING:
     from asyncckpt.stores.base import StoredFile

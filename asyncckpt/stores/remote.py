@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 from fsspec.spec import AbstractFileSystem
 
+from asyncckpt._threads import in_thread
 from asyncckpt.errors import AsyncCkptError, StoreError
 from asyncckpt.stores.base import OpenFile, Store, StoredFile
 from asyncckpt.stores.local_temporary import is_temporary, temporary_name
 from asyncckpt.stores.remote_draft import StreamDraft
 from asyncckpt.stores.remote_errors import told
-from asyncckpt.threads import in_thread
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Sequence

@@ -7,10 +7,10 @@ import errno
 import time
 from typing import TYPE_CHECKING, Any
 
+from asyncckpt._threads import in_thread
 from asyncckpt.errors import StoreError
 from asyncckpt.stores.base import Draft
 from asyncckpt.stores.remote_errors import told
-from asyncckpt.threads import in_thread
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from anyio import CancelScope, fail_after
 
-from asyncckpt.checksum import crc32
+from asyncckpt._checksum import crc32
 from asyncckpt.errors import StoreError
 from asyncckpt.stores.base import Draft
 from asyncckpt.stores.remote import ABANDONED_AFTER, RemoteStore

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from asyncckpt.bench.place import sync
+from asyncckpt._bench.place import sync
 from peers.base import Peer
 
 

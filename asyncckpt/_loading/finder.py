@@ -1,0 +1,195 @@
+"""Find the checkpoints of a series again: list them, load them, restore them, verify them."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any, Literal, Union
+
+from asyncckpt._caller_warning import warn_caller
+from asyncckpt._loading.load import load_state, load_wanted, locate, verify_file
+from asyncckpt._loading.restore import apply_state
+from asyncckpt._loading.series import Series
+from asyncckpt._naming import NameTemplate
+from asyncckpt._saving.engine import get_engine, wait_for_pending
+from asyncckpt.errors import CheckpointNotFoundError
+from asyncckpt.retention import KeepAll, Policy, first_best, rank
+from asyncckpt.stores import open_store
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from asyncckpt._loading.load import Loaded
+    from asyncckpt._loading.series import Wanted
+    from asyncckpt._loading.unpickle import MapLocation
+    from asyncckpt.stores.base import Store
+    from asyncckpt.types import Checkpoint
+
+Which = Union[int, str, "os.PathLike[str]"]
+
+
+class Finder:
+    """Finds the checkpoints of one series in one directory.
+
+    Args:
+        directory: a local path, or the URL of one of any fsspec file system.
+        filename: template of the series.
+        keep: the retention policy, which says what "best" means.
+        storage_options: for the file system behind a URL.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        filename: str,
+        keep: Policy | None,
+        storage_options: Mapping[str, Any] | None,
+    ) -> None:
+        self.directory = os.fspath(directory)
+        self._names = NameTemplate(filename)
+        self._keep: Policy = KeepAll() if keep is None else keep
+        if isinstance(self._keep, type) or not isinstance(self._keep, Policy):
+            raise TypeError(
+                f"keep must be a policy such as LastN(3), or have its method keep(); it is {keep!r}"
+            )
+        self._store: Store = open_store(directory, storage_options)
+        self._series = Series(self._store, self.directory, self._names)
+
+    def checkpoints(self) -> list[Checkpoint]:
+        """Return the committed checkpoints of the series, in order of commit."""
+        return get_engine().call(self._series.look).checkpoints
+
+    def latest(self) -> Checkpoint | None:
+        """Return the checkpoint committed last, if there is one."""
+        return next(reversed(self.checkpoints()), None)
+
+    def best(self, metric: str | None = None, mode: Literal["min", "max"] | None = None) -> Checkpoint | None:
+        """Return the best checkpoint that has the metric, if there is one; NaN is the worst.
+
+        Args:
+            metric: its name; if not given, that of the `BestK` in `keep`.
+            mode: "min" or "max"; if not given, that of the same `BestK`, else "min".
+        """
+        return next(iter(rank(self.checkpoints(), *self._ranking(metric, mode))), None)
+
+    def load(
+        self,
+        which: Which = "latest",
+        *,
+        map_location: MapLocation = "cpu",
+        weights_only: bool = True,
+        fallback: bool = False,
+    ) -> Any:
+        """Return the state of a checkpoint, every byte of it checked. Waits for pending saves first.
+
+        Args:
+            which: "latest", "best", a step, or a path.
+            map_location: as in torch.load.
+            weights_only: as in torch.load.
+            fallback: where the latest or the best is damaged, warn and take the next one that is whole.
+
+        Raises:
+            CheckpointNotFoundError: there is no such checkpoint.
+            CorruptCheckpointError: names the damaged record.
+            UnsafeStateError: `weights_only` does not allow what is in it; names the entries.
+            UnloadableStateError: its objects cannot be rebuilt here.
+        """
+        return self._load(which, map_location, weights_only=weights_only, fallback=fallback).state
+
+    def restore(  # noqa: PLR0913 - each is one decision of the user's
+        self,
+        state: Any,
+        which: Which = "latest",
+        *,
+        missing_ok: bool = False,
+        fallback: bool = False,
+        weights_only: bool = True,
+        strict: bool = True,
+        map_keys: Callable[[str], str] | None = None,
+    ) -> Checkpoint | None:
+        """Put a checkpoint into `state`, all of it or nothing.
+
+        Where there is a `load_state_dict` it is called, tensors are changed in place, values replaced.
+
+        Args:
+            state: what is given to `save`.
+            which: "latest", "best", a step, or a path.
+            missing_ok: return None and leave `state` alone where there is no such checkpoint; a warning tells
+                what else is there.
+            fallback: where the latest or the best is damaged, warn and take the next one that is whole.
+            weights_only: as in torch.load.
+            strict: whether both must have the same entries. If not, those of only one side are left out, and
+                a warning lists them.
+            map_keys: applied to each key of the saved state dicts of modules and of dicts of tensors, before
+                they are matched: `lambda key: key.replace("_orig_mod.", "")`.
+
+        Raises:
+            CheckpointNotFoundError: there is no such checkpoint.
+            CorruptCheckpointError: names the damaged record; nothing was changed.
+            UnsafeStateError: `weights_only` does not allow what is in it; names the entries.
+            UnloadableStateError: its objects cannot be rebuilt here.
+            StateMismatchError: lists every entry that does not fit; nothing was changed.
+            PartialRestoreError: what failed could not be put back; the message lists it.
+        """
+        try:
+            loaded = self._load(which, "cpu", weights_only=weights_only, fallback=fallback)
+        except CheckpointNotFoundError as error:
+            if not missing_ok:
+                raise
+            if get_engine().call(self._series.look).others:
+                warn_caller(f"nothing is restored: {error}")
+            return None
+        apply_state(state, loaded.state, loaded.checkpoint.path, strict=strict, map_keys=map_keys)
+        return loaded.checkpoint
+
+    def verify(self, which: Which = "latest") -> None:
+        """Read every byte of a checkpoint and compare every checksum.
+
+        Raises:
+            CheckpointNotFoundError: there is no such checkpoint.
+            CorruptCheckpointError: names the damaged record.
+        """
+        wait_for_pending()
+        wanted = self._wanted(which)
+        if wanted is None:
+            store, name = locate(os.fspath(which), self._store)  # type: ignore[arg-type] # it is a path
+        else:
+            choice = get_engine().call(self._series.look).choose(wanted)
+            store, name = self._store, (*choice.damaged, *choice.entries)[0].file.name
+        get_engine().call(verify_file, store, name)
+
+    def _load(self, which: Which, map_location: MapLocation, *, weights_only: bool, fallback: bool) -> Loaded:
+        wait_for_pending()
+        wanted = self._wanted(which)
+        if fallback and (wanted is None or isinstance(wanted, int)):
+            raise ValueError(f'fallback=True goes with "latest" and "best", not with {which!r}')
+        if wanted is None:
+            store, name = locate(os.fspath(which), self._store)  # type: ignore[arg-type] # it is a path
+            return load_state(store, name, map_location, weights_only=weights_only)
+        return load_wanted(self._series, wanted, map_location, weights_only=weights_only, fallback=fallback)
+
+    def _wanted(self, which: Which) -> Wanted | None:
+        """Return what of the series is asked for; None if it is a path."""
+        if which == "latest":
+            return "latest"
+        if which == "best":
+            return self._ranking(None, None)
+        if isinstance(which, int) and not isinstance(which, bool):
+            return which
+        if isinstance(which, (str, os.PathLike)):
+            return None
+        raise TypeError(f'which must be "latest", "best", a step or a path, not {which!r}')
+
+    def _ranking(
+        self, metric: str | None, mode: Literal["min", "max"] | None
+    ) -> tuple[str, Literal["min", "max"]]:
+        """Return what "best" means: what is not given is that of the `BestK` in `keep`."""
+        policy = first_best(self._keep)
+        if metric is None:
+            if policy is None:
+                raise ValueError(
+                    'best() needs a metric, such as best("val_loss"), as keep has no BestK to take it from'
+                )
+            metric = policy.metric
+        if mode is None:
+            mode = policy.mode if policy is not None and policy.metric == metric else "min"
+        return metric, mode

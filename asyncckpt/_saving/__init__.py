@@ -1,0 +1,1 @@
+"""The life of a save: admit, stage, write, commit, evict."""
