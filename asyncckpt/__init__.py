@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from asyncckpt._saving.engine import set_memory_limit
+from asyncckpt._saving.engine import Statistics, release, set_memory_limit, statistics
 from asyncckpt._saving.save import Save
 from asyncckpt._version import __version__
 from asyncckpt.checkpointer import Checkpointer
@@ -53,6 +53,7 @@ __all__ = [
     "ShardedStateError",
     "SignalError",
     "StateMismatchError",
+    "Statistics",
     "StopOnSignal",
     "StoreError",
     "UnloadableStateError",
@@ -60,8 +61,10 @@ __all__ = [
     "UnsafeStateError",
     "__version__",
     "load",
+    "release",
     "save",
     "set_memory_limit",
+    "statistics",
     "wait",
 ]
 

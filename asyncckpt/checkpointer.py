@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 import time
-from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from anyio import CancelScope, to_thread
@@ -16,16 +13,16 @@ from asyncckpt._saving.arguments import checked_metrics, checked_step
 from asyncckpt._saving.engine import get_engine
 from asyncckpt._saving.ranks import claim
 from asyncckpt._saving.saver import Saver
+from asyncckpt._saving.series_writer import SeriesWriter
 from asyncckpt._saving.targets import FileTarget
 from asyncckpt.errors import (
     AsyncCkptError,
-    CheckpointExistsError,
     CheckpointNotFoundError,
     SaveError,
     add_note,
 )
 from asyncckpt.layout.description import MAX_BYTES, Description
-from asyncckpt.retention import check_metrics, evict
+from asyncckpt.retention import check_metrics
 
 if TYPE_CHECKING:
     import os
@@ -34,12 +31,10 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
+    from asyncckpt._saving.reports import OnCommit, OnError
     from asyncckpt._saving.save import Save
-    from asyncckpt._saving.saver import OnCommit, OnError, WhenBusy
+    from asyncckpt._saving.saver import WhenBusy
     from asyncckpt.retention import Policy
-    from asyncckpt.types import Checkpoint
-
-logger = logging.getLogger("asyncckpt")
 
 
 class Checkpointer(Finder):
@@ -87,23 +82,22 @@ class Checkpointer(Finder):
         create: bool = True,
     ) -> None:
         super().__init__(directory, filename, keep, storage_options)
-        self._overwrite = overwrite
         self._saver = Saver(max_in_flight, when_busy, on_error, on_commit)
         self._closed = False
         self._unclaim: Callable[[], object] | None = None
-        self._prepared = create
+        self._writer = SeriesWriter(
+            self._store, self._series.look, self._keep, overwrite=overwrite, prepared=create
+        )
+        self._saver.open()
         if create:
             get_engine().call(self._store.prepare)
         elif not get_engine().call(self._store.exists):
             raise CheckpointNotFoundError(f"there is no directory {self.directory}")
-        get_engine().call(self._series.look)
-        found = get_engine().call(self._series.all_checkpoints)
-        self._sequence = max((c.sequence for c in found), default=0)
-        self._steps = {_name_of(c): c.step for c in found}
+        get_engine().call(self._writer.look)
 
     def __repr__(self) -> str:
         state = "closed, " if self._closed else ""
-        counts = f"{self._series.count} checkpoints, {self._saver.in_flight} in flight"
+        counts = f"{len(self._writer.own)} checkpoints, {self._saver.in_flight} in flight"
         return f"<Checkpointer {self.directory!r} {self._names.template!r}: {state}{counts}>"
 
     def __enter__(self) -> Self:
@@ -133,7 +127,7 @@ class Checkpointer(Finder):
             # told by the next call, or at exit.
             with CancelScope(shield=True):
                 await to_thread.run_sync(self._saver.drain, abandon_on_cancel=True)
-                await to_thread.run_sync(self._unclaim_if_done)
+                await to_thread.run_sync(self._let_go)
             self._saver.raise_failures()
         except AsyncCkptError as failure:
             if error is None:
@@ -165,14 +159,14 @@ class Checkpointer(Finder):
         name = self._names.name(step, numbers)
         if self._unclaim is None:
             self._unclaim = claim(self.directory, self._names.template)
-        self._refuse_taken(name, step)
+        self._writer.refuse_taken(name, step)
         description = Description(0, step, numbers, time.time(), filename=self._names.template)
         if len(description.encode()) > MAX_BYTES:
             raise ValueError(f"the metrics take more than {MAX_BYTES} bytes; put them into the state instead")
-        target = FileTarget(self._store, name, partial(self._describe, name, description), self._evict)
+        target = FileTarget(self._store, name, description, self._writer)
         save = self._saver.save(collect(state), target, step, began)
         if not save.skipped:
-            self._steps[name] = step
+            self._writer.taken(name, step)
         return save
 
     def reserve(self, state: Any) -> int:
@@ -201,63 +195,10 @@ class Checkpointer(Finder):
         try:
             self.wait(timeout)
         finally:
-            self._unclaim_if_done()
+            self._let_go()
 
-    def _unclaim_if_done(self) -> None:
-        """Let another rank have the series, once nothing of it is pending here."""
+    def _let_go(self) -> None:
+        """Let another rank have the series, once nothing of it is pending here, and the engine end."""
         if self._unclaim is not None and not self._saver.pending:
             self._unclaim()
-
-    def _refuse_taken(self, name: str, step: int) -> None:
-        """Raise if another step has this name, by what is known without asking the store."""
-        there = self._steps.get(name, step)
-        if self._overwrite or there == step:
-            return
-        if get_engine().pending(self._store.path_of(name)):
-            raise _exists(self._store.path_of(name), there, step)
-        # That save may have failed, or its file may be gone: only now it is worth a look.
-        get_engine().call(self._refuse_other_step, name, step)
-
-    async def _refuse_other_step(self, name: str, step: int) -> None:
-        """Raise if a file of another step has this name, whoever wrote it."""
-        try:
-            await self._store.stat(name)
-        except FileNotFoundError:
-            return
-        path = self._store.path_of(name)
-        there = next((c for c in await self._series.all_checkpoints() if c.path == path), None)
-        if there is None or there.step != step:
-            raise _exists(path, there.step if there else None, step)
-
-    async def _describe(self, name: str, description: Description) -> Description:
-        """Give a save its place in the order of commits, behind whatever others have committed here."""
-        if not self._prepared:
-            await self._store.prepare()
-            self._prepared = True
-        if not self._overwrite and description.step is not None:
-            await self._refuse_other_step(name, description.step)
-        last = max((c.sequence for c in await self._series.all_checkpoints()), default=0)
-        self._sequence = max(self._sequence, last) + 1
-        return replace(description, sequence=self._sequence)
-
-    async def _evict(self, committed: Checkpoint) -> None:
-        for checkpoint in evict(self._keep, (await self._series.look()).checkpoints):
-            if checkpoint.path != committed.path:
-                await self._store.remove(_name_of(checkpoint))
-                logger.debug("%s is evicted", checkpoint.path)
-                self._steps.pop(_name_of(checkpoint), None)
-                self._series.count -= 1
-
-
-def _name_of(checkpoint: Checkpoint) -> str:
-    return checkpoint.path.rpartition("/")[2]
-
-
-def _exists(path: str, there: int | None, step: int) -> CheckpointExistsError:
-    if there is None:
-        return CheckpointExistsError(
-            f"{path} is a file that asyncckpt did not write, or is damaged, and would be replaced by step"
-            f" {step}; move it away, describe it with `asyncckpt adopt`, or set overwrite=True"
-        )
-    msg = f"{path} is the checkpoint of step {there} and would be replaced by step {step}"
-    return CheckpointExistsError(f"{msg}; put {{step}} into filename, or set overwrite=True")
+        self._saver.close()

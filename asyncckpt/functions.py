@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from asyncckpt._saving.save import Save
 
 # One being written and one being taken: two files saved one after the other do not wait for each other.
-_saver = Saver(max_in_flight=2)
+_saver = Saver(max_in_flight=2, keeps=False)
 
 
 def save(
@@ -46,12 +46,8 @@ def save(
     unclaim = claim(store.path_of(""), name)
     description = Description(0, None, {}, time.time())
 
-    async def describe() -> Description:
-        await store.prepare()
-        return description
-
     try:
-        saved = _saver.save(state, FileTarget(store, name, describe), None, began)
+        saved = _saver.save(state, FileTarget(store, name, description), None, began)
     except BaseException:
         unclaim()
         raise

@@ -37,6 +37,7 @@ def put_under(checkpointer: Checkpointer, store: S) -> S:
     """Let a Checkpointer work on another store from now on, such as a double that wraps its own."""
     checkpointer._store = store
     checkpointer._series = Series(store, checkpointer.directory, checkpointer._names)
+    checkpointer._writer._store, checkpointer._writer._look = store, checkpointer._series.look
     return store
 
 

@@ -143,12 +143,9 @@ def test_files_that_no_checkpointer_wrote_are_left_alone_and_counted(run: Path) 
 
 def save_with_a_step_alone(directory: Path, name: str) -> None:
     """Save as the Lightning callback does: with a step, but without a place in the order of commits."""
-
-    async def describe() -> Description:
-        return Description(0, 10, {}, time.time())
-
     saver = Saver(max_in_flight=1)
-    saver.save({}, FileTarget(LocalStore(str(directory)), name, describe), 10, time.perf_counter())
+    target = FileTarget(LocalStore(str(directory)), name, Description(0, 10, {}, time.time()))
+    saver.save({}, target, 10, time.perf_counter())
     saver.drain()
 
 
@@ -402,11 +399,9 @@ def test_a_copy_under_another_name_is_left_alone(run: Path) -> None:
 
 
 def save_as_old_versions_did(directory: Path, name: str, step: int, sequence: int) -> None:
-    async def describe() -> Description:
-        return Description(sequence, step, {}, time.time())
-
     saver = Saver(max_in_flight=1)
-    saver.save({}, FileTarget(LocalStore(str(directory)), name, describe), step, time.perf_counter())
+    target = FileTarget(LocalStore(str(directory)), name, Description(sequence, step, {}, time.time()))
+    saver.save({}, target, step, time.perf_counter())
     saver.drain()
 
 

@@ -156,7 +156,7 @@ def test_construction(tmp_path: Path, engine: str) -> None:
 
     def before() -> None:
         if engine == "not yet started":
-            get_engine().close()
+            get_engine().release()
 
     def save() -> None:
         ckpt = Checkpointer(tmp_path)

@@ -27,10 +27,7 @@ if TYPE_CHECKING:
 
 
 def save_to(store: Store, name: str, value: float, saver: Saver) -> Save:
-    async def describe() -> Description:
-        return Description(0, None, {}, 0.0)
-
-    target = FileTarget(store, name, describe)
+    target = FileTarget(store, name, Description(0, None, {}, 0.0))
     return saver.save({"x": torch.full((3,), value)}, target, None, time.perf_counter())
 
 
@@ -88,8 +85,9 @@ def test_a_save_that_fails_early_keeps_its_buffer_while_the_copy_goes_on(
 ) -> None:
     engine, ended_early = get_engine(), []
 
-    async def refuse() -> Description:
-        raise StoreError("refused")
+    class Refusing(LocalStore):
+        async def prepare(self) -> None:
+            raise StoreError("refused")
 
     def copy_beside_the_failure(*arguments: Any) -> None:
         # Within the time of this wait the save would have ended, were it not waiting for the copy.
@@ -98,7 +96,7 @@ def test_a_save_that_fails_early_keeps_its_buffer_while_the_copy_goes_on(
         copy_storages(*arguments)
 
     monkeypatch.setattr(staging, "copy_storages", copy_beside_the_failure)
-    target = FileTarget(LocalStore(str(tmp_path)), "x.pt", refuse)
+    target = FileTarget(Refusing(str(tmp_path)), "x.pt", Description(0, None, {}, 0.0))
     save = Saver(1).save({"x": torch.zeros(10 << 20)}, target, None, time.perf_counter())
     with pytest.raises(SaveError, match="refused"):
         save.committed.result(60)
@@ -114,7 +112,7 @@ def test_a_snapshot_is_a_state_for_somebody_elses_writer() -> None:
     snapshot = stager.stage(stager.freeze(state))
     snapshot.copy()
     shared.zero_()
-    host = stager.host_state(snapshot)
+    host = snapshot.host_state()
     assert torch.equal(host["a"], torch.arange(12.0).view(3, 4))
     assert host["b"].untyped_storage().data_ptr() == host["a"].untyped_storage().data_ptr()
     assert host["t"].stride() == (1, 4)

@@ -8,14 +8,14 @@ from threading import Lock
 from typing import TYPE_CHECKING
 
 from asyncckpt._inspection.tensor_values import is_native, read_number
-from asyncckpt._loading.catalog import checkpoint_of, read_described
+from asyncckpt._loading.catalog import read_described
 from asyncckpt._loading.reader import answer
 from asyncckpt._outline.machine import outline
 from asyncckpt._outline.nodes import TensorOutline
 from asyncckpt._outline.progress import Progress, progress_of
 from asyncckpt._threads import in_thread
 from asyncckpt.errors import CorruptCheckpointError
-from asyncckpt.layout.description import Description
+from asyncckpt.layout.description import Description, checkpoint_of
 from asyncckpt.layout.other_formats import HEAD, recognize
 from asyncckpt.layout.zip_reader import TAIL, check_header, read_directory
 

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 from asyncckpt._loading.reader import answer
 from asyncckpt._threads import for_each
 from asyncckpt.errors import CorruptCheckpointError, StoreError
-from asyncckpt.layout.description import Description
+from asyncckpt.layout.description import Description, checkpoint_of
 from asyncckpt.layout.zip_reader import read_description
-from asyncckpt.types import Checkpoint
 
 if TYPE_CHECKING:
     from asyncckpt.stores.base import OpenFile, Store, StoredFile
+    from asyncckpt.types import Checkpoint
 
 logger = logging.getLogger("asyncckpt")
 
@@ -100,19 +100,6 @@ async def read_described(file: OpenFile) -> Description | None:
     """Return what a file says of itself; None if it was not written by asyncckpt."""
     record = await answer(read_description(file.file.nbytes), file)
     return None if record is None else Description.decode(record)
-
-
-def checkpoint_of(path: str, description: Description, nbytes: int) -> Checkpoint:
-    """Return the checkpoint that a file with this description is."""
-    return Checkpoint(
-        description.step,
-        path,
-        description.metrics,
-        nbytes,
-        description.created,
-        description.sequence,
-        description.filename,
-    )
 
 
 def _order(entry: Entry) -> tuple[int, float, str]:

@@ -9,14 +9,13 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from asyncckpt._caller_warning import warn_caller
-from asyncckpt._loading.catalog import checkpoint_of
 from asyncckpt._loading.load_failures import load_failure
 from asyncckpt._loading.reader import read_image, verify
 from asyncckpt._loading.series import damage
 from asyncckpt._loading.unpickle import LoadedMemory, PayloadFile, load_file
 from asyncckpt._saving.engine import get_engine
 from asyncckpt.errors import CheckpointNotFoundError, CorruptCheckpointError, StoreError
-from asyncckpt.layout.description import Description
+from asyncckpt.layout.description import Description, checkpoint_of
 from asyncckpt.layout.torch_zip import DESCRIPTION
 from asyncckpt.stores import open_store
 from asyncckpt.types import Checkpoint

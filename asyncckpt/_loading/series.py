@@ -66,6 +66,11 @@ class View:
         """The checkpoints of the series, in order of commit."""
         return [entry.checkpoint for entry in self.own if entry.checkpoint is not None]
 
+    @property
+    def all_checkpoints(self) -> list[Checkpoint]:
+        """The checkpoints of every series, in no order."""
+        return [entry.checkpoint for entry in (*self.own, *self.others) if entry.checkpoint is not None]
+
     def choose(self, wanted: Wanted) -> Choice:
         """Return what answers to `wanted`.
 
@@ -108,9 +113,6 @@ class Series:
         store: the directory.
         directory: its path or URL, as the user gave it.
         names: the template.
-
-    Attributes:
-        count: how many checkpoints there were when they were last listed.
     """
 
     def __init__(self, store: Store, directory: str, names: NameTemplate) -> None:
@@ -119,7 +121,6 @@ class Series:
         self._names = names
         self._catalog = Catalog(store)
         self._warned: set[str] = set()
-        self.count = 0
 
     async def look(self) -> View:
         """List the directory; a damaged file of the series is logged once."""
@@ -137,7 +138,6 @@ class Series:
             if entry.file.version not in self._warned:
                 self._warned.add(entry.file.version)
                 logger.warning("not a whole checkpoint: %s", damage(self._directory, entry))
-        self.count = len(own)
         return View(self._directory, self._names, own, damaged, others)
 
     async def all_checkpoints(self) -> list[Checkpoint]:

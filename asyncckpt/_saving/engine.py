@@ -9,7 +9,9 @@ import os
 import sys
 import threading
 import time
-from dataclasses import dataclass, field
+import weakref
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -32,23 +34,48 @@ _SHARE_OF_MEMORY = 0.75
 _SHUTTING_DOWN = "the interpreter is shutting down; save, load and list before it does"
 
 
-@dataclass(slots=True, eq=False)
-class Operation:
+class Operation(ABC):
     """One entry of the line.
 
+    Args:
+        effects: path -> whether something is there once this has been carried out; cleared when that is so,
+            or will not be.
+
     Attributes:
-        run: carries it out on the engine's event loop; deals with its own errors.
-        effects: path -> whether something is there once this has been carried out.
-        awaits_caller: returns whether it cannot end before the calling thread goes on copying.
         begun: whether it is being carried out, or has been.
         withdrawn: whether it is not to be carried out.
     """
 
-    run: Callable[[], Awaitable[None]]
-    effects: Mapping[str, bool] = field(default_factory=dict)
-    awaits_caller: Callable[[], bool] = lambda: False
-    begun: bool = False
-    withdrawn: bool = False
+    begun = False
+    withdrawn = False
+
+    def __init__(self, effects: Mapping[str, bool]) -> None:
+        self.effects = effects
+
+    @abstractmethod
+    async def run(self) -> None:
+        """Carry it out, on the engine's event loop; deals with its own errors."""
+
+    def awaits_caller(self) -> bool:
+        """Return whether it cannot end before the calling thread goes on copying."""
+        return False
+
+
+@dataclass(frozen=True, slots=True)
+class Statistics:
+    """What asyncckpt holds in this process.
+
+    Attributes:
+        pending: saves and removals that are not carried out yet.
+        threads: threads that run, those that copy included.
+        memory: bytes of host memory, in use and free.
+        in_use: of those, bytes of snapshots that are being taken or written.
+    """
+
+    pending: int
+    threads: int
+    memory: int
+    in_use: int
 
 
 class Engine:
@@ -60,6 +87,9 @@ class Engine:
         self._starting = threading.RLock()  # a signal handler that saves may break in anywhere
         self._changed = Condition()
         self._line: list[Operation] = []  # the first one may have begun
+        self._users: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._calls: weakref.WeakSet[Callable[..., Any]] = weakref.WeakSet()
+        self._releasing = False
         self._threads: EngineThreads | None = None
 
     def __repr__(self) -> str:
@@ -75,12 +105,14 @@ class Engine:
         The caller does not let go of the interpreter here, as it would if it woke the event loop itself: the
         thread that waits for operations gets its turn when the caller next blocks.
         """
-        if _ended:
-            raise SaveError(_SHUTTING_DOWN)
-        self._started()
         with self._changed:
             if not operation.withdrawn:
                 self._line.append(operation)
+        try:
+            self._started()
+        except BaseException:
+            self.withdraw(operation)
+            raise
         self._changed.notify_all()
 
     def withdraw(self, operation: Operation) -> bool:
@@ -99,10 +131,6 @@ class Engine:
         with self._changed:
             return next((op.effects[path] for op in reversed(self._line) if path in op.effects), None)
 
-    def settle(self, operation: Operation) -> None:
-        """Say that what `operation` does to its paths is done, or will not be: the store can be asked."""
-        operation.effects = {}
-
     def call(self, func: Callable[..., Awaitable[T]], *args: Any) -> T:
         """Run an async function on the engine's loop, beside the line, and wait for its result.
 
@@ -113,7 +141,17 @@ class Engine:
         """
         if is_locked_by_caller():
             raise handler_error("a look at the store")
-        return self._started().call(func, *args)
+        calling = partial(func, *args)
+        with self._changed:
+            unused = self._threads is None and self._is_unused()
+            self._calls.add(calling)
+        try:
+            return self._started().call(calling)
+        finally:
+            self._calls.discard(calling)
+            if unused:
+                self._release_if_unused()
+            self._changed.notify_all()
 
     def drain(self, timeout: float | None = None) -> bool:
         """Wait until the line is empty; returns whether it is."""
@@ -145,15 +183,61 @@ class Engine:
         with self._changed:
             return [path for operation in self._line for path, made in operation.effects.items() if made]
 
-    def close(self) -> None:
-        """Finish what is in the line, and end the engine's threads."""
+    def use(self, user: object) -> None:
+        """Keep threads and host memory between operations until `user` leaves, or is collected."""
+        self._releasing = False
+        if user not in self._users:
+            weakref.finalize(user, self._release_if_unused).atexit = False
+            self._users.add(user)
+
+    def leave(self, user: object) -> None:
+        """End a use. With the last one threads and host memory go, as soon as the line is empty."""
+        self._users.discard(user)
+        self._release_if_unused()
+        if self._releasing and not self._line and not self._calls:
+            self._wait_for_release()
+
+    def release(self) -> None:
+        """Carry out what is in the line, then end the threads and unmap what is free of the host memory.
+
+        The next operation starts them anew.
+        """
         self.drain()
-        with self._starting:
-            threads, self._threads = self._threads, None
-        if threads is not None:
-            threads.ending = True
+        self._releasing = True
+        self._changed.notify_all()
+        self._wait_for_release()
+
+    def statistics(self) -> Statistics:
+        """Return what the engine holds now."""
+        arena = self.arena.statistics()
+        names = [thread.name for thread in threading.enumerate()]
+        return Statistics(
+            pending=len(self._line),
+            threads=sum(name.startswith("asyncckpt") for name in names),
+            memory=arena.mapped,
+            in_use=arena.leased,
+        )
+
+    def _release_if_unused(self) -> None:
+        # Called by the garbage collector, too: nothing is done here that waits.
+        if self._is_unused():
+            self._releasing = True
             self._changed.notify_all()
-            threads.end()
+
+    def _is_unused(self) -> bool:
+        return not list(self._users)  # one that is being collected may still be counted
+
+    def _wait_for_release(self) -> None:
+        """Wait until the threads have ended, unless somebody goes on using them."""
+        threads = self._threads
+        if threads is None:
+            self._give_back()  # what was taken without them
+        else:
+            self._changed.until(lambda: self._threads is not threads or not self._releasing)
+            if self._threads is not threads:
+                threads.join()
+
+    def _give_back(self) -> None:
         end_helpers()
         self.arena.close()
 
@@ -162,13 +246,9 @@ class Engine:
             if self._threads is None:
                 if _ended:
                     raise SaveError(_SHUTTING_DOWN)
-                threads = EngineThreads(self._next)
-                try:
-                    threads.begin()
-                except BaseException:
-                    threads.end(wait=False)
-                    raise
-                self._threads = threads
+                threads = EngineThreads(self._next, self._give_back)
+                threads.begin()
+                self._threads, self._releasing = threads, False
             return self._threads
 
     def _next(self, threads: EngineThreads) -> Next | None:
@@ -179,6 +259,8 @@ class Engine:
             if self._line and not threads.ending:
                 self._line[0].begun = True
                 taken.append(self._line[0])
+            elif self._releasing and (_ended or not self._calls) and self._threads is threads:
+                threads.ending, self._threads = True, None
             return bool(taken) or threads.ending
 
         self._changed.until(attempt)
@@ -224,6 +306,25 @@ def set_memory_limit(nbytes: int | None) -> None:
     get_engine().arena.set_limit(nbytes)
 
 
+def release() -> None:
+    """Carry out what is pending, then give host memory back and end the threads of asyncckpt.
+
+    Otherwise that happens when the last `Checkpointer` or plugin of the process is closed or collected. The
+    next save takes them anew.
+
+    Raises:
+        BusyError: called in a callback, or by a signal handler that broke into a save.
+    """
+    engine = get_engine()
+    engine.refuse_to_wait("release()")
+    engine.release()
+
+
+def statistics() -> Statistics:
+    """Return what asyncckpt holds in this process: pending operations, threads and host memory."""
+    return get_engine().statistics()
+
+
 def at_exit(report: Callable[[], object]) -> None:
     """Have `report` called at the exit of the interpreter, once everything pending is carried out."""
     _reports.append(report)
@@ -256,7 +357,7 @@ def _finish() -> None:
     _ended = True  # a daemon thread that keeps saving does not keep the process
     if _engine is not None and not _engine.given_up:
         depth, began = _engine.depth(), time.monotonic()
-        _engine.close()
+        _engine.release()
         if depth:
             logger.info("finished %d pending operations at exit in %.1f s", depth, time.monotonic() - began)
     for report in _reports:

@@ -45,14 +45,16 @@ class EngineThreads:
 
     Args:
         take: waits for the next operation; None once `ending` is true.
+        after: called on the last of them when the others have ended.
 
     Attributes:
         ending: whether the threads are to end.
     """
 
-    def __init__(self, take: Callable[[EngineThreads], Next | None]) -> None:
+    def __init__(self, take: Callable[[EngineThreads], Next | None], after: Callable[[], object]) -> None:
         self.ending = False
         self._take = take
+        self._after = after
         self._stop: Callable[[], object] = _nothing
         self._loop: asyncio.AbstractEventLoop | None = None
         self._ready: SimpleQueue[BaseException | None] = SimpleQueue()
@@ -68,15 +70,18 @@ class EngineThreads:
             SaveError: no thread can be started.
         """
         try:
-            start_threads((self._loop_thread, self._line_thread), self._started)
-            failure = self._ready.get()
-        except RuntimeError as error:
-            failure = error
-        if failure is not None:
+            start_threads((self._loop_thread,), self._started)
+            self._wait_for_loop()
+            start_threads((self._line_thread,), self._started)
+        except BaseException as error:
+            self.ending = True
+            self._stop()
+            if not isinstance(error, RuntimeError):
+                raise
             raise SaveError(
-                f"asyncckpt cannot start its threads: {failure}; raise the limit (ulimit -u, or the pids"
+                f"asyncckpt cannot start its threads: {error}; raise the limit (ulimit -u, or the pids"
                 " limit of the container)"
-            ) from failure
+            ) from error
 
     def call(self, func: Callable[..., Awaitable[T]], *args: Any) -> T:
         """Run an async function on the loop and wait for its result."""
@@ -111,20 +116,23 @@ class EngineThreads:
             raise error
         return result  # type: ignore[return-value]
 
-    def end(self, *, wait: bool = True) -> None:
-        """End the threads once the current operation is carried out; nobody calls or submits any more."""
-        self.ending = True
-        if wait:
-            self._line_thread.join()
-        self._stop()
-        if wait:
-            self._loop_thread.join()
+    def join(self) -> None:
+        """Wait for the threads to end."""
+        self._line_thread.join()
+
+    def _wait_for_loop(self) -> None:
+        failure = self._ready.get()
+        if failure is not None:
+            raise failure
 
     def _run_loop(self) -> None:
         try:
             anyio.run(self._serve)
-        except BaseException as error:  # noqa: BLE001 - told to whoever starts it
+        except BaseException as error:  # noqa: BLE001 - raised by `begin`
             self._ready.put(error)
+        for thread in threading.enumerate():
+            if getattr(thread, "loop", None) is self._loop:  # a worker of anyio, which has been told to end
+                thread.join()
 
     async def _serve(self) -> None:
         loop, stopped = asyncio.get_running_loop(), asyncio.Event()
@@ -144,6 +152,9 @@ class EngineThreads:
             self._post(partial(self._carry_out, run, done))
             done.get()
             finished()
+        self._stop()
+        self._loop_thread.join()
+        self._after()
 
     async def _carry_out(self, run: Callable[[], Awaitable[None]], done: SimpleQueue[None]) -> None:
         _carrying_out.set(True)

@@ -1,64 +1,124 @@
-"""A save on its way, and what it holds until it is written or given up."""
+"""One save on its way: taken on the calling thread, carried out in the background."""
 
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass, field
+import time
 from typing import TYPE_CHECKING
 
+from asyncckpt._saving.engine import Operation
+from asyncckpt._saving.save import Save
+from asyncckpt._threads import in_thread
+from asyncckpt.errors import SaveError
+
 if TYPE_CHECKING:
-    from asyncckpt._saving.engine import Operation
-    from asyncckpt._saving.save import Save
+    from asyncckpt._saving.saver import Saver
     from asyncckpt._saving.staging import Snapshot, Stager
     from asyncckpt._saving.targets import Target
 
-
-class Place:
-    """One of the places in flight: taken before a state is frozen, free when its buffer is, or when dropped.
-
-    Attributes:
-        thread: who takes the snapshot; None once it is in host memory and queued.
-    """
-
-    def __init__(self) -> None:
-        self.thread: int | None = threading.get_ident()
+# From this size on the writing begins while the copy goes on. Below it the copy is over too soon, and a
+# woken engine would take the interpreter from it.
+_OVERLAP_FROM = 32 << 20
 
 
-@dataclass(slots=True, eq=False)
-class Job:
-    """A save on its way.
+class Job(Operation):
+    """One save: admit, freeze, copy and submit on the calling thread; write, report and evict behind it.
+
+    Args:
+        saver: whose save it is.
+        target: where it goes.
+        step: the training step, if there is one.
+        began: when the caller was called, by `time.perf_counter`.
 
     Attributes:
-        place: of the places in flight, as soon as it has one.
+        save: what the caller holds.
+        thread: who takes the snapshot; None once it is in host memory and submitted.
         snapshot: the state, as soon as it is frozen.
-        operation: what writes it, as soon as it is submitted.
-        thread: who saves.
+        submitted: whether the engine has it.
         replaced: queued saves whose place it takes.
     """
 
-    save: Save
-    target: Target
-    began: float
-    place: Place | None = None
-    snapshot: Snapshot | None = None
-    operation: Operation | None = None
-    thread: int = field(default_factory=threading.get_ident)
-    replaced: list[Job] = field(default_factory=list)
+    def __init__(self, saver: Saver, target: Target, step: int | None, began: float) -> None:
+        super().__init__({target.path: True})
+        self.save = Save(step, target.path)
+        self.thread: int | None = threading.get_ident()
+        self.snapshot: Snapshot | None = None
+        self.submitted = False
+        self.replaced: list[Job] = []
+        self._saver = saver
+        self._target = target
+        self._began = began
+
+    def stage(self, state: object, stager: Stager, *, wait: bool) -> None:
+        """Freeze a state, and lease host memory for it.
+
+        Raises:
+            SaveError: the state cannot be saved, or there never is room for it.
+            BusyError: there is no room now, and `wait` is false.
+        """
+        began = time.perf_counter()
+        self.snapshot = stager.stage(stager.freeze(state), wait=wait)
+        stats, waited = self.save.stats, self.snapshot.wait_seconds
+        stats.wait += waited
+        stats.freeze = time.perf_counter() - began - waited
+
+    def copy_and_submit(self) -> None:
+        """Copy the state to host memory and have it written; large ones are written while they are copied."""
+        snapshot = self.snapshot
+        assert snapshot is not None  # noqa: S101 - it is staged
+        if self._target.overlaps and snapshot.body.nbytes >= _OVERLAP_FROM:
+            try:
+                self._saver.submit(self)
+                self._copy(snapshot)
+            finally:
+                snapshot.end_copy()
+        else:
+            self._copy(snapshot)
+            self.save.stats.stall = time.perf_counter() - self._began
+            self._saver.submit(self)
+        self.thread = None
+        self.save.stats.stall = time.perf_counter() - self._began
 
     def is_taken_by_caller(self) -> bool:
         """Return whether the calling thread is still taking it: a signal handler broke into that."""
-        return self.place is not None and self.place.thread == threading.get_ident()
+        return self.thread == threading.get_ident()
 
-    def is_copied_by_caller(self) -> bool:
+    def awaits_caller(self) -> bool:
         """Return whether the calling thread is the one that copies the state, and has not ended that."""
-        copying = self.snapshot is not None and not self.snapshot.filled.ended
-        return copying and threading.get_ident() == self.thread
+        return self.is_taken_by_caller() and self.snapshot is not None and not self.snapshot.filled.ended
 
+    async def run(self) -> None:
+        """Write the snapshot, report how that ended, and evict what it makes room for."""
+        saver, save, snapshot = self._saver, self.save, self.snapshot
+        assert snapshot is not None  # noqa: S101 - it is staged
+        try:
+            try:
+                checkpoint = await self._target.write(snapshot, save.stats)
+            finally:
+                # A save may fail while its state is still being copied: only then is the buffer free.
+                await in_thread(snapshot.filled.wait_for_end)
+                saver.free(self)
+        except BaseException as error:  # noqa: BLE001 - reported, whatever it is
+            self.effects = {}
+            # Callbacks run on a worker thread, from which they may use the engine.
+            await in_thread(saver.reports.failed, save, error)
+        else:
+            save.stats.nbytes = checkpoint.nbytes
+            save.stats.durable = time.perf_counter() - self._began
+            self.effects = {}
+            await in_thread(saver.reports.committed, save, checkpoint)
+            try:
+                await self._target.evict(checkpoint)
+            except BaseException as error:  # noqa: BLE001 - a policy of the user's may even raise SystemExit
+                saver.reports.not_evicted(checkpoint, error)
+        finally:
+            saver.finished(self)
 
-@dataclass(slots=True, eq=False)
-class Instant:
-    """What was saved last in an instant, and a hold on the copy that was made in it."""
-
-    job: Job
-    stager: Stager
-    snapshot: Snapshot
+    def _copy(self, snapshot: Snapshot) -> None:
+        try:
+            snapshot.copy()
+        except SaveError:
+            self.save.committed.heard = True  # the caller is given it here
+            raise
+        self.save.stats.copy = snapshot.copy_seconds
+        self.save.snapshotted.set_result(None)

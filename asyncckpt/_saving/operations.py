@@ -54,27 +54,40 @@ def submit(
     action: Callable[[], Awaitable[object]], path: str, *, exists: bool, causes: Causes = ()
 ) -> Outcome[None]:
     """Carry `action` out in its turn, on the engine's event loop; for the arguments see `call`."""
-    outcome: Outcome[None] = Outcome()
-    engine = get_engine()
+    operation = _FileOperation(action, path, causes, exists=exists)
+    get_engine().submit(operation)
+    return operation.outcome
 
-    async def run() -> None:
+
+class _FileOperation(Operation):
+    def __init__(
+        self,
+        action: Callable[[], Awaitable[object]],
+        path: str,
+        causes: Causes,
+        *,
+        exists: bool,
+    ) -> None:
+        super().__init__({path: exists})
+        self.outcome: Outcome[None] = Outcome()
+        self._action = action
+        self._path = path
+        self._causes = causes
+
+    async def run(self) -> None:
         failure: Exception | None = None
-        if any(cause.failed() for cause in causes):
-            failure = SaveSkipped(f"{path} was left as it was: what it follows has failed")
+        if any(cause.failed() for cause in self._causes):
+            failure = SaveSkipped(f"{self._path} was left as it was: what it follows has failed")
         else:
             try:
-                await action()
+                await self._action()
             except Exception as error:  # noqa: BLE001 - the caller holds the outcome
                 failure = error
-        engine.settle(operation)
+        self.effects = {}
         if failure is None:
-            outcome.set_result(None)
+            self.outcome.set_result(None)
         else:
-            outcome.set_exception(failure)
-
-    operation = Operation(run, {path: exists})
-    engine.submit(operation)
-    return outcome
+            self.outcome.set_exception(failure)
 
 
 async def _prepared(store: Store, make: Callable[[], Awaitable[None]]) -> None:

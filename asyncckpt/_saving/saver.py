@@ -1,46 +1,30 @@
-"""Take snapshots, queue their writes, report each failure once."""
+"""Take snapshots and queue their writes, with a bounded number of them in host memory."""
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 import threading
 import time
 import weakref
-from contextlib import contextmanager
-from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from asyncckpt._saving.arguments import check_options
-from asyncckpt._saving.engine import Operation, at_exit, get_engine
+from asyncckpt._saving.engine import at_exit, get_engine
 from asyncckpt._saving.engine_threads import in_callback
-from asyncckpt._saving.failures import Failures, eviction_failure, failure_of
-from asyncckpt._saving.job import Instant, Job, Place
-from asyncckpt._saving.save import Save, skipped
+from asyncckpt._saving.job import Job
+from asyncckpt._saving.reports import Reports
+from asyncckpt._saving.save import skipped
 from asyncckpt._saving.staging import Stager
-from asyncckpt._saving.targets import copy_or_write
-from asyncckpt._threads import Condition, handler_error, in_thread, is_locked_by_caller
-from asyncckpt.errors import AsyncCkptError, BusyError, SaveError
+from asyncckpt._threads import Condition, handler_error, is_locked_by_caller
+from asyncckpt.errors import BusyError, SaveError
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterator
-
-    from asyncckpt._saving.engine import Engine
-    from asyncckpt._saving.staging import Frozen, Snapshot
+    from asyncckpt._saving.reports import OnCommit, OnError
+    from asyncckpt._saving.save import Save
     from asyncckpt._saving.targets import Target
-    from asyncckpt.types import Checkpoint
 
-    OnError = Literal["raise"] | Callable[[Save, AsyncCkptError], object]
-    OnCommit = Callable[[Checkpoint], object]
-    _Write = Callable[[], Awaitable[Checkpoint]]
 WhenBusy = Literal["wait", "skip", "replace"]
-
-logger = logging.getLogger("asyncckpt")
-
-# From this size on the writing begins while the copy goes on. Below it the copy is over too soon, and a
-# woken engine would take the interpreter from it.
-_OVERLAP_FROM = 32 << 20
 
 
 class Saver:
@@ -54,9 +38,13 @@ class Saver:
             error, on a background thread.
         on_commit: called with each checkpoint once it is durable, on a background thread.
         warns: whether states are warned of that `weights_only=True` will refuse to load.
+        keeps: whether the engine keeps its threads and host memory until this is closed or collected.
+
+    Attributes:
+        reports: how saves ended.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - each is one decision of the user's
         self,
         max_in_flight: int,
         when_busy: WhenBusy = "wait",
@@ -64,15 +52,15 @@ class Saver:
         on_commit: OnCommit | None = None,
         *,
         warns: bool = True,
+        keeps: bool = True,
     ) -> None:
         check_options(max_in_flight, when_busy, on_error, on_commit)
         self._max_in_flight = max_in_flight
         self._when_busy: WhenBusy = when_busy
-        self._on_error = on_error
-        self._on_commit = on_commit
+        self._callbacks = on_error, on_commit
         self._warns = warns
+        self._keeps = keeps
         self._stagers = threading.local()
-        self._instant: Instant | None = None
         self._reset()
         with self._changed:
             _savers.add(self)
@@ -83,12 +71,21 @@ class Saver:
     @property
     def in_flight(self) -> int:
         """How many snapshots are held in host memory, or being taken."""
-        return len(self._places)
+        return len(self._in_flight)
 
     @property
     def pending(self) -> int:
         """How many saves are submitted and not carried out, evictions included."""
         return len(self._jobs)
+
+    def open(self) -> None:
+        """Have the engine keep its threads and host memory until `close`; a save does so by itself."""
+        if self._keeps:
+            get_engine().use(self)
+
+    def close(self) -> None:
+        """Let the engine give back what it keeps, unless others use it; a save opens this anew."""
+        get_engine().leave(self)
 
     def save(self, state: object, target: Target, step: int | None, began: float) -> Save:
         """Take a snapshot of `state` and queue its file; returns when the state may change.
@@ -108,106 +105,36 @@ class Saver:
         if is_locked_by_caller():
             raise handler_error("save()")
         self.raise_failures("; the save that is told of it was not taken")
-        engine = get_engine()
-        job = Job(Save(step, target.path), target, began)
+        self.open()
+        job = Job(self, target, step, began)
         try:
-            self._take(engine, job, state)
+            self._take(job, state)
         except BaseException:
-            self._abandon(engine, job)
+            self._abandon(job)
             raise
-        job.save.stats.stall = time.perf_counter() - began
         return job.save
 
-    def _take(self, engine: Engine, job: Job, state: object) -> None:
-        save, stats, frozen = job.save, job.save.stats, None
+    def _take(self, job: Job, state: object) -> None:
         entered = time.perf_counter()
-        if self._instant is not None:
-            frozen = self._instant.stager.freeze(state)
-            if self._save_again(engine, self._instant, frozen, job):
-                return
-        self._end_instant()  # what it holds may be what there has to be room for
-        compared = time.perf_counter()
-        if not self._admit(engine, job):
-            skipped(save, f"{self._max_in_flight} saves are still being written")
+        if not self._admit(job):
+            skipped(job.save, f"{self._max_in_flight} saves are still being written")
             return
-        admitted = time.perf_counter()
-        stager = self._stager_of(engine)
-        if frozen is None:
-            frozen = stager.freeze(state)
+        job.save.stats.wait = time.perf_counter() - entered
+        skips = self._when_busy == "skip"
         try:
-            job.snapshot = stager.stage(frozen, wait=self._when_busy != "skip" and not self._is_nested(job))
+            job.stage(state, self._stager(), wait=not skips and not self._is_nested(job))
         except BusyError as error:
-            if self._when_busy != "skip":
+            if not skips:
                 raise
-            self._abandon(engine, job)
-            skipped(save, str(error))
+            self._abandon(job)
+            skipped(job.save, str(error))
             return
-        stats.freeze = compared - entered + time.perf_counter() - admitted - job.snapshot.wait_seconds
-        stats.wait = admitted - compared + job.snapshot.wait_seconds
-        if self._in_instant:
-            self._instant = Instant(job, stager, job.snapshot.share(job.snapshot.frozen))
-        try:
-            self._copy_and_submit(
-                engine, job, job.snapshot, partial(job.target.write, stager, job.snapshot, stats)
-            )
-        except BaseException:
-            self._end_instant()
-            raise
-
-    def _copy_and_submit(self, engine: Engine, job: Job, snapshot: Snapshot, write: _Write) -> None:
-        if job.target.overlaps and snapshot.body.nbytes >= _OVERLAP_FROM:
-            try:
-                self._submit(engine, job, write)
-                self._copy(job, snapshot)
-            finally:
-                snapshot.end_copy()
-        else:
-            self._copy(job, snapshot)
-            job.save.stats.stall = time.perf_counter() - job.began
-            self._submit(engine, job, write)
-        if job.place is not None:
-            job.place.thread = None
-
-    def _save_again(self, engine: Engine, last: Instant, frozen: Frozen, job: Job) -> bool:
-        """Save what has been copied in this instant already; returns false if it has changed."""
-        snapshot = last.stager.stage_again(frozen, last.snapshot)
-        if snapshot is None:
-            return False
-        save, before = job.save, last.job
-        job.snapshot, job.place = snapshot, before.place
-        write: _Write = partial(job.target.write, last.stager, snapshot, save.stats)
-        same = before.snapshot is not None and snapshot.frozen == before.snapshot.frozen
-        if same and save.path != before.save.path:
-            copy = job.target.copying(before.target)
-            write = write if copy is None else partial(copy_or_write, before.save, copy, write)
-        save.snapshotted.set_result(None)
-        save.stats.freeze = save.stats.stall = time.perf_counter() - job.began
-        last.job = job
-        self._submit(engine, job, write)
-        return True
-
-    @contextmanager
-    def instant(self) -> Iterator[None]:
-        """Compare what is saved in this context with what was saved in it before; copy only what differs.
-
-        Where all is equal, the store copies the file; where only the tensors are, they are written from the
-        snapshot that is there.
-        """
-        self._in_instant = True
-        try:
-            yield
-        finally:
-            self._in_instant = False
-            self._end_instant()
-
-    def _end_instant(self) -> None:
-        instant, self._instant = self._instant, None
-        if instant is not None:
-            self._give_back(instant.job.place, instant.snapshot)
+        job.copy_and_submit()
 
     def reserve(self, state: object) -> int:
         """Make host memory for the snapshots of `state` ready; returns the bytes of one."""
-        return self._stager_of(get_engine()).reserve(state, self._max_in_flight)
+        self.open()
+        return self._stager().reserve(state, self._max_in_flight)
 
     def drain(self, timeout: float | None = None) -> None:
         """Wait until everything submitted is carried out, evictions included.
@@ -225,184 +152,109 @@ class Saver:
         Raises:
             SaveError: with the first failure as its cause; the message tells of all.
         """
-        self._failures.raise_unheard(hint)
+        self.reports.raise_unheard(hint)
 
-    def _copy(self, job: Job, snapshot: Snapshot) -> None:
-        try:
-            snapshot.copy()
-        except SaveError:
-            job.save.committed.heard = True  # the caller is told here
-            raise
-        job.save.stats.copy = snapshot.copy_seconds
-        job.save.snapshotted.set_result(None)
-
-    def _submit(self, engine: Engine, job: Job, write: _Write) -> None:
-        job.operation = Operation(
-            partial(self._carry_out, job, write), {job.save.path: True}, job.is_copied_by_caller
-        )
+    def submit(self, job: Job) -> None:
+        """Have the engine carry out a job in its turn."""
+        engine = get_engine()
         job.save.stats.queue_depth = engine.depth()
         with self._changed:
             self._jobs.append(job)
-        engine.submit(job.operation)
+        job.submitted = True
+        engine.submit(job)
 
-    def _admit(self, engine: Engine, job: Job) -> bool:
-        """Take one of the places in flight; returns whether there was one, or was made."""
-
-        def attempt() -> bool:
-            if len(self._places) >= self._max_in_flight and self._when_busy == "replace":
-                self._withdraw_queued(engine, job.replaced)
-            if len(self._places) < self._max_in_flight:
-                job.place = Place()
-                self._places.add(job.place)
-                return True
-            return False
-
-        try:
-            if self._changed.until(attempt, 0) or self._when_busy == "skip":
-                return job.place is not None
-            self._refuse_to_wait()
-            return self._changed.until(attempt)
-        finally:
-            self._tell_replaced(job)
-
-    def _tell_replaced(self, job: Job) -> None:
-        """Tell of the saves whose place was taken; not under the lock, as callbacks are called."""
-        for other in job.replaced:
-            if other.operation is not None and other.operation.withdrawn and not other.save.committed.done():
-                self._forget(other)  # once more, if an interrupt came in between
-                skipped(other.save, "a newer save took its place while it was queued")
-
-    def _refuse_to_wait(self) -> None:
-        """Raise where no place will be free before the caller goes on."""
-        get_engine().refuse_to_wait("save()")
-        with self._changed:
-            places = list(self._places)
-        if places and all(place.thread == threading.get_ident() for place in places):
-            raise handler_error("save()")
-
-    def _is_nested(self, job: Job) -> bool:
-        """Return whether nobody would make room in host memory while this save waits for it."""
-        with self._changed:
-            places = [place for saver in _savers for place in saver._places if place is not job.place]
-        return in_callback() or any(place.thread == threading.get_ident() for place in places)
-
-    def _withdraw_queued(self, engine: Engine, replaced: list[Job]) -> None:
-        """Give up the newest save that is still queued, noted in `replaced` beforehand, if there is one."""
-        for job in reversed(self._jobs):
-            if job.operation is not None and not job.operation.begun:
-                replaced.append(job)
-                if engine.withdraw(job.operation):
-                    self._forget(job)
-                    return
-                replaced.remove(job)
-
-    def _abandon(self, engine: Engine, job: Job) -> None:
-        """Undo what a save that raises has taken; one that is being written fails by itself."""
-        self._tell_replaced(job)
-        if job.place is not None:
-            job.place.thread = None
+    def free(self, job: Job) -> None:
+        """Release the host memory of a job, and its place in flight."""
         if job.snapshot is not None:
-            job.snapshot.end_copy()
-        if job.operation is None or engine.withdraw(job.operation):
-            self._forget(job)
+            job.snapshot.lease.release()
+        self._in_flight.discard(job)
+        self._changed.notify_all()
 
-    def _forget(self, job: Job) -> None:
-        self._give_back(job.place, job.snapshot)
+    def finished(self, job: Job) -> None:
+        """Count a job as pending no more."""
         with self._changed:
             if job in self._jobs:
                 self._jobs.remove(job)
         self._changed.notify_all()
 
-    def _give_back(self, place: Place | None, snapshot: Snapshot | None) -> None:
-        """Free a place in flight, and its buffer unless somebody shares that."""
-        if place is None or (snapshot is not None and not snapshot.lease.release()):
-            return
-        with self._changed:
-            self._places.discard(place)
-        self._changed.notify_all()
+    def _admit(self, job: Job) -> bool:
+        """Take one of the places in flight; returns whether there was one, or was made."""
 
-    async def _carry_out(self, job: Job, write: _Write) -> None:
-        save, target = job.save, job.target
+        def attempt() -> bool:
+            if len(self._in_flight) >= self._max_in_flight and self._when_busy == "replace":
+                self._withdraw_queued(job.replaced)
+            if len(self._in_flight) < self._max_in_flight:
+                self._in_flight.add(job)
+            return job in self._in_flight
+
         try:
-            try:
-                checkpoint = await write()
-            finally:
-                # A save may fail while its state is still being copied: only then is the buffer free.
-                if job.snapshot is not None:
-                    await in_thread(job.snapshot.filled.wait_for_end)
-                self._give_back(job.place, job.snapshot)
-        except BaseException as error:  # noqa: BLE001 - told to the caller, whatever it is
-            self._settle(job)
-            # Callbacks run on a worker thread, from which they may use the engine.
-            await in_thread(_guarded, self._fail, save, error)
-        else:
-            save.stats.nbytes = checkpoint.nbytes
-            save.stats.durable = time.perf_counter() - job.began
-            self._settle(job)
-            await in_thread(self._tell, save, checkpoint)
-            await self._after(target, checkpoint)
+            if self._changed.until(attempt, 0) or self._when_busy == "skip":
+                return job in self._in_flight
+            self._refuse_to_wait()
+            return self._changed.until(attempt)
         finally:
-            with self._changed:
-                self._jobs.remove(job)
-            self._changed.notify_all()
+            self._skip_replaced(job)
 
-    def _settle(self, job: Job) -> None:
-        if job.operation is not None:
-            get_engine().settle(job.operation)
+    def _withdraw_queued(self, replaced: list[Job]) -> None:
+        """Give up the newest save that is still queued, noted in `replaced` beforehand, if there is one."""
+        for job in reversed(self._jobs):
+            if not job.begun and job.thread is None:  # what is still being copied keeps its buffer
+                replaced.append(job)
+                if get_engine().withdraw(job):
+                    self.free(job)
+                    self.finished(job)
+                    return
+                replaced.remove(job)
 
-    def _tell(self, save: Save, checkpoint: Checkpoint) -> None:
-        stats = save.stats
-        logger.info(
-            "%s is durable: %d bytes, training stood still for %.3f s, durable after %.3f s",
-            checkpoint.path, stats.nbytes, stats.stall, stats.durable,
-        )  # fmt: skip
-        _guarded(save.committed.set_result, checkpoint)
-        if self._on_commit is not None:
-            _guarded(self._on_commit, checkpoint)
+    def _skip_replaced(self, job: Job) -> None:
+        """Resolve the saves whose place was taken; not under the lock, as callbacks are called."""
+        for other in job.replaced:
+            if other.withdrawn and not other.save.committed.done():
+                self.free(other)  # once more, if an interrupt came in between
+                self.finished(other)
+                skipped(other.save, "a newer save took its place while it was queued")
 
-    async def _after(self, target: Target, checkpoint: Checkpoint) -> None:
-        if target.after is None:
-            return
-        try:
-            await target.after(checkpoint)
-        except BaseException as error:  # a policy of the user's may even raise SystemExit
-            logger.exception("%s is saved, but what follows a commit failed", checkpoint.path)
-            self._failures.add(eviction_failure(checkpoint, error))
+    def _refuse_to_wait(self) -> None:
+        """Raise where no place will be free before the caller goes on."""
+        get_engine().refuse_to_wait("save()")
+        jobs = self._jobs_in_flight()
+        if jobs and all(job.is_taken_by_caller() for job in jobs):
+            raise handler_error("save()")
 
-    def _fail(self, save: Save, error: BaseException) -> None:
-        failure = failure_of(save, error)
-        logger.error("%s", failure, exc_info=error)
-        if callable(self._on_error):
-            save.committed.heard = True
-            save.committed.set_exception(failure)
-            self._on_error(save, failure)
-            return
-        self._failures.add(failure, save.committed)
-        save.committed.set_exception(failure)
+    def _is_nested(self, job: Job) -> bool:
+        """Return whether nobody would make room in host memory while this save waits for it."""
+        with self._changed:
+            others = [other for saver in _savers for other in saver._in_flight if other is not job]
+        return in_callback() or any(other.is_taken_by_caller() for other in others)
 
-    def _stager_of(self, engine: Engine) -> Stager:
+    def _jobs_in_flight(self) -> list[Job]:
+        with self._changed:
+            return list(self._in_flight)
+
+    def _abandon(self, job: Job) -> None:
+        """Undo what a save that raises has taken; one that is being written fails by itself."""
+        self._skip_replaced(job)
+        job.thread = None
+        if job.snapshot is not None:
+            job.snapshot.end_copy()
+        if not job.submitted or get_engine().withdraw(job):
+            self.free(job)
+            self.finished(job)
+
+    def _stager(self) -> Stager:
         """Return the stager of the calling thread: what it keeps is not shared with others."""
         stager: Stager | None = getattr(self._stagers, "own", None)
-        if stager is None or stager.arena is not engine.arena:
-            stager = self._stagers.own = Stager(engine.arena, self._warns)
+        arena = get_engine().arena
+        if stager is None or stager.arena is not arena:
+            stager = self._stagers.own = Stager(arena, self._warns)
         return stager
 
     def _reset(self) -> None:
         """Begin with nothing in flight: at first, and in a forked child."""
-        self._in_instant = False
-        self._instant = None
         self._changed = Condition()
-        self._places: weakref.WeakSet[Place] = weakref.WeakSet()
+        self._in_flight: weakref.WeakSet[Job] = weakref.WeakSet()
         self._jobs: list[Job] = []  # submitted, and not carried out
-        self._failures = Failures()
-
-
-def _guarded(tell: Callable[..., object], *args: object) -> None:
-    """Tell a caller how a save ended; what callbacks raise, SystemExit included, must not end the engine."""
-    try:
-        tell(*args)
-    except BaseException:
-        logger.exception("a callback of a save failed")
+        self.reports = Reports(*self._callbacks)
 
 
 _savers: weakref.WeakSet[Saver] = weakref.WeakSet()

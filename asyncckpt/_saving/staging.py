@@ -11,7 +11,6 @@ import torch
 from asyncckpt._caller_warning import warn_caller
 from asyncckpt._loading.unpickle import PayloadFile, load_file
 from asyncckpt._saving.weights_only import WeightsOnlyCheck
-from asyncckpt._snapshot.compare import holds
 from asyncckpt._snapshot.copy import Watermark, copy_storages
 from asyncckpt._snapshot.data_pickle import DataPickler
 from asyncckpt._snapshot.freeze import Freezer
@@ -48,14 +47,11 @@ class Snapshot:
     frozen: FrozenState
     body: Body
     lease: Lease
+    pickler: DataPickler
     filled: Watermark = field(default_factory=Watermark)
     wait_seconds: float = 0.0
     copy_seconds: float = 0.0
     storages: list[UntypedStorage] = field(default_factory=list, repr=False)
-
-    def share(self, frozen: FrozenState) -> Snapshot:
-        """Return a second snapshot whose storages have the same bytes, with a lease of its own."""
-        return Snapshot(frozen, self.body, self.lease.share(), self.filled)
 
     def copy(self) -> None:
         """Copy the storages into the lease. The state may change once this has returned.
@@ -81,6 +77,35 @@ class Snapshot:
         """Say that nothing more will be copied, whether all was or not."""
         self.storages = []
         self.filled.end(SaveError("the copy of the state to host memory was broken off"))
+
+    def plan(self, description: bytes) -> FilePlan:
+        """Plan its file. Not on the training thread."""
+        return plan(self.body, self.pickler.data_pickle(self.frozen), description)
+
+    def host_state(self) -> Any:
+        """Return it, copied, as a state in host memory, for somebody else's writer.
+
+        It is what loading the file would give, on the CPU, except that its storages lie in the lease: they
+        hold until that is released.
+        """
+        planned = self.plan(b"{}")
+        view = self.lease.view
+        for offset, literal in planned.gaps:
+            view[offset : offset + len(literal)] = literal
+
+        def read_at(at: int, length: int) -> bytes:
+            behind = max(at - planned.body, 0)
+            return (
+                bytes(view[at : min(at + length, planned.body)])
+                + (planned.tail[behind : max(at + length - planned.body, 0)])
+            )
+
+        payloads = {
+            start: torch.frombuffer(view[start:stop], dtype=torch.uint8).untyped_storage()
+            for start, stop in zip(planned.starts.tolist(), planned.stops.tolist(), strict=True)
+            if stop > start
+        }
+        return load_file(PayloadFile(planned.size, read_at, payloads), "cpu", weights_only=False)
 
 
 @dataclass(slots=True, eq=False)
@@ -122,23 +147,9 @@ class Stager:
             warn_caller(warning)
         began = time.perf_counter()
         lease = self.arena.lease(body.nbytes, pinned=_on_cuda(decided), wait=wait)
-        snapshot = Snapshot(decided, body, lease, storages=storages)
+        snapshot = Snapshot(decided, body, lease, self._pickler, storages=storages)
         snapshot.wait_seconds = time.perf_counter() - began
         return snapshot
-
-    def stage_again(self, frozen: Frozen, snapshot: Snapshot) -> Snapshot | None:
-        """Return a snapshot that shares the copy of an earlier one; None if a byte of it differs.
-
-        Everything else than the bytes of storages may differ.
-        """
-        decided, storages = frozen
-        starts = snapshot.body.starts.tolist()
-        same = decided.sizes == snapshot.frozen.sizes
-        return (
-            snapshot.share(decided)
-            if same and holds(snapshot.lease, storages, decided.sizes, starts)
-            else None
-        )
 
     def reserve(self, state: object, count: int) -> int:
         """Make room for `count` snapshots of `state` ready; returns the bytes of one."""
@@ -146,35 +157,6 @@ class Stager:
         nbytes = self._lay_out(frozen.sizes).nbytes
         self.arena.reserve(nbytes, count, pinned=_on_cuda(frozen))
         return nbytes
-
-    def plan(self, snapshot: Snapshot, description: bytes) -> FilePlan:
-        """Plan the file of a snapshot. Not on the training thread."""
-        return plan(snapshot.body, self._pickler.data_pickle(snapshot.frozen), description)
-
-    def host_state(self, snapshot: Snapshot) -> Any:
-        """Return a copied snapshot as a state in host memory, for somebody else's writer.
-
-        It is what loading the file would give, on the CPU, except that its storages lie in the lease: they
-        hold until that is released.
-        """
-        planned = self.plan(snapshot, b"{}")
-        view = snapshot.lease.view
-        for offset, literal in planned.gaps:
-            view[offset : offset + len(literal)] = literal
-
-        def read_at(at: int, length: int) -> bytes:
-            behind = max(at - planned.body, 0)
-            return (
-                bytes(view[at : min(at + length, planned.body)])
-                + (planned.tail[behind : max(at + length - planned.body, 0)])
-            )
-
-        payloads = {
-            start: torch.frombuffer(view[start:stop], dtype=torch.uint8).untyped_storage()
-            for start, stop in zip(planned.starts.tolist(), planned.stops.tolist(), strict=True)
-            if stop > start
-        }
-        return load_file(PayloadFile(planned.size, read_at, payloads), "cpu", weights_only=False)
 
     def _lay_out(self, sizes: list[int]) -> Body:
         if self._body is None or self._body.sizes != sizes:

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import posixpath
 import time
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from asyncckpt._loading.catalog import checkpoint_of
 from asyncckpt._saving.transfer import Transfer
 from asyncckpt._threads import in_thread
+from asyncckpt.layout.description import checkpoint_of
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
-
-    from asyncckpt._saving.save import Save
-    from asyncckpt._saving.staging import Snapshot, Stager
+    from asyncckpt._saving.series_writer import SeriesWriter
+    from asyncckpt._saving.staging import Snapshot
     from asyncckpt.layout.description import Description
     from asyncckpt.stores.base import Store
     from asyncckpt.types import Checkpoint, SaveStats
@@ -27,22 +24,18 @@ class Target(ABC):
 
     Attributes:
         path: what the user calls it.
-        after: awaited after the commit, once the caller has been told; for evictions.
         overlaps: whether writing may begin while the snapshot is still being copied.
     """
 
     path: str
     overlaps: bool = False
-    after: Callable[[Checkpoint], Awaitable[None]] | None = None
 
     @abstractmethod
-    async def write(self, stager: Stager, snapshot: Snapshot, stats: SaveStats) -> Checkpoint:
+    async def write(self, snapshot: Snapshot, stats: SaveStats) -> Checkpoint:
         """Write a snapshot, which may still be filling, and make it durable; the lease stays the caller's."""
 
-    def copying(self, earlier: Target) -> Callable[[], Awaitable[Checkpoint]] | None:
-        """Return what makes this a copy of a target that is written by then; None if that cannot be done."""
-        del earlier
-        return None
+    async def evict(self, committed: Checkpoint) -> None:  # noqa: B027 - most targets make room for nothing
+        """Remove what the checkpoint that was just committed makes room for."""
 
 
 @dataclass(slots=True, eq=False)
@@ -51,14 +44,14 @@ class FileTarget(Target):
 
     Attributes:
         store, name: the file.
-        describe: awaited before anything is written, in the order of commits; returns what the file says of
-            itself, or raises to refuse the save.
+        description: what it says of itself.
+        series: numbers it and evicts others, if it is one of a series.
     """
 
     store: Store
     name: str
-    describe: Callable[[], Awaitable[Description]]
-    after: Callable[[Checkpoint], Awaitable[None]] | None = None
+    description: Description
+    series: SeriesWriter | None = None
 
     @property
     def path(self) -> str:  # type: ignore[override]
@@ -70,10 +63,14 @@ class FileTarget(Target):
         """Whether the store's writes leave the training thread alone."""
         return self.store.overlaps
 
-    async def write(self, stager: Stager, snapshot: Snapshot, stats: SaveStats) -> Checkpoint:
-        """Plan the file and carry the plan out."""
-        description = await self.describe()
-        plan = await in_thread(stager.plan, snapshot, description.encode())
+    async def write(self, snapshot: Snapshot, stats: SaveStats) -> Checkpoint:
+        """Plan the file, carry the plan out, and commit it."""
+        if self.series is None:
+            await self.store.prepare()
+            description = self.description
+        else:
+            description = await self.series.number(self.name, self.description)
+        plan = await in_thread(snapshot.plan, description.encode())
         transfer = Transfer(plan, snapshot.lease.view, snapshot.filled)
         async with self.store.draft(self.name, plan.size) as draft:
             await transfer.into(draft)
@@ -84,30 +81,7 @@ class FileTarget(Target):
         stats.checksum, stats.write = transfer.checksum_seconds, transfer.write_seconds
         return checkpoint_of(self.path, description, plan.size)
 
-    def copying(self, earlier: Target) -> Callable[[], Awaitable[Checkpoint]] | None:
-        """Let the store copy the file, which costs no bytes where it has links."""
-        if not isinstance(earlier, FileTarget) or type(earlier.store) is not type(self.store):
-            return None
-        source = posixpath.relpath(earlier.path, posixpath.dirname(self.path))
-
-        async def copy() -> Checkpoint:
-            description = await self.describe()
-            await self.store.copy(source, self.name)
-            nbytes = (await self.store.stat(self.name)).nbytes
-            return checkpoint_of(self.path, description, nbytes)
-
-        return copy
-
-
-async def copy_or_write(
-    source: Save,
-    copy: Callable[[], Awaitable[Checkpoint]],
-    write: Callable[[], Awaitable[Checkpoint]],
-) -> Checkpoint:
-    """Copy the file of a save that was carried out before, or write it anew if that is not there."""
-    if source.committed.failed():
-        return await write()
-    try:
-        return await copy()
-    except FileNotFoundError:
-        return await write()
+    async def evict(self, committed: Checkpoint) -> None:
+        """Remove what the policy of the series does not keep."""
+        if self.series is not None:
+            await self.series.evict(committed)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from asyncckpt._saving.operations import Causes
     from asyncckpt._saving.save import Outcome
-    from asyncckpt._saving.staging import Snapshot, Stager
+    from asyncckpt._saving.staging import Snapshot
     from asyncckpt.stores.base import Store
     from asyncckpt.types import SaveStats
 
@@ -67,13 +67,7 @@ class Place:
 
     def file_target(self, step: int | None) -> FileTarget:
         """Return what a save of ours goes to."""
-        store, description = self.store, Description(0, step, {}, time.time())
-
-        async def prepared() -> Description:
-            await store.prepare()
-            return description
-
-        return FileTarget(store, self.name, prepared)
+        return FileTarget(self.store, self.name, Description(0, step, {}, time.time()))
 
     def load(self, map_location: Any = "cpu", *, weights_only: bool | None) -> Any:
         """Load a file of ours, every byte checked."""
@@ -130,13 +124,13 @@ class StateTarget(Target):
     path: str
     save: Callable[[Any], object]
 
-    async def write(self, stager: Stager, snapshot: Snapshot, stats: SaveStats) -> Checkpoint:
+    async def write(self, snapshot: Snapshot, stats: SaveStats) -> Checkpoint:
         """Wait for the copy and hand the state over."""
         await in_thread(snapshot.filled.wait, snapshot.body.nbytes)
         began = time.perf_counter()
-        await in_thread(self._write, stager, snapshot)
+        await in_thread(self._write, snapshot)
         stats.write = time.perf_counter() - began
         return Checkpoint(None, self.path, {}, snapshot.body.nbytes, time.time())
 
-    def _write(self, stager: Stager, snapshot: Snapshot) -> None:
-        self.save(stager.host_state(snapshot))
+    def _write(self, snapshot: Snapshot) -> None:
+        self.save(snapshot.host_state())

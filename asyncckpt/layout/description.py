@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from asyncckpt._version import __version__
 from asyncckpt.errors import CorruptCheckpointError
+from asyncckpt.types import Checkpoint
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -79,3 +80,16 @@ class Description:
             if isinstance(error, CorruptCheckpointError):
                 raise
             raise CorruptCheckpointError(f"its description cannot be read: {error!r}") from error
+
+
+def checkpoint_of(path: str, description: Description, nbytes: int) -> Checkpoint:
+    """Return the checkpoint that a file with this description is."""
+    return Checkpoint(
+        description.step,
+        path,
+        description.metrics,
+        nbytes,
+        description.created,
+        description.sequence,
+        description.filename,
+    )
