@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asyncckpt import BusyError, SaveError
-from asyncckpt._snapshot.buffers import Arena, Lease
+from asyncckpt._snapshot.arena import Arena, Lease
 
 MIB = 1 << 20
 
@@ -76,7 +76,7 @@ def test_a_reservation_makes_free_buffers() -> None:
     statistics = arena.statistics()
     assert (statistics.mapped, statistics.leases) == (4 * MIB, 0)
     assert repr(arena) == "<Arena leases=0 leased=0 mapped=4194304 high_water=4194304>"
-    arena.close()
+    arena.release()
     assert arena.statistics().mapped == 0
 
 
@@ -112,4 +112,4 @@ def test_never_more_is_mapped_than_was_once_needed_at_once(steps: list[tuple[int
     for lease in held:
         lease.release()
     assert arena.statistics().leases == 0
-    arena.close()
+    arena.release()

@@ -14,8 +14,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from asyncckpt._saving.engine_threads import EngineThreads, in_callback
-from asyncckpt._snapshot.buffers import Arena
-from asyncckpt._snapshot.copy_threads import end_helpers
+from asyncckpt._snapshot.arena import Arena
+from asyncckpt._snapshot.copy_threads import end_copy_threads
 from asyncckpt._threads import Condition, handler_error, is_locked_by_caller
 from asyncckpt.errors import BusyError, SaveError
 
@@ -154,8 +154,8 @@ class Engine:
             threads.ending = True
             self._changed.notify_all()
             threads.end()
-        end_helpers()
-        self.arena.close()
+        end_copy_threads()
+        self.arena.release()
 
     def _started(self) -> EngineThreads:
         with self._starting:
@@ -273,9 +273,7 @@ def _is_waited_for(thread: threading.Thread) -> bool:
 def _forget_in_child() -> None:
     global _engine, _engine_lock  # noqa: PLW0603
     _engine_lock = threading.RLock()
-    parents, _engine = _engine, None
-    if parents is not None:
-        parents.arena.abandon()
+    _engine = None
 
 
 _engine: Engine | None = None

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from asyncckpt._saving.engine import Operation
     from asyncckpt._saving.save import Save
-    from asyncckpt._saving.staging import Snapshot, Stager
+    from asyncckpt._saving.staging import Snapshot
     from asyncckpt._saving.targets import Target
 
 
@@ -53,12 +53,3 @@ class Job:
         """Return whether the calling thread is the one that copies the state, and has not ended that."""
         copying = self.snapshot is not None and not self.snapshot.filled.ended
         return copying and threading.get_ident() == self.thread
-
-
-@dataclass(slots=True, eq=False)
-class Instant:
-    """What was saved last in an instant, and a hold on the copy that was made in it."""
-
-    job: Job
-    stager: Stager
-    snapshot: Snapshot

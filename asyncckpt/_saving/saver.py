@@ -8,7 +8,6 @@ import sys
 import threading
 import time
 import weakref
-from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Literal
 
@@ -16,18 +15,17 @@ from asyncckpt._saving.arguments import check_options
 from asyncckpt._saving.engine import Operation, at_exit, get_engine
 from asyncckpt._saving.engine_threads import in_callback
 from asyncckpt._saving.failures import Failures, eviction_failure, failure_of
-from asyncckpt._saving.job import Instant, Job, Place
+from asyncckpt._saving.job import Job, Place
 from asyncckpt._saving.save import Save, skipped
 from asyncckpt._saving.staging import Stager
-from asyncckpt._saving.targets import copy_or_write
 from asyncckpt._threads import Condition, handler_error, in_thread, is_locked_by_caller
 from asyncckpt.errors import AsyncCkptError, BusyError, SaveError
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterator
+    from collections.abc import Awaitable, Callable
 
     from asyncckpt._saving.engine import Engine
-    from asyncckpt._saving.staging import Frozen, Snapshot
+    from asyncckpt._saving.staging import Snapshot
     from asyncckpt._saving.targets import Target
     from asyncckpt.types import Checkpoint
 
@@ -72,7 +70,6 @@ class Saver:
         self._on_commit = on_commit
         self._warns = warns
         self._stagers = threading.local()
-        self._instant: Instant | None = None
         self._reset()
         with self._changed:
             _savers.add(self)
@@ -119,40 +116,24 @@ class Saver:
         return job.save
 
     def _take(self, engine: Engine, job: Job, state: object) -> None:
-        save, stats, frozen = job.save, job.save.stats, None
-        entered = time.perf_counter()
-        if self._instant is not None:
-            frozen = self._instant.stager.freeze(state)
-            if self._save_again(engine, self._instant, frozen, job):
-                return
-        self._end_instant()  # what it holds may be what there has to be room for
-        compared = time.perf_counter()
-        if not self._admit(engine, job):
-            skipped(save, f"{self._max_in_flight} saves are still being written")
+        stats, began = job.save.stats, time.perf_counter()
+        admitted = self._admit(engine, job)
+        stats.wait = time.perf_counter() - began
+        if not admitted:
+            skipped(job.save, f"{self._max_in_flight} saves are still being written")
             return
-        admitted = time.perf_counter()
         stager = self._stager_of(engine)
-        if frozen is None:
-            frozen = stager.freeze(state)
+        frozen = stager.freeze(state, stats)
+        wait = self._when_busy != "skip" and not self._is_nested(job)
         try:
-            job.snapshot = stager.stage(frozen, wait=self._when_busy != "skip" and not self._is_nested(job))
+            job.snapshot = stager.stage(frozen, stats, wait=wait)
         except BusyError as error:
             if self._when_busy != "skip":
                 raise
             self._abandon(engine, job)
-            skipped(save, str(error))
+            skipped(job.save, str(error))
             return
-        stats.freeze = compared - entered + time.perf_counter() - admitted - job.snapshot.wait_seconds
-        stats.wait = admitted - compared + job.snapshot.wait_seconds
-        if self._in_instant:
-            self._instant = Instant(job, stager, job.snapshot.share(job.snapshot.frozen))
-        try:
-            self._copy_and_submit(
-                engine, job, job.snapshot, partial(job.target.write, stager, job.snapshot, stats)
-            )
-        except BaseException:
-            self._end_instant()
-            raise
+        self._copy_and_submit(engine, job, job.snapshot, partial(job.target.write, job.snapshot, stats))
 
     def _copy_and_submit(self, engine: Engine, job: Job, snapshot: Snapshot, write: _Write) -> None:
         if job.target.overlaps and snapshot.body.nbytes >= _OVERLAP_FROM:
@@ -167,43 +148,6 @@ class Saver:
             self._submit(engine, job, write)
         if job.place is not None:
             job.place.thread = None
-
-    def _save_again(self, engine: Engine, last: Instant, frozen: Frozen, job: Job) -> bool:
-        """Save what has been copied in this instant already; returns false if it has changed."""
-        snapshot = last.stager.stage_again(frozen, last.snapshot)
-        if snapshot is None:
-            return False
-        save, before = job.save, last.job
-        job.snapshot, job.place = snapshot, before.place
-        write: _Write = partial(job.target.write, last.stager, snapshot, save.stats)
-        same = before.snapshot is not None and snapshot.frozen == before.snapshot.frozen
-        if same and save.path != before.save.path:
-            copy = job.target.copying(before.target)
-            write = write if copy is None else partial(copy_or_write, before.save, copy, write)
-        save.snapshotted.set_result(None)
-        save.stats.freeze = save.stats.stall = time.perf_counter() - job.began
-        last.job = job
-        self._submit(engine, job, write)
-        return True
-
-    @contextmanager
-    def instant(self) -> Iterator[None]:
-        """Compare what is saved in this context with what was saved in it before; copy only what differs.
-
-        Where all is equal, the store copies the file; where only the tensors are, they are written from the
-        snapshot that is there.
-        """
-        self._in_instant = True
-        try:
-            yield
-        finally:
-            self._in_instant = False
-            self._end_instant()
-
-    def _end_instant(self) -> None:
-        instant, self._instant = self._instant, None
-        if instant is not None:
-            self._give_back(instant.job.place, instant.snapshot)
 
     def reserve(self, state: object) -> int:
         """Make host memory for the snapshots of `state` ready; returns the bytes of one."""
@@ -233,7 +177,6 @@ class Saver:
         except SaveError:
             job.save.committed.heard = True  # the caller is told here
             raise
-        job.save.stats.copy = snapshot.copy_seconds
         job.save.snapshotted.set_result(None)
 
     def _submit(self, engine: Engine, job: Job, write: _Write) -> None:
@@ -314,12 +257,13 @@ class Saver:
         self._changed.notify_all()
 
     def _give_back(self, place: Place | None, snapshot: Snapshot | None) -> None:
-        """Free a place in flight, and its buffer unless somebody shares that."""
-        if place is None or (snapshot is not None and not snapshot.lease.release()):
-            return
-        with self._changed:
-            self._places.discard(place)
-        self._changed.notify_all()
+        """Free a place in flight, and its buffer."""
+        if snapshot is not None:
+            snapshot.lease.release()
+        if place is not None:
+            with self._changed:
+                self._places.discard(place)
+            self._changed.notify_all()
 
     async def _carry_out(self, job: Job, write: _Write) -> None:
         save, target = job.save, job.target
@@ -389,8 +333,6 @@ class Saver:
 
     def _reset(self) -> None:
         """Begin with nothing in flight: at first, and in a forked child."""
-        self._in_instant = False
-        self._instant = None
         self._changed = Condition()
         self._places: weakref.WeakSet[Place] = weakref.WeakSet()
         self._jobs: list[Job] = []  # submitted, and not carried out

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import posixpath
 import time
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -15,8 +14,7 @@ from asyncckpt._threads import in_thread
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from asyncckpt._saving.save import Save
-    from asyncckpt._saving.staging import Snapshot, Stager
+    from asyncckpt._saving.staging import Snapshot
     from asyncckpt.layout.description import Description
     from asyncckpt.stores.base import Store
     from asyncckpt.types import Checkpoint, SaveStats
@@ -36,13 +34,8 @@ class Target(ABC):
     after: Callable[[Checkpoint], Awaitable[None]] | None = None
 
     @abstractmethod
-    async def write(self, stager: Stager, snapshot: Snapshot, stats: SaveStats) -> Checkpoint:
+    async def write(self, snapshot: Snapshot, stats: SaveStats) -> Checkpoint:
         """Write a snapshot, which may still be filling, and make it durable; the lease stays the caller's."""
-
-    def copying(self, earlier: Target) -> Callable[[], Awaitable[Checkpoint]] | None:
-        """Return what makes this a copy of a target that is written by then; None if that cannot be done."""
-        del earlier
-        return None
 
 
 @dataclass(slots=True, eq=False)
@@ -70,44 +63,15 @@ class FileTarget(Target):
         """Whether the store's writes leave the training thread alone."""
         return self.store.overlaps
 
-    async def write(self, stager: Stager, snapshot: Snapshot, stats: SaveStats) -> Checkpoint:
+    async def write(self, snapshot: Snapshot, stats: SaveStats) -> Checkpoint:
         """Plan the file and carry the plan out."""
         description = await self.describe()
-        plan = await in_thread(stager.plan, snapshot, description.encode())
-        transfer = Transfer(plan, snapshot.lease.view, snapshot.filled)
+        plan = await in_thread(snapshot.plan, description.encode())
+        transfer = Transfer(plan, snapshot.lease.view, snapshot.filled, stats)
         async with self.store.draft(self.name, plan.size) as draft:
             await transfer.into(draft)
             written = time.perf_counter()
             await draft.commit()
         stats.commit = time.perf_counter() - written
         stats.sync = draft.sync_seconds
-        stats.checksum, stats.write = transfer.checksum_seconds, transfer.write_seconds
         return checkpoint_of(self.path, description, plan.size)
-
-    def copying(self, earlier: Target) -> Callable[[], Awaitable[Checkpoint]] | None:
-        """Let the store copy the file, which costs no bytes where it has links."""
-        if not isinstance(earlier, FileTarget) or type(earlier.store) is not type(self.store):
-            return None
-        source = posixpath.relpath(earlier.path, posixpath.dirname(self.path))
-
-        async def copy() -> Checkpoint:
-            description = await self.describe()
-            await self.store.copy(source, self.name)
-            nbytes = (await self.store.stat(self.name)).nbytes
-            return checkpoint_of(self.path, description, nbytes)
-
-        return copy
-
-
-async def copy_or_write(
-    source: Save,
-    copy: Callable[[], Awaitable[Checkpoint]],
-    write: Callable[[], Awaitable[Checkpoint]],
-) -> Checkpoint:
-    """Copy the file of a save that was carried out before, or write it anew if that is not there."""
-    if source.committed.failed():
-        return await write()
-    try:
-        return await copy()
-    except FileNotFoundError:
-        return await write()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from fsspec.core import split_protocol
@@ -217,8 +217,7 @@ class BackgroundCheckpoint(Settling):
         self._tell(trainer)
         self._settled = False
         try:
-            with nullcontext() if self._io is None else self._io.instant():
-                yield
+            yield
         finally:
             evictions, self._evictions = self._evictions, []
             for path in evictions:

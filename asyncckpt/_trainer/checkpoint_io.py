@@ -21,7 +21,6 @@ from asyncckpt.stores import open_store
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from contextlib import AbstractContextManager
     from pathlib import Path
     from types import TracebackType
 
@@ -247,10 +246,6 @@ class BackgroundIO(Base):
             yield
         finally:
             self._causes = ()
-
-    def instant(self) -> AbstractContextManager[None]:
-        """Copy, in this context, what is saved twice only once; see `Saver.instant`."""
-        return self._saver.instant()
 
     def _complete(self, save: Save) -> None:
         try:

@@ -14,6 +14,7 @@ from fsspec.core import split_protocol
 
 from asyncckpt._loading.catalog import read_described
 from asyncckpt._loading.load import load_state, read_file
+from asyncckpt._loading.planned import load_plan
 from asyncckpt._saving import operations
 from asyncckpt._saving.engine import get_engine
 from asyncckpt._saving.targets import FileTarget, Target
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
     from asyncckpt._saving.operations import Causes
     from asyncckpt._saving.save import Outcome
-    from asyncckpt._saving.staging import Snapshot, Stager
+    from asyncckpt._saving.staging import Snapshot
     from asyncckpt.stores.base import Store
     from asyncckpt.types import SaveStats
 
@@ -130,13 +131,13 @@ class StateTarget(Target):
     path: str
     save: Callable[[Any], object]
 
-    async def write(self, stager: Stager, snapshot: Snapshot, stats: SaveStats) -> Checkpoint:
+    async def write(self, snapshot: Snapshot, stats: SaveStats) -> Checkpoint:
         """Wait for the copy and hand the state over."""
         await in_thread(snapshot.filled.wait, snapshot.body.nbytes)
         began = time.perf_counter()
-        await in_thread(self._write, stager, snapshot)
+        await in_thread(self._write, snapshot)
         stats.write = time.perf_counter() - began
         return Checkpoint(None, self.path, {}, snapshot.body.nbytes, time.time())
 
-    def _write(self, stager: Stager, snapshot: Snapshot) -> None:
-        self.save(stager.host_state(snapshot))
+    def _write(self, snapshot: Snapshot) -> None:
+        self.save(load_plan(snapshot.plan(b"{}"), snapshot.lease.view))
