@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 PREPARE = """
-import faulthandler, multiprocessing, os, re, signal, sys, threading, traceback, warnings
+import faulthandler, multiprocessing, os, signal, sys, threading, traceback, warnings
 import asyncckpt, torch
 from asyncckpt.testing import Gate, SlowStore
 
@@ -148,8 +148,10 @@ def test_the_child_keeps_no_memory_of_the_parents(interpreter: Interpreter, tmp_
         def held(pid):
             # kilobytes of memory that is not copied for forked children, as the arena's is not
             with open(f"/proc/{pid}/smaps") as maps:
-                found = re.findall(r"^Size: +(\\d+) kB\\n(?:(?!VmFlags).*\\n)*VmFlags:.* dc\\b", maps.read(), re.M)
-            return sum(map(int, found))
+                areas = maps.read().split("\\nVmFlags:")
+            flags = [area.partition("\\n")[0].split() for area in areas[1:]]
+            sizes = [int(area.rpartition("\\nSize:")[2].split()[0]) for area in areas[:-1]]
+            return sum(size for size, kept in zip(sizes, flags, strict=True) if "dc" in kept)
 
         ckpt.save(3, state_of(3, 2 << 20))  # into a second buffer
         before = held(os.getpid())

@@ -80,7 +80,7 @@ def copy_ranges(ranges: Sequence[Range], starts: Sequence[int], lease: Lease, do
         lease: the buffer; pinned, if a storage is on a CUDA device.
         done: told how far the buffer is filled; its end is for the caller to tell.
     """
-    if not torch.accelerator.is_available() or all(each.source.device.type == "cpu" for each in ranges):
+    if not torch.accelerator.is_available() or all(source.device.type == "cpu" for source, _, _ in ranges):
         _copy_on_host(ranges, starts, lease, done)
         return
     streams: dict[torch.device, torch.cuda.Stream] = {}

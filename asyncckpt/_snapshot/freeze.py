@@ -18,13 +18,13 @@ from torch.storage import TypedStorage, UntypedStorage
 
 from asyncckpt._snapshot.culprit import find_culprit
 from asyncckpt._snapshot.frozen import MARK, PROTOCOL, STORAGE_CLASS, DataPickler, FrozenState
-from asyncckpt._snapshot.ranges import Range
 from asyncckpt.errors import SaveError, ShardedStateError, UnpicklableStateError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from asyncckpt._snapshot.frozen import TensorMeta
+    from asyncckpt._snapshot.ranges import Range
 
 _FIRST_MARK = int.from_bytes(b"\0\0\0\0" + MARK, "little")
 _REBUILD: Callable[..., torch.Tensor] = torch._utils._rebuild_tensor_v2
@@ -108,27 +108,27 @@ class Freezer:
                 " picklable or leave it out"
             ) from error
         self._last = FrozenState(out.getvalue(), table.tensors, table.sizes, table.locations, self._pickler)
-        return self._last, table.ranges
+        return self._last, list(zip(table.storages, itertools.repeat(0), table.sizes))
 
 
 class _Table:
     """The storages and plain tensors that one pass has met."""
 
-    __slots__ = ("dtypes", "keys", "kinds", "known", "locations", "ranges", "sizes", "tensors")
+    __slots__ = ("dtypes", "keys", "kinds", "known", "locations", "sizes", "storages", "tensors")
 
     def __init__(self, known: list[TensorMeta], kinds: set[Any]) -> None:
         self.known = known
         self.kinds = kinds
         self.tensors: list[TensorMeta] = []
-        self.ranges: list[Range] = []
+        self.storages: list[UntypedStorage] = []
         self.sizes: list[int] = []
         self.locations: list[str] = []
         self.dtypes: list[torch.dtype] = []
         self.keys: dict[int, int] = {}
 
     def add(self, storage: UntypedStorage, dtype: torch.dtype, location: str) -> int:
-        key = self.keys[storage._cdata] = len(self.ranges)
-        self.ranges.append(Range(storage, 0, storage.nbytes()))
+        key = self.keys[storage._cdata] = len(self.storages)
+        self.storages.append(storage)
         self.sizes.append(storage.nbytes())
         self.locations.append(location)
         self.dtypes.append(dtype)
@@ -156,9 +156,10 @@ def _tensor_reducer(table: _Table, *, exact: bool) -> Callable[[Any], Any]:
 
     It runs once for each tensor of the state, on the training thread: hence locals for everything.
     """
-    plain, strided, cpu_or_plain = torch.Tensor, torch.strided, _PLAIN_DEVICES
+    plain, strided = torch.Tensor, torch.strided
+    devices, complex_dtypes, storage_class = _PLAIN_DEVICES, _COMPLEX, STORAGE_CLASS
     tensors, keys, find, dtypes = table.tensors, table.keys, table.keys.get, table.dtypes
-    ranges, sizes, locations = table.ranges, table.sizes, table.locations
+    storages, sizes, locations = table.storages, table.sizes, table.locations
     marks, known, note = itertools.count(_FIRST_MARK), iter(table.known), table.kinds.add
 
     def reduce(obj: Any) -> Any:
@@ -173,10 +174,10 @@ def _tensor_reducer(table: _Table, *, exact: bool) -> Callable[[Any], Any]:
         if (
             obj.layout is not strided
             or obj.is_nested
-            or dtype not in STORAGE_CLASS
+            or dtype not in storage_class
             or obj.is_neg()
-            or (dtype in _COMPLEX and obj.is_conj())
-            or not (obj.is_cpu or obj.device.type in cpu_or_plain)
+            or (dtype in complex_dtypes and obj.is_conj())
+            or not (obj.is_cpu or obj.device.type in devices)
             or obj.__dict__
         ):
             if not exact:
@@ -186,10 +187,9 @@ def _tensor_reducer(table: _Table, *, exact: bool) -> Callable[[Any], Any]:
         identity = storage._cdata
         key = find(identity)
         if key is None:  # as `_Table.add`, without the call
-            key = keys[identity] = len(ranges)
-            nbytes = storage.nbytes()
-            ranges.append(Range(storage, 0, nbytes))
-            sizes.append(nbytes)
+            key = keys[identity] = len(storages)
+            storages.append(storage)
+            sizes.append(storage.nbytes())
             locations.append("cpu" if obj.is_cpu else location_tag(storage))
             dtypes.append(dtype)
         elif dtypes[key] is not dtype:

@@ -2,36 +2,24 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
+
+from torch.storage import UntypedStorage
 
 if TYPE_CHECKING:
     import torch
-    from torch.storage import UntypedStorage
-    from typing_extensions import Self
+
+# (storage, offset in it, nbytes): bytes on whichever device, which go into a file as they are. Where to is
+# for the file's layout to decide. A plain tuple, since a state may have 100,000 of them.
+Range = tuple[UntypedStorage, int, int]
 
 
-class Range(NamedTuple):
-    """Bytes of a live storage, on whichever device it is, that go into a file as they are.
+def range_of(tensor: torch.Tensor) -> Range:
+    """Return the bytes of a contiguous tensor, without the rest of its storage.
 
-    Where they go is decided by the file's layout.
-
-    Attributes:
-        source: the storage.
-        offset: of the first byte in it.
-        nbytes: how many bytes.
+    Raises:
+        ValueError: its elements do not lie one after another.
     """
-
-    source: UntypedStorage
-    offset: int
-    nbytes: int
-
-    @classmethod
-    def of(cls, tensor: torch.Tensor) -> Self:
-        """Return the bytes of a contiguous tensor, without the rest of its storage.
-
-        Raises:
-            ValueError: its elements do not lie one after another.
-        """
-        if not tensor.is_contiguous():
-            raise ValueError(f"a tensor of strides {tensor.stride()} is no range of bytes")
-        return cls(tensor.untyped_storage(), int(tensor.storage_offset()) * tensor.itemsize, tensor.nbytes)
+    if not tensor.is_contiguous():
+        raise ValueError(f"a tensor of shape {tuple(tensor.shape)} and strides {tensor.stride()} is no range")
+    return tensor.untyped_storage(), int(tensor.storage_offset()) * tensor.itemsize, tensor.nbytes
