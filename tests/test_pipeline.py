@@ -102,7 +102,11 @@ def check(content: bytes, sizes: Sequence[int]) -> None:
         assert file.testzip() is None
         for key, size in enumerate(sizes):
             assert file.read(f"{STORAGES}{key}") == payload(key, size)
-            assert zlib.crc32(payload(key, size)) == file.getinfo(f"{STORAGES}{key}").CRC
+            checksum = zlib.crc32(payload(key, size))
+            assert checksum == file.getinfo(f"{STORAGES}{key}").CRC
+            if size:  # behind the payload it is once more, which zipfile does not look at
+                stop = int(lay_out(sizes).stops[key])
+                assert content[stop : stop + 8] == b"PK\x07\x08" + checksum.to_bytes(4, "little")
         assert file.read("archive/data.pkl") == b"the pickle"
         assert file.infolist()[-1].filename == "archive/.asyncckpt.json"
 

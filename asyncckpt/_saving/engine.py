@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from asyncckpt._saving.engine_threads import EngineThreads, in_callback
 from asyncckpt._snapshot.arena import Arena
-from asyncckpt._snapshot.copy_threads import end_copy_threads
 from asyncckpt._threads import Condition, handler_error, is_locked_by_caller
 from asyncckpt.errors import BusyError, SaveError
 
@@ -154,7 +153,6 @@ class Engine:
             threads.ending = True
             self._changed.notify_all()
             threads.end()
-        end_copy_threads()
         self.arena.release()
 
     def _started(self) -> EngineThreads:

@@ -40,9 +40,13 @@ class ArenaStatistics:
 class Lease:
     """A buffer that belongs to one snapshot until `release`, or until the lease is collected.
 
-    It is 4096-aligned and at least as long as what was asked for.
+    Attributes:
+        view: the whole buffer, writable, at least as long as what was asked for.
+        address: where its first byte is, a multiple of 4096.
     """
 
+    view: memoryview
+    address: int
     _buffer: _Buffer | None = None
 
     def __init__(self, arena: Arena) -> None:
@@ -51,26 +55,10 @@ class Lease:
     def __del__(self) -> None:
         self.release()
 
-    @property
-    def view(self) -> memoryview:
-        """The whole buffer, writable."""
-        return self._mapping.view
-
-    @property
-    def address(self) -> int:
-        """Where its first byte is."""
-        return self._mapping.address
-
     def release(self) -> None:
         """Give the buffer back: what it holds may be overwritten. Doing so twice is harmless."""
         if self._buffer is not None:
             self._arena._take_back(self._buffer, self)
-
-    @property
-    def _mapping(self) -> Mapping:
-        if self._buffer is None or self._buffer.mapping is None:
-            raise ValueError("this lease has no buffer")
-        return self._buffer.mapping
 
 
 @dataclass(slots=True, eq=False)
@@ -95,23 +83,27 @@ class _Buffer:
     def is_leased(self) -> bool:
         return self.lease is not None and self.lease() is not None
 
-    def make_ready(self, *, pinned: bool) -> None:
-        if self.mapping is None:
+    def ready(self, *, pinned: bool) -> Mapping:
+        """Return the memory, its pages touched, and pinned if asked to."""
+        mapping = self.mapping
+        if mapping is None:
             try:
-                uninterrupted(self._map)
+                mapping = uninterrupted(self._map)
             except (OSError, MemoryError) as error:
                 raise SaveError(
                     f"cannot take {self.nbytes} bytes of host memory for a snapshot: {error}; save less,"
                     " lower max_in_flight, or raise the limits of the process (ulimit -v) or of its container"
                 ) from error
-        if pinned and not self.pinned and self.mapping is not None:
+        if pinned and not self.pinned:
             self.pinned = True  # before it is: undoing what was not done is harmless
-            self.pinned = pin(self.mapping)
+            self.pinned = pin(mapping)
+        return mapping
 
-    def _map(self) -> None:
+    def _map(self) -> Mapping:
         mapping = map_private(self.nbytes, inherited=False)
         mapping.populate()
         self.mapping = mapping
+        return mapping
 
     def close(self) -> None:
         if self.mapping is not None:
@@ -191,7 +183,8 @@ class Arena:
                 buffer.close()
         if lease._buffer is None:
             raise BusyError(f"no room for {nbytes} bytes of host memory: {self._leased()} are in use")
-        lease._buffer.make_ready(pinned=pinned)
+        mapping = lease._buffer.ready(pinned=pinned)
+        lease.view, lease.address = mapping.view, mapping.address
 
     def _find(self, nbytes: int, lease: Lease, replaced: list[_Buffer]) -> bool:
         """Give `lease` a buffer for `nbytes`, a free one or one that is still to be mapped. Holds the lock.

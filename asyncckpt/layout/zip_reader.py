@@ -104,9 +104,10 @@ def read_description(size: int) -> Generator[Request, bytes, bytes | None]:
     if not begin - TAIL <= header < begin:
         raise CorruptCheckpointError(f"its record {full} is not where the directory says")
     record = (yield header, begin - header) if header < offset else tail[header - offset : begin - offset]
-    start = payload_start(record, full)
-    payload = record[start : start + length]
-    if len(payload) != length or crc32(payload) != checksum:
+    stop = begin - header - (24 if max(header, length) >= ZIP64 else 16)
+    check_header(record, full, stop - length)
+    payload = record[stop - length : stop]
+    if crc32(payload) != checksum:
         raise CorruptCheckpointError(f"its record {full} is damaged")
     return payload
 
@@ -178,32 +179,17 @@ def _read_end(size: int) -> Generator[Request, bytes, tuple[int, int, int, int, 
     return begin, offset + at, count, offset, tail
 
 
-def payload_start(header: bytes | bytearray, name: str) -> int:
-    """Return how far behind its local header the payload of record `name` starts.
-
-    Args:
-        header: the bytes from the header on; all of the header, at least.
-        name: what the directory calls the record.
+def check_header(header: bytes | bytearray, name: str, length: int) -> None:
+    """Raise unless this begins with the local header of record `name`, `length` bytes long, as it should be.
 
     Raises:
-        CorruptCheckpointError: it is not the header of this record.
+        CorruptCheckpointError: it does not.
     """
     encoded = name.encode()
     if header[:4] != LOCAL_MAGIC or header[LOCAL.size : LOCAL.size + len(encoded)] != encoded:
         raise CorruptCheckpointError(f"its record {name} does not start with a header of that name")
-    length, extra = struct.unpack_from("<HH", header, LOCAL.size - 4)
-    if length != len(encoded):
-        raise CorruptCheckpointError(f"the header of its record {name} is damaged")
-    return LOCAL.size + int(length) + int(extra)
-
-
-def check_header(header: bytes | bytearray, name: str, length: int) -> None:
-    """Raise unless this is the local header of record `name`, and `length` bytes long, as it should be.
-
-    Raises:
-        CorruptCheckpointError: it is not.
-    """
-    if payload_start(header, name) != length:
+    name_length, extra_length = struct.unpack_from("<HH", header, LOCAL.size - 4)
+    if name_length != len(encoded) or LOCAL.size + name_length + extra_length != length:
         raise CorruptCheckpointError(
             f"the header of its record {name} does not end where its payload begins; it is damaged, or was"
             " not written by torch or asyncckpt"
