@@ -49,31 +49,41 @@ async def in_thread(func: Callable[..., T], *args: Any, limiter: CapacityLimiter
         return func(*args)
 
 
+def uninterrupted(func: Callable[[], T]) -> T:
+    """Call `func` in another thread, where signal handlers do not interrupt it, and return its result."""
+    answer: SimpleQueue[tuple[T | None, BaseException | None]] = SimpleQueue()
+
+    def call() -> None:
+        try:
+            answer.put((func(), None))
+        except BaseException as error:  # noqa: BLE001 - raised by the caller
+            answer.put((None, error))
+
+    try:
+        start_new_thread(call, ())
+    except RuntimeError:  # a limit, or the interpreter is shutting down
+        call()
+    result, error = answer.get()
+    if error is not None:
+        raise error
+    return result  # type: ignore[return-value]
+
+
 def start_threads(threads: Iterable[Thread], into: list[Thread]) -> None:
     """Start threads, each of them then appended to `into`.
 
-    Another thread does it, where signal handlers do not break in: `Thread.start` would leave a thread that
-    runs and that nobody knows of.
+    An interrupted `Thread.start` would leave a thread that runs and that nobody knows of.
 
     Raises:
         RuntimeError: the system or a limit refuses one.
     """
-    answer: SimpleQueue[BaseException | None] = SimpleQueue()
 
     def start() -> None:
-        try:
-            for thread in threads:
-                thread.start()
-                into.append(thread)
-        except BaseException as error:  # noqa: BLE001 - raised by the caller
-            answer.put(error)
-        else:
-            answer.put(None)
+        for thread in threads:
+            thread.start()
+            into.append(thread)
 
-    start_new_thread(start, ())
-    error = answer.get()
-    if error is not None:
-        raise error
+    uninterrupted(start)
 
 
 # Whoever waits looks again after this many seconds at the latest: a thread that is interrupted between a

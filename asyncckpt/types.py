@@ -54,39 +54,6 @@ class Checkpoint:
     filename: str | None = None
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class FilePlan:
-    """Which bytes a checkpoint file consists of, and where each one comes from.
-
-    The file is a *body* followed by a *tail*. The body lies in a host buffer at the offsets that
-    it has in the file, so any piece of it can be written from where it is: payloads, which a copy
-    fills from the front (see `Watermark`), and the literal bytes around them. The tail is literal.
-    The CRC-32 of each record goes, little-endian, into a slot behind its payload and into one in
-    the tail. Nothing here is bound to a thread or a process.
-
-    Attributes:
-        body: size of the body in bytes.
-        gaps: (offset, bytes) of the literal pieces of the body.
-        starts, stops: payload range of each of the n records, in file order; int64, shape (n,).
-        slots: offset in the body of each record's checksum, at or after its stop; shape (n,).
-        tail: all bytes after the body.
-        tail_slots: offset in the tail of each record's checksum; shape (n,).
-    """
-
-    body: int
-    gaps: tuple[tuple[int, bytes], ...]
-    starts: Offsets
-    stops: Offsets
-    slots: Offsets
-    tail: bytes
-    tail_slots: Offsets
-
-    @property
-    def size(self) -> int:
-        """Size of the finished file in bytes."""
-        return self.body + len(self.tail)
-
-
 @dataclass(slots=True)
 class SaveStats:
     """What one save cost, in seconds and bytes; each figure is filled in as it becomes known.

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import resource
+import sys
 import threading
+from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asyncckpt import BusyError, SaveError
-from asyncckpt._snapshot.buffers import Arena, Lease
+from asyncckpt._snapshot.arena import Arena, Lease
+from asyncckpt._snapshot.copy import Watermark, copy_ranges
+from asyncckpt._snapshot.ranges import range_of
 
 MIB = 1 << 20
 
@@ -76,7 +82,7 @@ def test_a_reservation_makes_free_buffers() -> None:
     statistics = arena.statistics()
     assert (statistics.mapped, statistics.leases) == (4 * MIB, 0)
     assert repr(arena) == "<Arena leases=0 leased=0 mapped=4194304 high_water=4194304>"
-    arena.close()
+    arena.release()
     assert arena.statistics().mapped == 0
 
 
@@ -112,4 +118,52 @@ def test_never_more_is_mapped_than_was_once_needed_at_once(steps: list[tuple[int
     for lease in held:
         lease.release()
     assert arena.statistics().leases == 0
-    arena.close()
+    arena.release()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_released_memory_and_threads_go_back_to_the_system_and_can_be_had_anew() -> None:
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+    arena, nbytes = Arena(), 64 * MIB
+    source = torch.ones(nbytes, dtype=torch.uint8)
+    for _ in range(2):
+        before = resident()
+        held, other = arena.lease(nbytes), arena.lease(nbytes)
+        copy_ranges([range_of(source)], [0], held, Watermark())
+        assert bytes(held.view[-3:]) == b"\1\1\1"
+        other.release()
+        assert resident() - before > 1.9 * nbytes
+        assert arena.release() == nbytes  # what is leased stays
+        assert held.view[0] == 1
+        held.release()
+        assert arena.release() == nbytes
+        assert resident() - before < 0.1 * nbytes
+        assert arena.statistics().mapped == 0
+    for thread in threading.enumerate():
+        if thread.name == "asyncckpt-copy":
+            thread.join(30)
+            assert not thread.is_alive()
+
+
+def test_leases_and_releases_in_many_threads_share_no_buffer() -> None:
+    arena, wrong = Arena(limit=4 * MIB), []
+
+    def work(number: int) -> None:
+        for _ in range(50):
+            lease = arena.lease(MIB)
+            lease.view[:8] = number.to_bytes(8, "little")
+            arena.release()
+            if lease.view[:8] != number.to_bytes(8, "little"):
+                wrong.append(number)
+            lease.release()
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not wrong
+    arena.release()
+    assert arena.statistics().mapped == arena.statistics().leases == 0

@@ -295,7 +295,7 @@ def test_what_a_stranger_writes_does_not_reach_the_terminal_as_it_is(tmp_path: P
         + b"\n0."
     )
     made = plan(lay_out([]), pickled, json.dumps(description).encode())
-    (tmp_path / "x.pt").write_bytes(b"".join(data for _, data in made.gaps) + made.tail)
+    (tmp_path / "x.pt").write_bytes(b"".join(data for _, data in made.literals) + made.tail)
     text = shown(tmp_path / "x.pt")
     assert "\x1b" not in text
     assert text.count("\\x1b[2J") == 6

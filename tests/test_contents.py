@@ -214,7 +214,7 @@ def test_a_file_by_asyncckpt_without_a_directory_tells_from_its_state(tmp_path: 
 
 def _write_described(path: Path, data_pickle: bytes, description: dict[str, Any]) -> None:
     made = plan(lay_out([]), data_pickle, json.dumps(description).encode())
-    path.write_bytes(b"".join(data for _, data in made.gaps) + made.tail)
+    path.write_bytes(b"".join(data for _, data in made.literals) + made.tail)
 
 
 def test_values_of_another_byte_order_are_not_told(tmp_path: Path) -> None:

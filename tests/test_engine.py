@@ -43,7 +43,7 @@ def limit() -> Iterator[Any]:
     """Give the function that sets the memory limit, and put the limit back afterwards."""
     arena = get_engine().arena
     before = arena.limit
-    arena.close()
+    arena.release()
     yield asyncckpt.set_memory_limit
     arena.set_limit(before)
 
@@ -102,7 +102,7 @@ def test_replace_takes_the_place_of_the_queued_save(tmp_path: Path) -> None:
 
 def test_memory_is_bounded_by_what_is_in_flight(tmp_path: Path) -> None:
     arena = get_engine().arena
-    arena.close()
+    arena.release()
     state = state_of(1, 4 * MIB)
     with Checkpointer(tmp_path, max_in_flight=2) as ckpt:
         for step in range(8):

@@ -168,13 +168,15 @@ def test_no_memory_can_be_had(interpreter: Interpreter, tmp_path: Path) -> None:
     body = """
         ckpt = asyncckpt.Checkpointer(path)
         state = state_of(1, 8 << 20)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, resource.RLIM_INFINITY))
+        with open("/proc/self/statm") as statm:
+            mapped = int(statm.read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (mapped + (1 << 20), resource.RLIM_INFINITY))
         for _ in range(2):
             try:
                 ckpt.save(1, state)
             except asyncckpt.SaveError as error:
                 print(type(error).__name__, error)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         ckpt.save(2, state)
         ckpt.close()
         assert asyncckpt._saving.engine.get_engine().arena.statistics().leases == 0
@@ -182,7 +184,7 @@ def test_no_memory_can_be_had(interpreter: Interpreter, tmp_path: Path) -> None:
     status, output, errors = run(interpreter, tmp_path, body)
     assert (status, errors) == (0, "")
     assert output.count("SaveError cannot take") == 2
-    assert "ulimit -f" in output
+    assert "ulimit -v" in output
     assert steps(tmp_path) == [2]
 
 

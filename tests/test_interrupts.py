@@ -48,7 +48,7 @@ def test_save(tmp_path: Path, memory: str, error: type[Exception] | None) -> Non
         step += 1
         settle(ckpt)
         if memory == "cold":
-            get_engine().arena.close()
+            get_engine().arena.release()
 
     def after(where: str) -> None:
         nonlocal step
@@ -62,7 +62,7 @@ def test_save(tmp_path: Path, memory: str, error: type[Exception] | None) -> Non
         assert ckpt.load()["n"] == step
         assert len(list(tmp_path.iterdir())) == 1, where
 
-    get_engine().arena.close()
+    get_engine().arena.release()
     ckpt.save(0, state_of(0))
     settle(ckpt)
     steady = held()[1:]
@@ -162,7 +162,7 @@ def test_construction(tmp_path: Path, engine: str) -> None:
         ckpt = Checkpointer(tmp_path)
         ckpt.save(1, state_of(1)).committed.result(30)
         ckpt.close()
-        get_engine().arena.close()
+        get_engine().arena.release()
 
     def after(where: str) -> None:
         save()

@@ -16,7 +16,6 @@ from torch.utils.serialization import config as _config
 
 from asyncckpt._checksum import crc32, crc32_combine
 from asyncckpt._loading.reader import answer
-from asyncckpt._snapshot.data_pickle import DataPickler
 from asyncckpt._snapshot.freeze import Freezer
 from asyncckpt.layout.description import Description
 from asyncckpt.layout.torch_zip import STORAGES, lay_out, plan
@@ -54,16 +53,18 @@ def write_sparse(path: Path, sizes: Sequence[int], data_pickle: bytes) -> None:
     made = plan(lay_out(sizes), data_pickle, DESCRIPTION.encode())
     tail = bytearray(made.tail)
     with path.open("wb") as file:
-        for offset, literal in made.gaps:
+        for offset, literal in made.literals:
             file.seek(offset)
             file.write(literal)
-        for size, slot, tail_slot in zip(sizes, made.slots.tolist(), made.tail_slots.tolist(), strict=True):
-            checksum = struct.pack("<I", crc_of_zeros(size))
-            tail[tail_slot : tail_slot + 4] = checksum
-            if size:
+        for slot, key in zip(made.slots.tolist(), made.slot_ranges.tolist(), strict=True):
+            checksum = struct.pack("<I", crc_of_zeros(sizes[key]))
+            at = slot - made.body.nbytes
+            if at >= 0:
+                tail[at : at + 4] = checksum
+            else:
                 file.seek(slot)
                 file.write(checksum)
-        file.seek(made.body)
+        file.seek(made.body.nbytes)
         file.write(tail)
         assert file.tell() == made.size
 
@@ -114,7 +115,7 @@ async def test_every_reader_finds_the_records(sizes: list[int], tmp_path: Path) 
     state = [torch.empty(size, dtype=torch.uint8) for size in sizes]
     frozen, _ = Freezer().freeze(state)
     path = tmp_path / "large.pt"
-    write_sparse(path, sizes, DataPickler().data_pickle(frozen))
+    write_sparse(path, sizes, frozen.data_pickle())
     starts = lay_out(sizes).starts.tolist()
 
     with zipfile.ZipFile(path) as file:

@@ -9,15 +9,17 @@ import pytest
 import torch
 
 from asyncckpt import SaveError, SaveSkipped, StoreError
+from asyncckpt._loading.planned import load_plan
 from asyncckpt._saving import operations, staging
 from asyncckpt._saving.engine import get_engine
 from asyncckpt._saving.saver import Saver
 from asyncckpt._saving.staging import Stager
 from asyncckpt._saving.targets import FileTarget
-from asyncckpt._snapshot.copy import copy_storages
+from asyncckpt._snapshot.copy import copy_ranges
 from asyncckpt.layout.description import Description
 from asyncckpt.stores.local import LocalStore
 from asyncckpt.testing import Gate, SlowStore
+from asyncckpt.types import SaveStats
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -93,9 +95,9 @@ def test_a_save_that_fails_early_keeps_its_buffer_while_the_copy_goes_on(
         # Within the time of this wait the save would have ended, were it not waiting for the copy.
         ended_early.append(engine.drain(0.5))
         ended_early.append(engine.arena.statistics().leases == 0)
-        copy_storages(*arguments)
+        copy_ranges(*arguments)
 
-    monkeypatch.setattr(staging, "copy_storages", copy_beside_the_failure)
+    monkeypatch.setattr(staging, "copy_ranges", copy_beside_the_failure)
     target = FileTarget(Refusing(str(tmp_path)), "x.pt", Description(0, None, {}, 0.0))
     save = Saver(1).save({"x": torch.zeros(10 << 20)}, target, None, time.perf_counter())
     with pytest.raises(SaveError, match="refused"):
@@ -109,10 +111,11 @@ def test_a_snapshot_is_a_state_for_somebody_elses_writer() -> None:
     state = {"a": shared, "b": shared[1], "t": shared.t(), "n": [1, None], "half": torch.ones(2).bfloat16()}
     arena = get_engine().arena
     stager = Stager(arena)
-    snapshot = stager.stage(stager.freeze(state))
+    stats = SaveStats()
+    snapshot = stager.stage(stager.freeze(state, stats), stats)
     snapshot.copy()
     shared.zero_()
-    host = snapshot.host_state()
+    host = load_plan(snapshot.plan(b"{}"), snapshot.lease.view)
     assert torch.equal(host["a"], torch.arange(12.0).view(3, 4))
     assert host["b"].untyped_storage().data_ptr() == host["a"].untyped_storage().data_ptr()
     assert host["t"].stride() == (1, 4)

@@ -22,6 +22,7 @@ from asyncckpt.layout.torch_zip import STORAGES, lay_out, plan
 from asyncckpt.layout.zip_reader import read_directory
 from asyncckpt.stores.base import Draft
 from asyncckpt.stores.local import LocalStore
+from asyncckpt.types import SaveStats
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -87,7 +88,7 @@ async def transferred(sizes: Sequence[int], draft: MemoryDraft, *, in_steps: int
     if in_steps is None:
         fill()
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(Transfer(made, buffer, mark).into, draft)
+        tasks.start_soon(Transfer(made, buffer, mark, SaveStats()).into, draft)
         if in_steps is not None:
             copying.start()
     if in_steps is not None:
@@ -101,7 +102,11 @@ def check(content: bytes, sizes: Sequence[int]) -> None:
         assert file.testzip() is None
         for key, size in enumerate(sizes):
             assert file.read(f"{STORAGES}{key}") == payload(key, size)
-            assert zlib.crc32(payload(key, size)) == file.getinfo(f"{STORAGES}{key}").CRC
+            checksum = zlib.crc32(payload(key, size))
+            assert checksum == file.getinfo(f"{STORAGES}{key}").CRC
+            if size:  # behind the payload it is once more, which zipfile does not look at
+                stop = int(lay_out(sizes).stops[key])
+                assert content[stop : stop + 8] == b"PK\x07\x08" + checksum.to_bytes(4, "little")
         assert file.read("archive/data.pkl") == b"the pickle"
         assert file.infolist()[-1].filename == "archive/.asyncckpt.json"
 
@@ -144,9 +149,9 @@ async def test_the_reading_side_finds_every_record_where_it_is(
 
 async def test_a_copy_that_fails_ends_the_transfer() -> None:
     body, mark = lay_out([100, 100]), Watermark()
-    transfer = Transfer(plan(body, b"p", DESCRIPTION), memoryview(bytearray(body.nbytes)), mark)
+    transfer = Transfer(plan(body, b"p", DESCRIPTION), memoryview(bytearray(body.nbytes)), mark, SaveStats())
     mark.advance(64)
-    mark.fail(SaveError("gone"))
+    mark.end(SaveError("gone"))
     with pytest.raises(SaveError, match="gone"):
         await transfer.into(MemoryDraft(64, 2))
 

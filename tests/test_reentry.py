@@ -12,7 +12,7 @@ import torch
 
 from asyncckpt import BusyError, Checkpointer, SaveError
 from asyncckpt._saving.engine import get_engine
-from asyncckpt._snapshot.copy import copy_storages
+from asyncckpt._snapshot.copy import copy_ranges
 from asyncckpt._threads import is_locked_by_caller
 from asyncckpt.testing import FaultyStore, Gate, SlowStore
 from interrupts import Interrupt, settle
@@ -236,7 +236,7 @@ def test_a_handler_that_only_waits_while_the_state_is_copied(
             signal.raise_signal(signal.SIGINT)
             self.copy(*args)
 
-    monkeypatch.setattr("asyncckpt._saving.staging.copy_storages", Breaks(copy_storages))
+    monkeypatch.setattr("asyncckpt._saving.staging.copy_ranges", Breaks(copy_ranges))
     for call in (ckpt.wait, ckpt.load):
         told = handler(call)
         ckpt.save(1, state_of(1)).committed.result(30)

@@ -105,7 +105,7 @@ def test_a_copy_that_fails_is_told_once_and_leaves_nothing_behind(
         raise RuntimeError("the device is lost")
 
     with monkeypatch.context() as patch:
-        patch.setattr(staging, "copy_storages", lost)
+        patch.setattr(staging, "copy_ranges", lost)
         with pytest.raises(SaveError, match="could not copy the state to host memory: the device is lost"):
             checkpointer.save(1, {"a": torch.ones(numel)})
     checkpointer.wait()

@@ -124,11 +124,11 @@ def adam_state(parameters: list[torch.Tensor], random: RandomTensors) -> dict[st
 
 def distinct_tensors(state: Any) -> list[torch.Tensor]:
     """Return a flat tensor over all of each storage of a state, whatever in it holds that."""
-    frozen, storages = Freezer().freeze(state)
+    frozen, ranges = Freezer().freeze(state)
     dtypes = {key: dtype for key, dtype, *_ in frozen.tensors}
     return [
-        torch.empty(0, dtype=dtypes.get(key, torch.uint8), device=storage.device).set_(storage)
-        for key, storage in enumerate(storages)
+        torch.empty(0, dtype=dtypes.get(key, torch.uint8), device=source.device).set_(source)
+        for key, (source, _, _) in enumerate(ranges)
     ]
 
 

@@ -122,18 +122,17 @@ async def _check(progress: Progress | None, file: OpenFile) -> None:
 
 async def _adopt(store: Store, found: Checkpoint, progress: Progress | None, file: OpenFile) -> None:
     directory = await _directory(file)
-    ending = directory.ending
-    entries = bytearray(ending.end - ending.directory)
-    await file.read(ending.directory, memoryview(entries))
+    entries = bytearray(directory.end - directory.begin)
+    await file.read(directory.begin, memoryview(entries))
     description = Description(
         found.sequence, found.step, found.metrics, found.created, _UNKNOWN, found.filename
     )
     tail = tail_with_description(
-        ending.directory, directory.folder, ending.count, bytes(entries), description.encode()
+        directory.begin, directory.folder, len(directory.names), bytes(entries), description.encode()
     )
     checks = Check(directory, file.path)
-    async with store.draft(file.file.name, ending.directory + len(tail)) as draft:
-        await _copy(file, ending.directory, tail, checks, draft, progress)
+    async with store.draft(file.file.name, directory.begin + len(tail)) as draft:
+        await _copy(file, directory.begin, tail, checks, draft, progress)
         await in_thread(checks.finish)
         if (await store.stat(file.file.name)).version != file.file.version:
             raise CheckpointNotFoundError(f"{file.path} was replaced while it was read")

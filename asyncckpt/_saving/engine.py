@@ -16,8 +16,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from asyncckpt._saving.engine_threads import EngineThreads, in_callback
-from asyncckpt._snapshot.buffers import Arena
-from asyncckpt._snapshot.copy_threads import end_helpers
+from asyncckpt._snapshot.arena import Arena
 from asyncckpt._threads import Condition, handler_error, is_locked_by_caller
 from asyncckpt.errors import BusyError, SaveError
 
@@ -231,22 +230,18 @@ class Engine:
         """Wait until the threads have ended, unless somebody goes on using them."""
         threads = self._threads
         if threads is None:
-            self._give_back()  # what was taken without them
+            self.arena.release()  # what was taken without them
         else:
             self._changed.until(lambda: self._threads is not threads or not self._releasing)
             if self._threads is not threads:
                 threads.join()
-
-    def _give_back(self) -> None:
-        end_helpers()
-        self.arena.close()
 
     def _started(self) -> EngineThreads:
         with self._starting:
             if self._threads is None:
                 if _ended:
                     raise SaveError(_SHUTTING_DOWN)
-                threads = EngineThreads(self._next, self._give_back)
+                threads = EngineThreads(self._next, self.arena.release)
                 threads.begin()
                 self._threads, self._releasing = threads, False
             return self._threads
@@ -374,9 +369,7 @@ def _is_waited_for(thread: threading.Thread) -> bool:
 def _forget_in_child() -> None:
     global _engine, _engine_lock  # noqa: PLW0603
     _engine_lock = threading.RLock()
-    parents, _engine = _engine, None
-    if parents is not None:
-        parents.arena.abandon()
+    _engine = None
 
 
 _engine: Engine | None = None

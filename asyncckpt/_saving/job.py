@@ -56,11 +56,8 @@ class Job(Operation):
             SaveError: the state cannot be saved, or there never is room for it.
             BusyError: there is no room now, and `wait` is false.
         """
-        began = time.perf_counter()
-        self.snapshot = stager.stage(stager.freeze(state), wait=wait)
-        stats, waited = self.save.stats, self.snapshot.wait_seconds
-        stats.wait += waited
-        stats.freeze = time.perf_counter() - began - waited
+        stats = self.save.stats
+        self.snapshot = stager.stage(stager.freeze(state, stats), stats, wait=wait)
 
     def copy_and_submit(self) -> None:
         """Copy the state to host memory and have it written; large ones are written while they are copied."""
@@ -120,5 +117,4 @@ class Job(Operation):
         except SaveError:
             self.save.committed.heard = True  # the caller is given it here
             raise
-        self.save.stats.copy = snapshot.copy_seconds
         self.save.snapshotted.set_result(None)

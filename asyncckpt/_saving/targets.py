@@ -71,14 +71,13 @@ class FileTarget(Target):
         else:
             description = await self.series.number(self.name, self.description)
         plan = await in_thread(snapshot.plan, description.encode())
-        transfer = Transfer(plan, snapshot.lease.view, snapshot.filled)
+        transfer = Transfer(plan, snapshot.lease.view, snapshot.filled, stats)
         async with self.store.draft(self.name, plan.size) as draft:
             await transfer.into(draft)
             written = time.perf_counter()
             await draft.commit()
         stats.commit = time.perf_counter() - written
         stats.sync = draft.sync_seconds
-        stats.checksum, stats.write = transfer.checksum_seconds, transfer.write_seconds
         return checkpoint_of(self.path, description, plan.size)
 
     async def evict(self, committed: Checkpoint) -> None:

@@ -10,23 +10,23 @@ from operator import itemgetter
 from typing import TYPE_CHECKING
 
 import anyio
+import numpy as np
 
 from asyncckpt._checksum import crc32
 from asyncckpt._threads import in_thread, tasks
+from asyncckpt.layout.plan import CHECKSUM_BYTES
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
     from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
 
     from asyncckpt._snapshot.copy import Watermark
+    from asyncckpt.layout.plan import FilePlan
     from asyncckpt.stores.base import Draft
-    from asyncckpt.types import FilePlan
+    from asyncckpt.types import Offsets, SaveStats
 
-    Pieces = MemoryObjectSendStream[tuple[int, memoryview]]
-
-# A checksum in the tail, like those in the body, is four little-endian bytes.
-_CRC = 4
+    Piece = tuple[int, memoryview]
 
 
 @dataclass(slots=True, eq=False)
@@ -35,26 +35,29 @@ class Transfer:
 
     Attributes:
         plan: what the file consists of.
-        body: the buffer that the body lies in; its literal pieces and checksums are put there.
+        body: the buffer that the body lies in; literals and checksums are put there.
         filled: how far the copy into the buffer has come.
-        checksum_seconds, write_seconds: time spent, the latter from the first write to the end of the last.
+        stats: its `checksum` and `write` are set.
     """
 
     plan: FilePlan
     body: memoryview
     filled: Watermark
-    checksum_seconds: float = 0.0
-    write_seconds: float = 0.0
+    stats: SaveStats
     _tail: bytearray = field(init=False, repr=False)
+    _checksums: Offsets = field(init=False, repr=False)
     _turn: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False)
+    # What comes next: a piece, a literal, a checksum slot, a range, a byte of it, the checksum up to there.
     _next: int = field(default=0, init=False)
-    _gap: int = field(default=0, init=False)
-    _record: int = field(default=0, init=False)
+    _literal: int = field(default=0, init=False)
+    _slot: int = field(default=0, init=False)
+    _range: int = field(default=0, init=False)
     _offset: int = field(default=0, init=False)
     _crc: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
         self._tail = bytearray(self.plan.tail)
+        self._checksums = np.zeros(len(self.plan.body.starts), dtype=np.int64)
 
     async def into(self, draft: Draft) -> None:
         """Write the whole file into `draft`; the commit is left to the caller."""
@@ -63,85 +66,87 @@ class Transfer:
         async with tasks() as group:
             if write is not None:
                 for _ in range(draft.writers):
-                    group.start_soon(in_thread, self._seal_and_write, draft.chunk, write)
+                    group.start_soon(in_thread, self._write_pieces, draft.chunk, write)
             else:
                 # A short queue keeps the checksums just ahead of the writes: running further ahead would
                 # take memory bandwidth from the copy on the training thread.
-                send, receive = anyio.create_memory_object_stream[tuple[int, memoryview]](draft.writers)
-                group.start_soon(self._seal_all, draft.chunk, send)
+                send, receive = anyio.create_memory_object_stream["Piece"](draft.writers)
+                group.start_soon(self._queue_pieces, draft.chunk, send)
                 for _ in range(draft.writers):
-                    group.start_soon(_write_all, draft, receive.clone())
+                    group.start_soon(_write_queued, draft, receive.clone())
                 receive.close()
-        self.write_seconds = time.perf_counter() - began
+        self.stats.write = time.perf_counter() - began
 
-    def _seal_and_write(self, chunk: int, write: Callable[[int, memoryview], None]) -> None:
-        """Seal the next piece, in order, and write it, beside other threads that do the same, to the end."""
-        size = self.plan.size
+    def _write_pieces(self, chunk: int, write: Callable[[int, memoryview], None]) -> None:
+        """Write piece after piece, beside other threads that do the same, to the end."""
         try:
-            while True:
-                with self._turn:
-                    start, stop = self._next, min(self._next + chunk, size)
-                    if start >= size:
-                        return
-                    data = self._seal(start, stop)
-                    self._next = stop
-                write(start, data)
+            while (piece := self._next_piece(chunk)) is not None:
+                write(*piece)
         except BaseException:
             with self._turn:
-                self._next = size  # the others need not go on
+                self._next = self.plan.size  # the others need not go on
             raise
 
-    async def _seal_all(self, chunk: int, out: Pieces) -> None:
-        async with out:
-            for start in range(0, self.plan.size, chunk):
-                stop = min(start + chunk, self.plan.size)
-                await out.send((start, await in_thread(self._seal, start, stop)))
+    async def _queue_pieces(self, chunk: int, queue: MemoryObjectSendStream[Piece]) -> None:
+        async with queue:
+            while (piece := await in_thread(self._next_piece, chunk)) is not None:
+                await queue.send(piece)
 
-    def _seal(self, start: int, stop: int) -> memoryview:
-        """Return the bytes [start, stop) of the file, once they are there and all their checksums are in."""
-        gaps = self._gaps_below(stop)
-        # A gap is filled once the copy is past all of it: what copies may write over it with what was there.
-        end = max(stop, gaps[-1][0] + len(gaps[-1][1])) if gaps else stop
-        self.filled.wait(min(end, self.plan.body))
+    def _next_piece(self, chunk: int) -> Piece | None:
+        """Return offset and bytes of the next piece, once all of it is final; None at the end."""
+        with self._turn:
+            start, stop = self._next, min(self._next + chunk, self.plan.size)
+            if start >= stop:
+                return None
+            self._complete(stop)
+            self._next = stop
+        size = self.plan.body.nbytes
+        if stop <= size:
+            return start, self.body[start:stop]
+        tail = memoryview(self._tail)[max(start - size, 0) : stop - size]
+        return start, tail if start >= size else memoryview(b"".join((self.body[start:size], tail)))
+
+    def _complete(self, stop: int) -> None:
+        """Make all bytes below `stop` final: wait for the copy, put in literals and checksums."""
+        size, literals, first = self.plan.body.nbytes, self.plan.literals, self._literal
+        self._literal = bisect_left(literals, stop, lo=first, key=itemgetter(0))
+        new = literals[first : self._literal]
+        # The copy may write anything between ranges, so it has to be past all of a literal.
+        end = max(stop, new[-1][0] + len(new[-1][1])) if new else stop
+        self.filled.wait(min(end, size))
         began = time.perf_counter()
-        for offset, literal in gaps:
+        for offset, literal in new:
             self.body[offset : offset + len(literal)] = literal
-        self._checksum_up_to(stop)
-        self.checksum_seconds += time.perf_counter() - began
-        if stop <= self.plan.body:
-            return self.body[start:stop]
-        split = max(self.plan.body - start, 0)
-        tail = memoryview(self._tail)[max(start - self.plan.body, 0) : stop - self.plan.body]
-        return memoryview(b"".join((self.body[start : start + split], tail))) if split else tail
+        if len(self.plan.slots):
+            self._checksum_ranges(min(stop, size))
+            self._fill_slots(end if stop <= size else self.plan.size)
+        self.stats.checksum += time.perf_counter() - began
 
-    def _gaps_below(self, stop: int) -> Sequence[tuple[int, bytes]]:
-        """Return the gaps that begin before `stop` and were not returned before."""
-        gaps, first = self.plan.gaps, self._gap
-        self._gap = bisect_left(gaps, stop, lo=first, key=itemgetter(0))
-        return gaps[first : self._gap]
-
-    def _checksum_up_to(self, stop: int) -> None:
-        """Checksum the payloads below `stop`, and put in the checksum of each record that ends there."""
-        plan, body, tail = self.plan, self.body, self._tail
-        limit = min(stop, plan.body)
-        count = int(plan.starts.searchsorted(limit)) - self._record
-        rows = slice(self._record, self._record + count)
-        columns = (plan.starts, plan.stops, plan.slots, plan.tail_slots)
-        for start, end, slot, tail_slot in zip(*(column[rows].tolist() for column in columns), strict=True):
-            upto = min(end, limit)
-            self._crc = crc32(body[max(start, self._offset) : upto], self._crc)
-            if end > limit:
-                self._offset = upto
+    def _checksum_ranges(self, limit: int) -> None:
+        """Checksum what the ranges have below `limit`."""
+        body = self.plan.body
+        rows = slice(self._range, int(body.starts.searchsorted(limit)))
+        for start, stop in zip(body.starts[rows].tolist(), body.stops[rows].tolist(), strict=True):
+            upto = min(stop, limit)
+            self._crc = crc32(self.body[max(start, self._offset) : upto], self._crc)
+            self._offset = upto
+            if stop > limit:
                 return
-            encoded = self._crc.to_bytes(_CRC, "little")
-            if end > start:
-                body[slot : slot + _CRC] = encoded
-            tail[tail_slot : tail_slot + _CRC] = encoded
-            self._record += 1
-            self._offset = self._crc = 0
+            self._checksums[self._range] = self._crc
+            self._range += 1
+            self._crc = 0
+
+    def _fill_slots(self, limit: int) -> None:
+        """Put the checksums into the slots below `limit`, whose literals are in place."""
+        plan, first, last = self.plan, self._slot, int(self.plan.slots.searchsorted(limit))
+        checksums = self._checksums[plan.slot_ranges[first:last]].tolist()
+        for slot, checksum in zip(plan.slots[first:last].tolist(), checksums, strict=True):
+            data, at = (self.body, slot) if slot < plan.body.nbytes else (self._tail, slot - plan.body.nbytes)
+            data[at : at + CHECKSUM_BYTES] = checksum.to_bytes(CHECKSUM_BYTES, "little")
+        self._slot = last
 
 
-async def _write_all(draft: Draft, pieces: MemoryObjectReceiveStream[tuple[int, memoryview]]) -> None:
-    async with pieces:
-        async for offset, data in pieces:
+async def _write_queued(draft: Draft, queue: MemoryObjectReceiveStream[Piece]) -> None:
+    async with queue:
+        async for offset, data in queue:
             await draft.write(offset, data)

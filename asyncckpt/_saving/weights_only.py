@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
     from asyncckpt._outline.machine import Outline
-    from asyncckpt._snapshot.freeze import FrozenState
+    from asyncckpt._snapshot.frozen import FrozenState
 
 # Finds each GLOBAL of a pickle of protocol 2, and a few texts that only look like one.
 _GLOBAL = re.compile(rb"c([A-Za-z_][\w.]*)\n([A-Za-z_][\w.]*)\n")

@@ -1,15 +1,15 @@
-"""Copy live storages into a host buffer, in file order, telling how far it has come."""
+"""Copy ranges of live storages into a host buffer, in file order, reporting how far it is filled."""
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 
-from asyncckpt._snapshot.copy_threads import copy_pieces, memmove
+from asyncckpt._snapshot.copy_threads import for_each_piece
 from asyncckpt._snapshot.pinning import PIECE
-from asyncckpt._snapshot.scatter import scatter
 from asyncckpt._threads import Condition
 
 if TYPE_CHECKING:
@@ -17,14 +17,21 @@ if TYPE_CHECKING:
 
     from torch.storage import UntypedStorage
 
-    from asyncckpt._snapshot.buffers import Lease
+    from asyncckpt._snapshot.arena import Lease
+    from asyncckpt._snapshot.ranges import Range
 
 # How much is copied between two reports, in bytes.
 _STRIDE = 16 << 20
-# Up to this size the call costs more than the copy.
+# Up to this size letting go of the interpreter costs more than the copy.
 _SMALL = 32 << 10
 # From this size on, several threads share the copy: one cannot use all of the memory's bandwidth.
 _SHARED_FROM = 4 << 20
+
+# (target, source, bytes); the first lets go of the interpreter meanwhile, the second does not.
+memmove, _move_small = ctypes.CDLL(None).memmove, ctypes.PyDLL(None).memmove
+for _function in (memmove, _move_small):
+    _function.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
+    _function.restype = None
 
 
 @dataclass(slots=True, eq=False)
@@ -35,65 +42,54 @@ class Watermark:
         ended: whether nobody writes into the buffer any more.
     """
 
+    ended: bool = False
     _value: int = 0
     _error: BaseException | None = None
-    ended: bool = False
     _changed: Condition = field(default_factory=Condition)
 
     def advance(self, value: int) -> None:
         """Say that everything below `value` is there."""
         with self._changed:
             self._value = value
-            self._changed.notify_all()
-
-    def fail(self, error: BaseException) -> None:
-        """Say that no more will come; the first reason counts."""
-        with self._changed:
-            self._error = self._error or error
-            self._changed.notify_all()
+        self._changed.notify_all()
 
     def end(self, error: BaseException) -> None:
-        """Say that nobody writes into the buffer any more; what is not there has failed with `error`."""
-        self.fail(error)
-        self.ended = True
+        """Say that nobody writes into the buffer any more; the first error is why bytes are missing."""
+        with self._changed:
+            self._error = self._error or error
+            self.ended = True
         self._changed.notify_all()
+
+    def wait(self, value: int) -> None:
+        """Block until everything below `value` is there; raises what the copy failed with."""
+        self._changed.until(lambda: self._value >= value or self.ended)
+        if self._value < value and self._error is not None:
+            raise self._error
 
     def wait_for_end(self) -> None:
         """Block until nobody writes into the buffer any more."""
         self._changed.until(lambda: self.ended)
 
-    def wait(self, value: int) -> None:
-        """Block until everything below `value` is there; raises what the copy failed with."""
-        self._changed.until(lambda: self._value >= value or self._error is not None)
-        if self._value < value and self._error is not None:
-            raise self._error
 
-
-def copy_storages(
-    storages: Sequence[UntypedStorage],
-    sizes: Sequence[int],
-    starts: Sequence[int],
-    lease: Lease,
-    done: Watermark,
-) -> None:
-    """Copy each storage to its place in the leased buffer, and return when all of it is there.
+def copy_ranges(ranges: Sequence[Range], starts: Sequence[int], lease: Lease, done: Watermark) -> None:
+    """Copy each range to its place in the leased buffer; return or raise once nothing is copied any more.
 
     Args:
-        storages: live storages on any devices.
-        sizes: of each, in bytes.
+        ranges: of live storages on any devices.
         starts: where in the buffer each goes, in bytes, ascending.
         lease: the buffer; pinned, if a storage is on a CUDA device.
         done: told how far the buffer is filled; its end is for the caller to tell.
     """
-    if not torch.accelerator.is_available() or all(storage.device.type == "cpu" for storage in storages):
-        _copy_on_host(storages, sizes, starts, lease, done)
+    if not torch.accelerator.is_available() or all(source.device.type == "cpu" for source, _, _ in ranges):
+        _copy_on_host(ranges, starts, lease, done)
         return
     streams: dict[torch.device, torch.cuda.Stream] = {}
     try:
-        pending = _start_device_copies(storages, starts, lease, streams)
-        for storage, start in zip(storages, starts, strict=True):
-            if storage.device.type == "cpu" and storage.nbytes():
-                memmove(lease.address + start, storage.data_ptr(), storage.nbytes())
+        pending = _start_device_copies(ranges, starts, lease, streams)
+        # The host has time for its own while the devices copy.
+        for (source, offset, nbytes), start in zip(ranges, starts, strict=True):
+            if source.device.type == "cpu" and nbytes:
+                memmove(lease.address + start, source.data_ptr() + offset, nbytes)
         for events, upto in pending:
             for event in events:
                 event.synchronize()
@@ -105,36 +101,31 @@ def copy_storages(
         raise
 
 
-def _copy_on_host(
-    storages: Sequence[UntypedStorage],
-    sizes: Sequence[int],
-    starts: Sequence[int],
-    lease: Lease,
-    done: Watermark,
-) -> None:
-    """Copy the storages of a state that is all on the host."""
-    begin = 0  # of the run of small storages that is not yet copied
-    pieces: list[tuple[int, int, int]] = []
-    for index in [*(i for i, nbytes in enumerate(sizes) if not 0 < nbytes <= _SMALL), len(sizes)]:
-        if begin < index:
-            run = slice(begin, index)
-            scatter(storages[run], sizes[run], starts[run], lease)
-        if index < len(sizes):
-            source, target = storages[index].data_ptr(), lease.address + starts[index]
-            pieces += [
-                (target + offset, source + offset, min(_STRIDE, sizes[index] - offset))
-                for offset in range(0, sizes[index], _STRIDE)
-            ]
-        begin = index + 1
+def _copy_on_host(ranges: Sequence[Range], starts: Sequence[int], lease: Lease, done: Watermark) -> None:
+    pieces: list[tuple[int, int, int]] = []  # target, source and length of what is not small
+    for (storage, offset, nbytes), start in zip(ranges, starts, strict=True):
+        if nbytes:
+            source, target = storage.data_ptr() + offset, lease.address + start
+            if nbytes <= _SMALL:
+                _move_small(target, source, nbytes)
+            else:
+                pieces += [
+                    (target + at, source + at, min(_STRIDE, nbytes - at)) for at in range(0, nbytes, _STRIDE)
+                ]
     if sum(length for _, _, length in pieces) < _SHARED_FROM:
         for piece in pieces:
             memmove(*piece)
-    else:
-        copy_pieces(pieces, lambda end: done.advance(end - lease.address))
+        return
+
+    def report(count: int) -> None:
+        target, _, length = pieces[count - 1]
+        done.advance(target + length - lease.address)
+
+    for_each_piece(lambda piece: memmove(*piece), pieces, report)
 
 
 def _start_device_copies(
-    storages: Sequence[UntypedStorage],
+    ranges: Sequence[Range],
     starts: Sequence[int],
     lease: Lease,
     streams: dict[torch.device, torch.cuda.Stream],
@@ -149,13 +140,13 @@ def _start_device_copies(
     buffer = torch.frombuffer(lease.view, dtype=torch.uint8)
     pending: list[tuple[list[torch.cuda.Event], int]] = []
     reported = end = 0
-    for storage, start in zip(storages, starts, strict=True):
-        device, nbytes = storage.device, storage.nbytes()
+    for (storage, offset, nbytes), start in zip(ranges, starts, strict=True):
+        device = storage.device
         if device.type == "cpu" or not nbytes:
             continue
         end = start + nbytes
         if device.type != "cuda":
-            buffer[start:end].copy_(_bytes_of(storage))
+            buffer[start:end].copy_(_bytes_of(storage)[offset : offset + nbytes])
             continue
         if device not in streams:
             streams[device] = _side_stream(device)
@@ -163,9 +154,10 @@ def _start_device_copies(
             source = _bytes_of(storage)
             at = start
             while at < end:
-                # Up to the end of the storage, of the stride, or of the registered piece.
+                # Up to the end of the range, of the stride, or of the registered piece.
                 upto = min(end, at + _STRIDE, (at // PIECE + 1) * PIECE)
-                buffer[at:upto].copy_(source[at - start : upto - start], non_blocking=True)
+                first = at - start + offset
+                buffer[at:upto].copy_(source[first : first + upto - at], non_blocking=True)
                 at = upto
                 if at - reported >= _STRIDE:
                     pending.append(([stream.record_event() for stream in streams.values()], reported := at))

@@ -11,9 +11,9 @@ if TYPE_CHECKING:
 _MAX_DEPTH = 50
 
 
-def find_culprit(state: object, probe: Callable[[object], None], name: str = "state") -> str:
+def find_culprit(state: object, probe: Callable[[object], None]) -> str:
     """Return the path of the innermost entry that `probe` raises for, such as `state["opt"]["hook"]`."""
-    path, value = name, state
+    path, value = "state", state
     seen: set[int] = set()
     for _ in range(_MAX_DEPTH):
         seen.add(id(value))
@@ -38,19 +38,11 @@ def _fails(value: object, probe: Callable[[object], None]) -> bool:
 
 
 def _children(value: Any) -> Iterator[tuple[str, object]]:
-    """Yield the entries of a container, or of an object's attributes, with the text that reaches each."""
+    """Yield the entries of a container, then an object's attributes, with the text that reaches each."""
     if isinstance(value, dict):
-        for key, item in value.items():
-            yield subscript(key), item
+        yield from ((subscript(key), item) for key, item in value.items())
     elif isinstance(value, (list, tuple)):
-        for index, item in enumerate(value):
-            yield f"[{index}]", item
+        yield from ((f"[{index}]", item) for index, item in enumerate(value))
     elif isinstance(value, (set, frozenset)):
-        for item in value:
-            yield f"{{{item!r}}}", item
-    try:
-        attributes = dict(vars(value))
-    except TypeError:
-        attributes = {}
-    for key, item in attributes.items():
-        yield f".{key}", item
+        yield from ((f"{{{item!r}}}", item) for item in value)
+    yield from ((f".{key}", item) for key, item in dict(getattr(value, "__dict__", {})).items())

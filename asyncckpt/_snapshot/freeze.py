@@ -6,8 +6,9 @@ import gc
 import io
 import itertools
 import pickle
-import secrets
+import sys
 from dataclasses import dataclass, field
+from functools import partial
 from types import BuiltinFunctionType, FunctionType
 from typing import TYPE_CHECKING, Any
 
@@ -16,57 +17,25 @@ from torch.serialization import location_tag
 from torch.storage import TypedStorage, UntypedStorage
 
 from asyncckpt._snapshot.culprit import find_culprit
-from asyncckpt._snapshot.sharded import ranks_of
+from asyncckpt._snapshot.frozen import MARK, PROTOCOL, STORAGE_CLASS, DataPickler, FrozenState
 from asyncckpt.errors import SaveError, ShardedStateError, UnpicklableStateError
-from asyncckpt.types import STORAGE_DTYPES
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-# torch.load's weights-only unpickler reads no newer protocol.
-PROTOCOL = 2
+    from asyncckpt._snapshot.frozen import TensorMeta
+    from asyncckpt._snapshot.ranges import Range
 
-# A plain tensor is pickled as a call of torch's rebuild function on a 1-tuple of one integer: 4 bytes of
-# index, then these 16, which no state contains by accident. The real arguments are put there later.
-# The highest byte lies between 0x40 and 0x7f, so that the pickled integer is always 20 bytes long.
-MARK = secrets.token_bytes(15) + bytes([0x40 | secrets.randbelow(0x40)])
 _FIRST_MARK = int.from_bytes(b"\0\0\0\0" + MARK, "little")
 _REBUILD: Callable[..., torch.Tensor] = torch._utils._rebuild_tensor_v2
-
-# The dtypes that torch pickles by way of a typed storage class; it has another way for all others.
-STORAGE_CLASS = {getattr(torch, dtype): name for name, dtype in STORAGE_DTYPES.items()}
 _COMPLEX = frozenset({torch.complex64, torch.complex128})
 _PLAIN_DEVICES = frozenset({"cpu", "cuda", "mps", "xpu"})
 _STORAGES = (TypedStorage, UntypedStorage)
 _NAMED = (type, FunctionType, BuiltinFunctionType)  # pickled by their names
 
-# (storage key, dtype, offset, size, stride, requires_grad)
-TensorMeta = tuple[int, torch.dtype, int, tuple[int, ...], tuple[int, ...], bool]
-
-
-@dataclass(frozen=True, slots=True)
-class FrozenState:
-    """Everything about a state but the bytes of its storages.
-
-    Attributes:
-        pickled: the pickle stream, with a marked integer for the arguments of each plain tensor.
-        tensors: what those arguments are, by the index in the mark.
-        sizes: bytes of each storage of the state, once, by the key that names its record.
-        locations: where each storage lives, as torch.load names it: "cpu", "cuda:0".
-    """
-
-    pickled: bytes
-    tensors: list[TensorMeta]
-    sizes: list[int]
-    locations: list[str]
-
 
 class _NeedsStorageIdsError(Exception):
     """The state has tensors or storages that only torch's own reduction can pickle."""
-
-
-class _ShardedError(Exception):
-    """A tensor of the state is spread over several ranks."""
 
 
 class _PlainPickler(pickle.Pickler):
@@ -89,16 +58,16 @@ class Freezer:
     """Freezes the same state again and again, sharing what did not change since the last time.
 
     Attributes:
-        last: what was frozen last.
         kinds: the classes of all objects so far that are neither plain tensors nor plain Python values, and
             the classes and functions that are pickled by their names.
     """
 
-    last: FrozenState | None = None
     kinds: set[Any] = field(default_factory=set, init=False)
+    _last: FrozenState | None = field(default=None, init=False)
+    _pickler: DataPickler = field(default_factory=DataPickler, init=False)
     _exact: bool = field(default=False, init=False)
 
-    def freeze(self, state: object) -> tuple[FrozenState, list[UntypedStorage]]:
+    def freeze(self, state: object) -> tuple[FrozenState, list[Range]]:
         """Decide what a checkpoint of `state` will hold, except for the bytes of its storages.
 
         This is one pass of the C pickler over the whole state, so objects, numpy arrays, RNG states and
@@ -116,37 +85,30 @@ class Freezer:
         # Thousands of new tuples would set off full collections in the middle of the stall.
         gc.disable()
         try:
-            frozen, storages = self._freeze(state)
+            return self._freeze(state)
         except _NeedsStorageIdsError:
             self._exact = True
-            frozen, storages = self._freeze(state)
+            return self._freeze(state)
         finally:
             if collecting:
                 gc.enable()
-        self.last = frozen
-        return frozen, storages
 
-    def _freeze(self, state: object) -> tuple[FrozenState, list[UntypedStorage]]:
+    def _freeze(self, state: object) -> tuple[FrozenState, list[Range]]:
         out = io.BytesIO()
-        table = _Table(self.last.tensors if self.last else [], self.kinds)
+        table = _Table(self._last.tensors if self._last else [], self.kinds)
         try:
             _pickler(out, table, exact=self._exact).dump(state)
+        except ShardedStateError as error:
+            raise ShardedStateError(f"{find_culprit(state, _probe)}: {error}") from None
         except (SaveError, _NeedsStorageIdsError):
             raise
-        except _ShardedError as error:
-            raise ShardedStateError(
-                f"{find_culprit(state, _probe)}: {error}; gather the whole state and save it on rank 0"
-                " (torch.distributed.checkpoint.state_dict.get_state_dict with"
-                " StateDictOptions(full_state_dict=True, cpu_offload=True)), or save it with"
-                " torch.distributed.checkpoint"
-            ) from None
         except Exception as error:
-            path = find_culprit(state, _probe)
-            msg = (
-                f"{path}: cannot pickle ({type(error).__name__}: {error}); make it picklable or leave it out"
-            )
-            raise UnpicklableStateError(msg) from error
-        return FrozenState(out.getvalue(), table.tensors, table.sizes, table.locations), table.storages
+            raise UnpicklableStateError(
+                f"{find_culprit(state, _probe)}: cannot pickle ({type(error).__name__}: {error}); make it"
+                " picklable or leave it out"
+            ) from error
+        self._last = FrozenState(out.getvalue(), table.tensors, table.sizes, table.locations, self._pickler)
+        return self._last, list(zip(table.storages, itertools.repeat(0), table.sizes))
 
 
 class _Table:
@@ -175,18 +137,17 @@ class _Table:
     def check_dtype(self, key: int, dtype: torch.dtype) -> None:
         first = self.dtypes[key]
         if first is not dtype and self.sizes[key]:
-            msg = (
+            raise SaveError(
                 f"two entries of the state view the same storage ({self.sizes[key]} bytes) as {first} and as"
                 f" {dtype}, which torch's file format cannot express; clone one of them"
             )
-            raise SaveError(msg)
 
 
 def _pickler(out: io.BytesIO, table: _Table, *, exact: bool) -> _PlainPickler:
     pickler = _ExactPickler(out, PROTOCOL) if exact else _PlainPickler(out, PROTOCOL)
     pickler.reducer_override = _tensor_reducer(table, exact=exact)
     if isinstance(pickler, _ExactPickler):
-        pickler.storage_id = _storage_ids(table)
+        pickler.storage_id = partial(_storage_id, table)
     return pickler
 
 
@@ -195,7 +156,8 @@ def _tensor_reducer(table: _Table, *, exact: bool) -> Callable[[Any], Any]:
 
     It runs once for each tensor of the state, on the training thread: hence locals for everything.
     """
-    plain, strided, cpu_or_plain = torch.Tensor, torch.strided, _PLAIN_DEVICES
+    plain, strided = torch.Tensor, torch.strided
+    devices, complex_dtypes, storage_class = _PLAIN_DEVICES, _COMPLEX, STORAGE_CLASS
     tensors, keys, find, dtypes = table.tensors, table.keys, table.keys.get, table.dtypes
     storages, sizes, locations = table.storages, table.sizes, table.locations
     marks, known, note = itertools.count(_FIRST_MARK), iter(table.known), table.kinds.add
@@ -204,20 +166,18 @@ def _tensor_reducer(table: _Table, *, exact: bool) -> Callable[[Any], Any]:
         if type(obj) is not plain:
             if not exact and isinstance(obj, (plain, *_STORAGES)):
                 raise _NeedsStorageIdsError
-            if isinstance(obj, plain) and (ranks := ranks_of(obj)) > 1:
-                raise _ShardedError(
-                    f"a {type(obj).__name__} over {ranks} ranks, of which this process holds its shard only"
-                )
+            if isinstance(obj, plain):
+                _refuse_shard(obj)
             note(obj if isinstance(obj, _NAMED) else type(obj))
             return NotImplemented
         dtype = obj.dtype
         if (
             obj.layout is not strided
             or obj.is_nested
-            or dtype not in STORAGE_CLASS
+            or dtype not in storage_class
             or obj.is_neg()
-            or (dtype in _COMPLEX and obj.is_conj())
-            or not (obj.is_cpu or obj.device.type in cpu_or_plain)
+            or (dtype in complex_dtypes and obj.is_conj())
+            or not (obj.is_cpu or obj.device.type in devices)
             or obj.__dict__
         ):
             if not exact:
@@ -243,24 +203,44 @@ def _tensor_reducer(table: _Table, *, exact: bool) -> Callable[[Any], Any]:
     return reduce
 
 
-def _storage_ids(table: _Table) -> Callable[[Any], Any]:
-    def storage_id(obj: TypedStorage | UntypedStorage) -> tuple[str, Any, str, str, int]:
-        storage: UntypedStorage
-        if isinstance(obj, TypedStorage):
-            storage, dtype = obj._untyped_storage, obj.dtype
-            kind, numel = getattr(torch, obj._pickle_storage_type()), obj._size()
-        else:
-            storage, dtype, kind, numel = obj, torch.uint8, UntypedStorage, obj.nbytes()
-        key = table.keys.get(storage._cdata)
-        if key is None:
-            if storage.nbytes() and not storage.data_ptr():
-                raise SaveError(f"a storage on {storage.device} is to be saved, but has no bytes")
-            key = table.add(storage, dtype, location_tag(storage))
-        else:
-            table.check_dtype(key, dtype)
-        return "storage", kind, str(key), table.locations[key], numel
+def _storage_id(table: _Table, obj: TypedStorage | UntypedStorage) -> tuple[str, Any, str, str, int]:
+    storage: UntypedStorage
+    if isinstance(obj, TypedStorage):
+        storage, dtype = obj._untyped_storage, obj.dtype
+        kind, numel = getattr(torch, obj._pickle_storage_type()), obj._size()
+    else:
+        storage, dtype, kind, numel = obj, torch.uint8, UntypedStorage, obj.nbytes()
+    key = table.keys.get(storage._cdata)
+    if key is None:
+        if storage.nbytes() and not storage.data_ptr():
+            raise SaveError(f"a storage on {storage.device} is to be saved, but has no bytes")
+        key = table.add(storage, dtype, location_tag(storage))
+    else:
+        table.check_dtype(key, dtype)
+    return "storage", kind, str(key), table.locations[key], numel
 
-    return storage_id
+
+def _refuse_shard(tensor: torch.Tensor) -> None:
+    """Raise if this process holds a part of a tensor only."""
+    ranks = 1
+    if _is_a(tensor, "torch.distributed.tensor", "DTensor"):
+        ranks = int(tensor.device_mesh.size())  # type: ignore[attr-defined]
+    elif _is_a(tensor, "torch.distributed._shard.sharded_tensor", "ShardedTensor"):
+        ranks = int(tensor._process_group.size())  # type: ignore[attr-defined]
+    if ranks > 1:
+        raise ShardedStateError(
+            f"a {type(tensor).__name__} over {ranks} ranks, of which this process holds its shard only;"
+            " gather the whole state and save it on rank 0"
+            " (torch.distributed.checkpoint.state_dict.get_state_dict with"
+            " StateDictOptions(full_state_dict=True, cpu_offload=True)), or save it with"
+            " torch.distributed.checkpoint"
+        )
+
+
+def _is_a(tensor: torch.Tensor, module: str, name: str) -> bool:
+    # There is no such tensor as long as nobody has imported its class, which takes a while.
+    kind: Any = getattr(sys.modules.get(module), name, None)
+    return kind is not None and isinstance(tensor, kind)
 
 
 def _probe(value: object) -> None:

@@ -1,4 +1,4 @@
-"""Raw memory by the page: mapped, touched ahead of need, and given back when told to, also after a fork."""
+"""Map page-aligned memory, populate it, and give it back to the system."""
 
 from __future__ import annotations
 
@@ -25,9 +25,6 @@ _libc.mmap.argtypes = (
 )  # fmt: skip
 _libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
 _libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-# (one, other, bytes); 0 if they are equal.
-memcmp = _libc.memcmp
-memcmp.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
 _libc.memset.argtypes = (ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t)
 
 
@@ -35,37 +32,30 @@ _libc.memset.argtypes = (ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t)
 class Mapping:
     """Page-aligned memory of this process, outside Python's and torch's allocators.
 
-    Python's own mmap keeps a second descriptor of the file and refuses to close while views exist, so a
-    forked child could never let go of the memory.
+    Unlike Python's own mmap it closes while views exist.
 
     Attributes:
         address: of the first byte.
         nbytes: a multiple of the page size.
-        fd: the memfd behind it, or -1.
+        owner: the only process that has it mapped, or None if forked children have copies of it.
         view: all of it, writable; not to be used after `close`.
     """
 
     address: int
     nbytes: int
-    fd: int
+    owner: int | None
     view: memoryview = field(init=False, repr=False)
     _unmap: weakref.finalize[..., Any] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         array = (ctypes.c_ubyte * self.nbytes).from_address(self.address)
         # Nobody may be left to close it, if an exception comes at the wrong moment.
-        self._unmap = weakref.finalize(array, _unmap, self.address, self.nbytes, self.fd)
+        self._unmap = weakref.finalize(array, _unmap, self.address, self.nbytes, self.owner)
         self._unmap.atexit = False
         self.view = memoryview(array).cast("B")
 
     def populate(self) -> None:
-        """Touch every page, from a few threads.
-
-        The pages of a memfd are allocated in file order before: were they allocated by these threads, they
-        would lie in memory interleaved, and direct writes of them would be a third slower.
-        """
-        if self.fd >= 0:
-            os.posix_fallocate(self.fd, 0, self.nbytes)
+        """Touch every page, from a few threads."""
         for_each_piece(self._populate, range(0, self.nbytes, _PIECE))
 
     def _populate(self, offset: int) -> None:
@@ -79,54 +69,31 @@ class Mapping:
         if first < last:
             _libc.madvise(self.address + first, last - first, mmap.MADV_DONTNEED)
 
-    def abandon(self) -> None:
-        """Let go of it in a forked child, which has inherited the descriptor but, on Linux, no mapping."""
-        if self._unmap.detach() is not None and self.fd >= 0:
-            os.close(self.fd)
-
     def close(self) -> None:
         """Unmap the memory."""
         self._unmap()
 
 
-def _unmap(address: int, nbytes: int, fd: int) -> None:
-    _libc.munmap(address, nbytes)
-    if fd >= 0:
-        os.close(fd)
+def map_private(nbytes: int, *, inherited: bool = True) -> Mapping:
+    """Map at least `nbytes` of this process alone, in huge pages where the system has them.
 
-
-def map_shared(nbytes: int) -> Mapping:
-    """Map at least `nbytes` that another process could map as well, where the system has memfds."""
-    size = _pages(nbytes)
-    if not hasattr(os, "memfd_create"):
-        return Mapping(_map(size, mmap.MAP_SHARED | mmap.MAP_ANONYMOUS, -1), size, -1)
-    fd = os.memfd_create("asyncckpt")
-    try:
-        os.ftruncate(fd, size)
-        address = _map(size, mmap.MAP_SHARED, fd)
-    except OSError:
-        os.close(fd)
-        raise
-    _libc.madvise(address, size, mmap.MADV_DONTFORK)
-    return Mapping(address, size, fd)
-
-
-def map_private(nbytes: int) -> Mapping:
-    """Map at least `nbytes` of this process alone, in huge pages where the system has them."""
-    size = _pages(nbytes)
-    address = _map(size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1)
+    Args:
+        nbytes: how many.
+        inherited: whether forked children get a copy.
+    """
+    size = max(-(-nbytes // PAGE), 1) * PAGE
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    address = _libc.mmap(None, size, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0)
+    if address is None or address == _FAILED:
+        raise MemoryError(f"cannot map {size} bytes of host memory: {os.strerror(ctypes.get_errno())}")
     if hasattr(mmap, "MADV_HUGEPAGE"):
         _libc.madvise(address, size, mmap.MADV_HUGEPAGE)
-    return Mapping(address, size, -1)
+    kept = not inherited and hasattr(mmap, "MADV_DONTFORK")
+    if kept:
+        _libc.madvise(address, size, mmap.MADV_DONTFORK)
+    return Mapping(int(address), size, os.getpid() if kept else None)
 
 
-def _pages(nbytes: int) -> int:
-    return max(-(-nbytes // PAGE), 1) * PAGE
-
-
-def _map(size: int, flags: int, fd: int) -> int:
-    address = _libc.mmap(None, size, mmap.PROT_READ | mmap.PROT_WRITE, flags, fd, 0)
-    if address is None or address == _FAILED:
-        number = ctypes.get_errno()
-        raise MemoryError(f"cannot map {size} bytes of host memory: {os.strerror(number)}")
-    return int(address)
+def _unmap(address: int, nbytes: int, owner: int | None) -> None:
+    if owner in {None, os.getpid()}:  # a forked child may have something else at this address
+        _libc.munmap(address, nbytes)

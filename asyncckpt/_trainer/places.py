@@ -14,6 +14,7 @@ from fsspec.core import split_protocol
 
 from asyncckpt._loading.catalog import read_described
 from asyncckpt._loading.load import load_state, read_file
+from asyncckpt._loading.planned import load_plan
 from asyncckpt._saving import operations
 from asyncckpt._saving.engine import get_engine
 from asyncckpt._saving.targets import FileTarget, Target
@@ -133,4 +134,4 @@ class StateTarget(Target):
         return Checkpoint(None, self.path, {}, snapshot.body.nbytes, time.time())
 
     def _write(self, snapshot: Snapshot) -> None:
-        self.save(snapshot.host_state())
+        self.save(load_plan(snapshot.plan(b"{}"), snapshot.lease.view))

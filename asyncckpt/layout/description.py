@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import platform
 from dataclasses import dataclass, field
-from importlib.metadata import version
+from platform import python_version
 from typing import TYPE_CHECKING, Any
 
 from asyncckpt._version import __version__
@@ -18,7 +17,6 @@ if TYPE_CHECKING:
 FORMAT = 1
 # The record is found with two small reads, so it has to stay small.
 MAX_BYTES = 48 << 10
-_VERSIONS = {"asyncckpt": __version__, "torch": version("torch"), "python": platform.python_version()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,13 +41,16 @@ class Description:
 
     def encode(self) -> bytes:
         """Return the content of the record: JSON, with NaN and the infinities as Python writes them."""
+        import torch  # noqa: PLC0415 - who only reads descriptions does without
+
+        versions = {"asyncckpt": __version__, "torch": str(torch.__version__), "python": python_version()}
         fields = {
             "format": FORMAT,
             "sequence": self.sequence,
             "step": self.step,
             "metrics": dict(self.metrics),
             "created": self.created,
-            "versions": {**_VERSIONS, **self.versions},
+            "versions": {**versions, **self.versions},
             "filename": self.filename,
         }
         return json.dumps(fields).encode()
@@ -63,23 +64,21 @@ class Description:
         """
         try:
             fields: dict[str, Any] = json.loads(record)
-            if fields["format"] != FORMAT:
-                msg = (
-                    f"it has format {fields['format']}, this version reads format {FORMAT}; upgrade asyncckpt"
+            if fields["format"] == FORMAT:
+                return cls(
+                    int(fields["sequence"]),
+                    None if fields["step"] is None else int(fields["step"]),
+                    {str(name): float(value) for name, value in fields["metrics"].items()},
+                    float(fields["created"]),
+                    {str(name): str(number) for name, number in fields["versions"].items()},
+                    None if fields.get("filename") is None else str(fields["filename"]),
                 )
-                raise CorruptCheckpointError(msg)
-            return cls(
-                int(fields["sequence"]),
-                None if fields["step"] is None else int(fields["step"]),
-                {str(name): float(value) for name, value in fields["metrics"].items()},
-                float(fields["created"]),
-                {str(name): str(number) for name, number in fields["versions"].items()},
-                None if fields.get("filename") is None else str(fields["filename"]),
-            )
+            found = fields["format"]
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-            if isinstance(error, CorruptCheckpointError):
-                raise
             raise CorruptCheckpointError(f"its description cannot be read: {error!r}") from error
+        raise CorruptCheckpointError(
+            f"it has format {found}, this version reads format {FORMAT}; upgrade asyncckpt"
+        )
 
 
 def checkpoint_of(path: str, description: Description, nbytes: int) -> Checkpoint:

@@ -1,4 +1,4 @@
-"""Lay a snapshot out as the zip file that torch.load reads.
+"""The format of torch.load: a zip file of stored records.
 
 The offsets are those that torch's own writer would choose for the same storages, since torch computes
 them instead of looking them up when it loads with fake or meta tensors. Unlike torch's, the storages come
@@ -12,12 +12,12 @@ import sys
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import blake2b
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from asyncckpt._checksum import crc32
-from asyncckpt.types import FilePlan
+from asyncckpt.layout.plan import Body, FilePlan, Format
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -47,52 +47,71 @@ _CENTRAL_CRC = 16
 EXTRA = struct.Struct("<HH")  # id and length of a field in a header's extra part
 
 
+class TorchState(Protocol):
+    """What the format has to know of a state."""
+
+    @property
+    def sizes(self) -> Sequence[int]:
+        """Bytes of each storage, by the key that names its record."""
+
+    def data_pickle(self) -> bytes:
+        """Return the record that torch.load unpickles."""
+
+
+class TorchZip(Format[TorchState, "ZipBody"]):
+    """The format of torch.load. Lays out anew only what has other sizes than the state before."""
+
+    def __init__(self) -> None:
+        self._body = lay_out([])
+
+    def lay_out(self, frozen: TorchState) -> ZipBody:
+        """Decide where the storages lie."""
+        if self._body.sizes != frozen.sizes:
+            self._body = lay_out(frozen.sizes)
+        return self._body
+
+    def plan(self, frozen: TorchState, body: ZipBody, description: bytes) -> FilePlan:
+        """Put `data.pkl`, the description and the zip's directory behind the storages."""
+        return plan(body, frozen.data_pickle(), description)
+
+
 @dataclass(frozen=True, eq=False)
-class Body:
+class ZipBody(Body):
     """Where each storage lies in the file. Depends on their sizes alone.
 
     Attributes:
         sizes: bytes of each storage.
-        headers, starts, stops: offsets of each record's header, first byte, and end; int64, shape (n,).
-        nbytes: size of the body, which is where the tail begins.
+        headers: offset of each record's local header; int64, shape (n,).
     """
 
     sizes: Sequence[int]
     headers: Offsets
-    starts: Offsets
-    stops: Offsets
-    nbytes: int
 
     @cached_property
-    def gaps(self) -> tuple[tuple[int, bytes], ...]:
-        """The literal bytes of the body: the header before each storage, the descriptor behind it."""
+    def literals(self) -> tuple[tuple[int, bytes], ...]:
+        """The header before each storage, and the descriptor behind it."""
         headers, starts, stops = self.headers.tolist(), self.starts.tolist(), self.stops.tolist()
-        gaps = []
+        literals = []
         begin, descriptor = 0, b""
         for key, (header, start, stop) in enumerate(zip(headers, starts, stops, strict=True)):
-            gaps.append((begin, descriptor + _local_header(f"{STORAGES}{key}", header, start, stop - start)))
+            name = f"{STORAGES}{key}"
+            literals.append((begin, descriptor + _local_header(name, header, start, stop - start)))
             begin, descriptor = stop, _descriptor(header, stop - start, 0)
-        gaps.append((begin, descriptor))
-        return tuple(gaps)
+        literals.append((begin, descriptor))
+        return tuple(literals)
 
     @cached_property
     def directory(self) -> tuple[bytes, Offsets]:
         """The storages' part of the zip's directory, and where in it each checksum goes."""
-        headers = self.headers.tolist()
         entries = [
             _central_entry(f"{STORAGES}{key}", header, size, 0)
-            for key, (header, size) in enumerate(zip(headers, self.sizes, strict=True))
+            for key, (header, size) in enumerate(zip(self.headers.tolist(), self.sizes, strict=True))
         ]
         ends = np.cumsum([0, *map(len, entries)], dtype=np.int64)
         return b"".join(entries), ends[:-1] + _CENTRAL_CRC
 
-    @cached_property
-    def slots(self) -> Offsets:
-        """Where in the body each checksum goes. An empty storage has none; its slot is its stop."""
-        return np.where(self.stops > self.starts, self.stops + len(DESCRIPTOR_MAGIC), self.stops)
 
-
-def lay_out(sizes: Sequence[int]) -> Body:
+def lay_out(sizes: Sequence[int]) -> ZipBody:
     """Decide where storages of these sizes lie in the file."""
     n = len(sizes)
     size = np.asarray(sizes, dtype=np.int64)
@@ -109,10 +128,10 @@ def lay_out(sizes: Sequence[int]) -> Body:
         if ((headers >= ZIP64) == big).all():
             break
         big = headers >= ZIP64
-    return Body(sizes, headers, starts, starts + size, int(ends[-1]) if n else 0)
+    return ZipBody(starts, starts + size, int(ends[-1]) if n else 0, sizes, headers)
 
 
-def plan(body: Body, data_pickle: bytes, description: bytes) -> FilePlan:
+def plan(body: ZipBody, data_pickle: bytes, description: bytes) -> FilePlan:
     """Complete a body to a file.
 
     Args:
@@ -136,12 +155,13 @@ def plan(body: Body, data_pickle: bytes, description: bytes) -> FilePlan:
         pieces.append(record)
         entries.append(entry)
         cursor += len(record)
-    own_entries, crc_slots = body.directory
+    own_entries, entry_slots = body.directory
     directory = own_entries + b"".join(entries)
-    end = _end(len(body.sizes) + len(records), len(directory), cursor)
-    tail = b"".join((*pieces, directory, end))
-    tail_slots = crc_slots + (cursor - body.nbytes)
-    return FilePlan(body.nbytes, body.gaps, body.starts, body.stops, body.slots, tail, tail_slots)
+    tail = b"".join((*pieces, directory, _end(len(body.sizes) + len(records), len(directory), cursor)))
+    # An empty storage has no descriptor.
+    (filled,) = np.nonzero(body.stops > body.starts)
+    slots = np.concatenate((body.stops[filled] + len(DESCRIPTOR_MAGIC), cursor + entry_slots))
+    return FilePlan(body, body.literals, tail, slots, np.concatenate((filled, np.arange(len(body.sizes)))))
 
 
 def tail_with_description(header: int, folder: str, count: int, entries: bytes, description: bytes) -> bytes:
@@ -220,16 +240,8 @@ def _central_entry(name: str, header: int, size: int, crc: int) -> bytes:
 
 def _end(count: int, size: int, offset: int) -> bytes:
     """Pack the end of the zip's directory, in both forms where the short one cannot hold it."""
-    short = END.pack(
-        END_MAGIC,
-        0,
-        0,
-        min(count, ZIP64_COUNT),
-        min(count, ZIP64_COUNT),
-        min(size, ZIP64),
-        min(offset, ZIP64),
-        0,
-    )
+    entries = min(count, ZIP64_COUNT)
+    short = END.pack(END_MAGIC, 0, 0, entries, entries, min(size, ZIP64), min(offset, ZIP64), 0)
     if count < ZIP64_COUNT and size < ZIP64 and offset < ZIP64:
         return short
     long = END64.pack(END64_MAGIC, END64.size - 12, 45, 45, 0, 0, count, count, size, offset)

@@ -1,4 +1,4 @@
-"""Read the zip's own structure. No I/O here: generators say which ranges they need and are sent the bytes."""
+"""Read the zip's own structure. No I/O here: generators yield which bytes they need and are sent them."""
 
 from __future__ import annotations
 
@@ -43,21 +43,6 @@ _FOLDER = 0x10
 _STORAGE = re.compile(r"[^/]+/data/(\d{1,18})")
 
 
-@dataclass(frozen=True, slots=True)
-class Ending:
-    """Where the directory of a zip is.
-
-    Attributes:
-        directory: offset of its first entry.
-        end: offset behind its last entry.
-        count: number of entries.
-    """
-
-    directory: int
-    end: int
-    count: int
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class Directory:
     """The records of a file, in file order.
@@ -67,7 +52,7 @@ class Directory:
         headers: offset of each local header; int64, shape (n,).
         starts, stops: payload ranges, as packed writers place them: just before the next header.
         checksums: CRC-32 of each payload.
-        ending: where the directory itself is.
+        begin, end: where the directory itself lies.
     """
 
     names: tuple[str, ...]
@@ -75,7 +60,8 @@ class Directory:
     starts: Offsets
     stops: Offsets
     checksums: Offsets
-    ending: Ending
+    begin: int
+    end: int
 
     @property
     def folder(self) -> str:
@@ -100,62 +86,28 @@ class Directory:
                 yield found[1], start, stop
 
 
-def read_ending(size: int) -> Generator[Request, bytes, tuple[Ending, int, bytes]]:
-    """Find the directory of a file of `size` bytes.
-
-    Returns:
-        The ending, and what was read of the file's end: its offset and the bytes.
-
-    Raises:
-        CorruptCheckpointError: the file does not end as a zip file does.
-    """
-    if size < END.size:
-        raise CorruptCheckpointError(f"it has {size} bytes, too few for a checkpoint; it was cut off")
-    offset = max(size - TAIL, 0)
-    tail = yield offset, size - offset
-    at = len(tail) - END.size
-    magic, *disks, here, count, length, directory, _ = END.unpack_from(tail, at)
-    if magic != END_MAGIC:
-        raise CorruptCheckpointError(
-            "it does not end as a zip file does; it was cut off, or is another format"
-        )
-    end = offset + at
-    locator = at - END64_LOCATOR.size
-    if locator >= END64.size and tail[locator : locator + 4] == END64_LOCATOR_MAGIC:
-        at = locator - END64.size
-        magic, _, _, _, *disks, here, count, length, directory = END64.unpack_from(tail, at)
-        if magic != END64_MAGIC:
-            raise CorruptCheckpointError("the end of its directory is damaged")
-        end = offset + at
-    if directory + length != end or any(disks) or here != count:
-        raise CorruptCheckpointError("its directory is not where the end of the file says")
-    return Ending(directory, end, count), offset, tail
-
-
 def read_description(size: int) -> Generator[Request, bytes, bytes | None]:
     """Return the self-description of a file with two small reads at most; None if it has none.
 
     Raises:
         CorruptCheckpointError: the file is cut off or damaged there.
     """
-    ending, offset, tail = yield from read_ending(size)
-    entry = tail.rfind(CENTRAL_MAGIC, 0, ending.end - offset)
-    _, _, name = tail[entry + CENTRAL.size : ending.end - offset].partition(b"/")
-    if entry < 0 or not name.startswith(DESCRIBES.encode()):
+    begin, end, _, offset, tail = yield from _read_end(size)
+    at = tail.rfind(CENTRAL_MAGIC, 0, end - offset)
+    _, _, name = tail[at + CENTRAL.size : end - offset].partition(b"/")
+    if at < 0 or not name.startswith(DESCRIBES.encode()):
         return None
     try:
-        _, full, checksum, length, header = _entry(tail, entry)
+        _, full, checksum, length, header = _entry(tail, at)
     except (struct.error, UnicodeDecodeError) as error:
         raise CorruptCheckpointError("its directory is damaged") from error
-    if not ending.directory - TAIL <= header < ending.directory:
+    if not begin - TAIL <= header < begin:
         raise CorruptCheckpointError(f"its record {full} is not where the directory says")
-    if header < offset:
-        record = yield header, ending.directory - header
-    else:
-        record = tail[header - offset : ending.directory - offset]
-    start = payload_start(record, full)
-    payload = record[start : start + length]
-    if len(payload) != length or crc32(payload) != checksum:
+    record = (yield header, begin - header) if header < offset else tail[header - offset : begin - offset]
+    stop = begin - header - (24 if max(header, length) >= ZIP64 else 16)
+    check_header(record, full, stop - length)
+    payload = record[stop - length : stop]
+    if crc32(payload) != checksum:
         raise CorruptCheckpointError(f"its record {full} is damaged")
     return payload
 
@@ -166,17 +118,14 @@ def read_directory(size: int) -> Generator[Request, bytes, Directory]:
     Raises:
         CorruptCheckpointError: the directory is damaged.
     """
-    ending, offset, tail = yield from read_ending(size)
-    if ending.directory < offset:
-        data = yield ending.directory, ending.end - ending.directory
-    else:
-        data = tail[ending.directory - offset : ending.end - offset]
+    begin, end, count, offset, tail = yield from _read_end(size)
+    data = (yield begin, end - begin) if begin < offset else tail[begin - offset : end - offset]
     entries: list[tuple[str, int, int, int]] = []
     at = 0
     try:
-        for _ in range(ending.count):
+        for _ in range(count):
             length, name, checksum, nbytes, header = _entry(data, at)
-            if max(nbytes, header) > ending.directory:
+            if max(nbytes, header) > begin:
                 raise CorruptCheckpointError(f"its record {name} does not fit its place")
             entries.append((name, checksum, nbytes, header))
             at += length
@@ -189,43 +138,58 @@ def read_directory(size: int) -> Generator[Request, bytes, Directory]:
     _check_names(names)
     table = np.array([entry[1:] for entry in entries], dtype=np.int64).reshape(-1, 3)
     checksums, sizes, headers = table[:, 0], table[:, 1], table[:, 2]
-    ends = np.append(headers[1:], ending.directory)
+    ends = np.append(headers[1:], begin)
     large = (headers >= ZIP64) | (sizes >= ZIP64)
     stops = ends - np.where(sizes == 0, 0, np.where(large, 24, 16))
     starts = stops - sizes
     heads = starts - headers
-    outside = (heads < LOCAL.size) | (heads > _MAX_HEAD) | (ends > ending.directory)
+    outside = (heads < LOCAL.size) | (heads > _MAX_HEAD) | (ends > begin)
     if outside.any():
         raise CorruptCheckpointError(f"its record {names[int(outside.argmax())]} does not fit its place")
-    return Directory(names, headers, starts, stops, checksums, ending)
+    return Directory(names, headers, starts, stops, checksums, begin, end)
 
 
-def payload_start(header: bytes | bytearray, name: str) -> int:
-    """Return how far behind its local header the payload of record `name` starts.
+def _read_end(size: int) -> Generator[Request, bytes, tuple[int, int, int, int, bytes]]:
+    """Find the directory of a file of `size` bytes.
 
-    Args:
-        header: the bytes from the header on; all of the header, at least.
-        name: what the directory calls the record.
+    Returns:
+        Where it begins and ends, how many entries it has, and what was read: its offset and the bytes.
 
     Raises:
-        CorruptCheckpointError: it is not the header of this record.
+        CorruptCheckpointError: the file does not end as a zip file does.
+    """
+    if size < END.size:
+        raise CorruptCheckpointError(f"it has {size} bytes, too few for a checkpoint; it was cut off")
+    offset = max(size - TAIL, 0)
+    tail = yield offset, size - offset
+    at = len(tail) - END.size
+    magic, *disks, here, count, length, begin, _ = END.unpack_from(tail, at)
+    if magic != END_MAGIC:
+        raise CorruptCheckpointError(
+            "it does not end as a zip file does; it was cut off, or is another format"
+        )
+    locator = at - END64_LOCATOR.size
+    if locator >= END64.size and tail[locator : locator + 4] == END64_LOCATOR_MAGIC:
+        at = locator - END64.size
+        magic, _, _, _, *disks, here, count, length, begin = END64.unpack_from(tail, at)
+        if magic != END64_MAGIC:
+            raise CorruptCheckpointError("the end of its directory is damaged")
+    if begin + length != offset + at or any(disks) or here != count:
+        raise CorruptCheckpointError("its directory is not where the end of the file says")
+    return begin, offset + at, count, offset, tail
+
+
+def check_header(header: bytes | bytearray, name: str, length: int) -> None:
+    """Raise unless this begins with the local header of record `name`, `length` bytes long, as it should be.
+
+    Raises:
+        CorruptCheckpointError: it does not.
     """
     encoded = name.encode()
     if header[:4] != LOCAL_MAGIC or header[LOCAL.size : LOCAL.size + len(encoded)] != encoded:
         raise CorruptCheckpointError(f"its record {name} does not start with a header of that name")
-    length, extra = struct.unpack_from("<HH", header, LOCAL.size - 4)
-    if length != len(encoded):
-        raise CorruptCheckpointError(f"the header of its record {name} is damaged")
-    return LOCAL.size + int(length) + int(extra)
-
-
-def check_header(header: bytes | bytearray, name: str, length: int) -> None:
-    """Raise unless this is the local header of record `name`, and `length` bytes long, as it should be.
-
-    Raises:
-        CorruptCheckpointError: it is not.
-    """
-    if payload_start(header, name) != length:
+    name_length, extra_length = struct.unpack_from("<HH", header, LOCAL.size - 4)
+    if name_length != len(encoded) or LOCAL.size + name_length + extra_length != length:
         raise CorruptCheckpointError(
             f"the header of its record {name} does not end where its payload begins; it is damaged, or was"
             " not written by torch or asyncckpt"
