@@ -33,7 +33,7 @@ def state_of(value: float, size: int = 1000) -> dict[str, Any]:
 @pytest.fixture(params=["copied first", "written while it is copied"])
 def overlapping(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param != "copied first":
-        monkeypatch.setattr("asyncckpt._saving.saver._OVERLAP_FROM", 0)
+        monkeypatch.setattr("asyncckpt._saving.job._OVERLAP_FROM", 0)
 
 
 @pytest.mark.usefixtures("overlapping")

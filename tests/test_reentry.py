@@ -173,7 +173,7 @@ class TestHandlers:
     @pytest.fixture(autouse=True)
     def overlap(self, monkeypatch: pytest.MonkeyPatch, *, overlapping: bool) -> None:
         if overlapping:
-            monkeypatch.setattr("asyncckpt._saving.saver._OVERLAP_FROM", 0)
+            monkeypatch.setattr("asyncckpt._saving.job._OVERLAP_FROM", 0)
 
     def test_a_handler_that_saves_and_waits(
         self, tmp_path: Path, handler: Callable[[Callable[[], object]], list[object]], max_in_flight: int
@@ -223,7 +223,7 @@ class TestHandlers:
 def test_a_handler_that_only_waits_while_the_state_is_copied(
     tmp_path: Path, handler: Callable[[Callable[[], object]], list[object]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("asyncckpt._saving.saver._OVERLAP_FROM", 0)
+    monkeypatch.setattr("asyncckpt._saving.job._OVERLAP_FROM", 0)
     ckpt = Checkpointer(tmp_path)
 
     class Breaks:
