@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from anyio import CancelScope, to_thread
 
-from asyncckpt._loading.finder import Finder
+from asyncckpt._finder import Finder
+from asyncckpt._loading.catalog import committed, last_sequence
 from asyncckpt._loading.stateful import collect
 from asyncckpt._saving.arguments import checked_metrics, checked_step
 from asyncckpt._saving.engine import get_engine
@@ -96,14 +97,13 @@ class Checkpointer(Finder):
             get_engine().call(self._store.prepare)
         elif not get_engine().call(self._store.exists):
             raise CheckpointNotFoundError(f"there is no directory {self.directory}")
-        get_engine().call(self._series.look)
-        found = get_engine().call(self._series.all_checkpoints)
-        self._sequence = max((c.sequence for c in found), default=0)
-        self._steps = {_name_of(c): c.step for c in found}
+        entries = self._look().entries
+        self._sequence = last_sequence(entries)
+        self._steps = {_name_of(c): c.step for c in committed(entries)}
 
     def __repr__(self) -> str:
         state = "closed, " if self._closed else ""
-        counts = f"{self._series.count} checkpoints, {self._saver.in_flight} in flight"
+        counts = f"{self._count} checkpoints, {self._saver.in_flight} in flight"
         return f"<Checkpointer {self.directory!r} {self._names.template!r}: {state}{counts}>"
 
     def __enter__(self) -> Self:
@@ -225,7 +225,7 @@ class Checkpointer(Finder):
         except FileNotFoundError:
             return
         path = self._store.path_of(name)
-        there = next((c for c in await self._series.all_checkpoints() if c.path == path), None)
+        there = next((c for c in committed(await self._catalog.entries()) if c.path == path), None)
         if there is None or there.step != step:
             raise _exists(path, there.step if there else None, step)
 
@@ -236,17 +236,16 @@ class Checkpointer(Finder):
             self._prepared = True
         if not self._overwrite and description.step is not None:
             await self._refuse_other_step(name, description.step)
-        last = max((c.sequence for c in await self._series.all_checkpoints()), default=0)
-        self._sequence = max(self._sequence, last) + 1
+        self._sequence = max(self._sequence, last_sequence(await self._catalog.entries())) + 1
         return replace(description, sequence=self._sequence)
 
     async def _evict(self, committed: Checkpoint) -> None:
-        for checkpoint in evict(self._keep, (await self._series.look()).checkpoints):
+        for checkpoint in evict(self._keep, (await self._look_inside()).checkpoints):
             if checkpoint.path != committed.path:
                 await self._store.remove(_name_of(checkpoint))
                 logger.debug("%s is evicted", checkpoint.path)
                 self._steps.pop(_name_of(checkpoint), None)
-                self._series.count -= 1
+                self._count -= 1
 
 
 def _name_of(checkpoint: Checkpoint) -> str:

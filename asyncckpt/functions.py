@@ -6,8 +6,10 @@ import os
 import time
 from typing import TYPE_CHECKING, Any
 
-from asyncckpt._loading.load import load_state, locate
-from asyncckpt._saving.engine import wait_for_pending
+from asyncckpt._finder import locate
+from asyncckpt._loading.load import load_image
+from asyncckpt._loading.reader import read_image
+from asyncckpt._saving.engine import get_engine, wait_for_pending
 from asyncckpt._saving.ranks import claim
 from asyncckpt._saving.saver import Saver
 from asyncckpt._saving.targets import FileTarget
@@ -17,8 +19,8 @@ from asyncckpt.stores import open_store
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from asyncckpt._loading.unpickle import MapLocation
     from asyncckpt._saving.save import Save
+    from asyncckpt.layout.torch_unpickle import MapLocation
 
 # One being written and one being taken: two files saved one after the other do not wait for each other.
 _saver = Saver(max_in_flight=2)
@@ -85,7 +87,8 @@ def load(
     """
     wait_for_pending()
     store, name = locate(_checked(path), open_store("."), storage_options)
-    return load_state(store, name, map_location, weights_only=weights_only).state
+    image = get_engine().call(read_image, store, name)
+    return load_image(image, map_location, weights_only=weights_only).state
 
 
 def wait(timeout: float | None = None) -> None:

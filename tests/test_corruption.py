@@ -13,7 +13,7 @@ import torch
 
 import asyncckpt
 from asyncckpt import Checkpointer, CorruptCheckpointError
-from asyncckpt._loading.catalog import Catalog
+from asyncckpt._loading.catalog import Catalog, committed
 from asyncckpt.layout.description import MAX_BYTES, Description
 from asyncckpt.stores.local import LocalStore
 from asyncckpt.testing import RecordingOps
@@ -230,7 +230,7 @@ async def test_a_description_is_read_in_two_small_reads(tmp_path: Path, entries:
         save = checkpointer.save(1, {str(i): torch.zeros(1) for i in range(entries)}, metrics=metrics)
         await save
     ops = _ReadSizes()
-    (found,) = await Catalog(LocalStore(str(tmp_path), ops)).checkpoints()
+    (found,) = committed(await Catalog(LocalStore(str(tmp_path), ops)).entries())
     assert found.metrics == metrics
     assert 1 <= len(ops.lengths) <= 2
     assert max(ops.lengths) <= 64 << 10
@@ -252,9 +252,9 @@ async def test_what_is_known_is_not_read_again(tmp_path: Path) -> None:
             checkpointer.save(step, {"a": torch.zeros(1)})
     ops = _ReadSizes()
     catalog = Catalog(LocalStore(str(tmp_path), ops))
-    first = await catalog.checkpoints()
+    first = await catalog.entries()
     reads = len(ops.lengths)
-    assert await catalog.checkpoints() == first
+    assert await catalog.entries() == first
     assert len(ops.lengths) == reads == 3
 
 

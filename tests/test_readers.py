@@ -150,7 +150,7 @@ def test_a_file_that_is_listed_and_can_never_be_opened_is_an_error(tmp_path: Pat
             raise FileNotFoundError(name)
             yield  # type: ignore[unreachable] # it makes this a generator
 
-    ckpt._series.store = Gone(ckpt._store)
+    ckpt._store = Gone(ckpt._store)
     with pytest.raises(StoreError, match="in each of 100 attempts"):
         ckpt.restore(state_of(0))
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from asyncckpt import Checkpointer, StateMismatchError
-from asyncckpt._loading.restore import apply_state
+from asyncckpt._loading.restore import restore
 from asyncckpt._loading.state_keys import map_state_keys, prefix_remedy
 from restoring import Counter, meaning, trained
 from sameness import assert_same
@@ -83,7 +83,7 @@ def test_a_part_of_a_module_is_restored(hooked: bool) -> None:  # noqa: FBT001 -
     saved = nn.Sequential(nn.Linear(2, 2), nn.Identity(), nn.Linear(2, 3)).state_dict()
     kept = live[1].weight.clone()
     with pytest.warns(UserWarning, match="restored in part") as told:
-        apply_state({"model": live}, {"model": saved}, "file.pt", strict=False)
+        restore({"model": live}, {"model": saved}, "file.pt", strict=False)
     assert str(told[0].message).split("\n")[1:] == [
         '  not in the checkpoint, left as they are: state["model"]["1.weight"]',
         '  not in the state, not taken: state["model"]["2.weight"], state["model"]["2.bias"]',
@@ -93,14 +93,14 @@ def test_a_part_of_a_module_is_restored(hooked: bool) -> None:  # noqa: FBT001 -
     with pytest.raises(
         StateMismatchError, match=f'(?s)"1.weight".*"2.bias".*\n{HINT}' if not hooked else HINT
     ):
-        apply_state({"model": live}, {"model": saved}, "file.pt")
+        restore({"model": live}, {"model": saved}, "file.pt")
 
 
 def test_a_part_of_a_nested_dict_is_restored() -> None:
     live = {"deep": {"x": torch.zeros(1), "kept": 1, "list": [{"y": torch.zeros(1), "z": 2}]}}
     content = {"deep": {"x": torch.ones(1), "list": [{"y": torch.ones(1), "w": 3}]}}
     with pytest.warns(UserWarning, match="restored in part") as told:
-        apply_state(live, content, "file.pt", strict=False)
+        restore(live, content, "file.pt", strict=False)
     assert live == {"deep": {"x": torch.ones(1), "kept": 1, "list": [{"y": torch.ones(1), "z": 2}]}}
     assert str(told[0].message).split("\n")[1:] == [
         '  not in the checkpoint, left as they are: state["deep"]["kept"], state["deep"]["list"][0]["z"]',
@@ -111,7 +111,7 @@ def test_a_part_of_a_nested_dict_is_restored() -> None:
 def test_other_shapes_are_misfits_in_a_part_too() -> None:
     live = {"x": torch.zeros(2), "y": 1}
     with pytest.raises(StateMismatchError) as told:
-        apply_state(live, {"x": torch.zeros(3), "z": 1}, "file.pt", strict=False)
+        restore(live, {"x": torch.zeros(3), "z": 1}, "file.pt", strict=False)
     assert str(told.value).split("\n")[1:] == [
         '  state["x"]: shape (3,) in the checkpoint, (2,) in the state'
     ]
@@ -121,7 +121,7 @@ def test_the_warning_lists_ten_of_each_kind() -> None:
     live = {"x": 0, **{f"live{n}": n for n in range(12)}}
     content = {"x": 1, **{f"saved{n}": n for n in range(30)}}
     with pytest.warns(UserWarning, match="restored in part") as told:
-        apply_state(live, content, "file.pt", strict=False)
+        restore(live, content, "file.pt", strict=False)
     _, missing, unexpected = str(told[0].message).split("\n")
     assert missing.endswith('state["live9"] and 2 more')
     assert unexpected.endswith('state["saved9"] and 20 more')
@@ -146,7 +146,7 @@ def test_a_checkpoint_that_has_nothing_of_the_state_is_an_error(live: Any, saved
     before = meaning(live)
     for strict in (True, False):
         with pytest.raises(StateMismatchError, match=r"file.pt does not fit") as told:
-            apply_state(live, saved, "file.pt", strict=strict)
+            restore(live, saved, "file.pt", strict=strict)
         assert HINT not in str(told.value)
         assert_same(meaning(live), before)
 
@@ -168,7 +168,7 @@ class Strict(nn.Linear):
 def test_a_module_that_only_loads_strictly_is_named() -> None:
     live = {"n": 0, "odd": Strict(2, 2)}
     with pytest.raises(StateMismatchError, match=r'state\["odd"\]: TypeError: .*strict'):
-        apply_state(live, {"n": 1, "odd": {"bias": torch.zeros(2)}}, "file.pt", strict=False)
+        restore(live, {"n": 1, "odd": {"bias": torch.zeros(2)}}, "file.pt", strict=False)
     assert live["n"] == 0
 
 
@@ -258,7 +258,7 @@ def test_keys_of_dicts_of_tensors_are_mapped_and_no_others() -> None:
         "a.n": 1,
         "a.mixed": {"a.x": torch.ones(1), "n": 1},
     }
-    apply_state(live, content, "file.pt", map_keys=lambda key: key.removeprefix("a."))
+    restore(live, content, "file.pt", map_keys=lambda key: key.removeprefix("a."))
     assert live == {"a.weights": {"w": torch.ones(1)}, "a.n": 1, "a.mixed": {"a.x": torch.ones(1), "n": 1}}
 
 
@@ -272,7 +272,7 @@ def test_keys_of_dicts_of_tensors_are_mapped_and_no_others() -> None:
 def test_a_function_that_makes_no_keys_of_keys_is_told(function: Any, told: str) -> None:
     live = nn.Linear(1, 1)
     with pytest.raises(StateMismatchError, match=re.escape(f'state["net"]: {told}')):
-        apply_state({"net": live}, {"net": nn.Linear(1, 1).state_dict()}, "file.pt", map_keys=function)
+        restore({"net": live}, {"net": nn.Linear(1, 1).state_dict()}, "file.pt", map_keys=function)
 
 
 def test_what_is_no_function_is_refused(ckpt: Checkpointer) -> None:
@@ -304,7 +304,7 @@ def test_versions_of_modules_follow_their_keys(
     def renamed(key: str) -> str:
         return key.replace(back, "") if back else key.replace("0.", "0._orig_mod.")
 
-    apply_state({"net": live}, {"net": saved.state_dict()}, "file.pt", map_keys=renamed)
+    restore({"net": live}, {"net": saved.state_dict()}, "file.pt", map_keys=renamed)
     for one, other in zip(live.parameters(), saved.parameters(), strict=True):
         assert torch.equal(one, other)
 

@@ -8,7 +8,7 @@ from threading import Lock
 from typing import TYPE_CHECKING
 
 from asyncckpt._inspection.tensor_values import is_native, read_number
-from asyncckpt._loading.catalog import checkpoint_of, read_described
+from asyncckpt._loading.catalog import read_described
 from asyncckpt._loading.reader import answer
 from asyncckpt._outline.machine import outline
 from asyncckpt._outline.nodes import TensorOutline
@@ -137,7 +137,7 @@ def _summary(
     metrics: Mapping[str, float],
 ) -> Summary:
     writer = "asyncckpt" if description else "lightning" if progress.lightning else "torch"
-    told = checkpoint_of(file.path, description or _UNTOLD, file.file.nbytes)
+    told = (description or _UNTOLD).checkpoint(file.path, file.file.nbytes)
     step = progress.step if told.step is None else told.step
     checkpoint = replace(told, step=step, metrics=told.metrics if told.sequence else metrics)
     return Summary(checkpoint, writer, progress.epoch)

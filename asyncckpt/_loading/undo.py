@@ -1,10 +1,9 @@
-"""What puts live objects back as they were before a restore."""
+"""Hold what a restore is about to change, so that it can be put back."""
 
 from __future__ import annotations
 
 import copy
 from contextlib import suppress
-from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -12,34 +11,28 @@ import torch
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from asyncckpt._loading.fitting import is_plain_tensor, is_stock
+from asyncckpt._loading.fitting import is_dense, is_stock
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Sequence
 
     Step = Callable[[], object]
 
 
-@dataclass(slots=True)
-class Undo:
-    """The steps that put back what was changed, the last change first."""
+def put_back(held: Sequence[tuple[str, Sequence[Step]]]) -> list[str]:
+    """Run the steps that put entries back, the last entry first; returns a line for each that failed.
 
-    _steps: list[tuple[str, list[Step]]] = field(default_factory=list)
-
-    def keep(self, path: str, steps: list[Step]) -> None:
-        """Note what puts the entry at `path` back; before it is changed."""
-        self._steps.append((path, steps))
-
-    def put_back(self) -> list[str]:
-        """Run every step; returns a line for each that failed."""
-        failures = []
-        for path, steps in reversed(self._steps):
-            for step in steps:
-                try:
-                    step()
-                except BaseException as error:  # noqa: BLE001 - the others are put back nonetheless
-                    failures.append(f"{path}: {type(error).__name__}: {error}")
-        return failures
+    Args:
+        held: (path of an entry, its steps).
+    """
+    failures = []
+    for path, steps in reversed(held):
+        for step in steps:
+            try:
+                step()
+            except BaseException as error:  # noqa: BLE001 - the others are put back nonetheless
+                failures.append(f"{path}: {type(error).__name__}: {error}")
+    return failures
 
 
 def refill(container: Any, content: Any) -> None:
@@ -51,17 +44,19 @@ def refill(container: Any, content: Any) -> None:
         container.update(content)
 
 
-def hold_container(container: Any) -> Step:
-    """Return what gives a dict or a list the entries back that it has now."""
-    content = list(container) if isinstance(container, list) else dict(container)
-    return lambda: refill(container, content)
+def hold_container(container: Any) -> list[Step]:
+    """Return what gives a dict or a list its present entries back."""
+    return [partial(refill, container, list(container) if isinstance(container, list) else dict(container))]
 
 
 def hold_tensor(tensor: torch.Tensor) -> list[Step]:
-    """Return what gives a tensor its values and its memory back, with a copy of the values."""
+    """Return what gives a tensor its present values and memory back, with a copy of the values."""
     value: Any = tensor
     if is_traceable_wrapper_subclass(value):
-        return _hold_wrapper(value)
+        names = value.__tensor_flatten__()[0]
+        inner = {name: getattr(value, name) for name in names}
+        bind = [partial(setattr, value, name, part) for name, part in inner.items()]
+        return [*bind, *(step for part in inner.values() for step in hold_tensor(part))]
     kind: type = type(tensor)
     data = tensor.data
     if is_lazy(tensor):
@@ -72,23 +67,14 @@ def hold_tensor(tensor: torch.Tensor) -> list[Step]:
 
         return [dematerialize]
     content = data.clone()
-    dense = is_plain_tensor(tensor) and tensor.layout is torch.strided and not tensor.is_quantized
 
-    def put_back() -> None:
-        with torch.no_grad():
-            (data if dense else tensor).copy_(content)
-        if dense and _extent(tensor) != _extent(data):
+    def write() -> None:
+        if is_dense(tensor):
             tensor.data = data
+        with torch.no_grad():
+            tensor.copy_(content)
 
-    return [put_back]
-
-
-def _hold_wrapper(tensor: Any) -> list[Step]:
-    steps: list[Step] = []
-    for name in tensor.__tensor_flatten__()[0]:
-        inner = getattr(tensor, name)
-        steps += [*hold_tensor(inner), partial(setattr, tensor, name, inner)]
-    return steps
+    return [write]
 
 
 def hold_stateful(target: Any) -> list[Step]:
@@ -98,10 +84,8 @@ def hold_stateful(target: Any) -> list[Step]:
     identity. If code of others keeps state elsewhere, it loads its old state dict, too.
     """
     attributes, containers, tensors = _parts(target)
-    bind = [hold_container(names) for names in attributes]
-    hold = [hold_container(container) for container in containers]
-    for tensor in tensors:
-        hold += hold_tensor(tensor)
+    bind = _steps(hold_container, attributes)
+    hold = [*_steps(hold_container, containers), *_steps(hold_tensor, tensors)]
     if is_stock(target):
         return [*bind, *hold]
     state = _copy_state(target.state_dict(), tensors)
@@ -116,27 +100,27 @@ def hold_stateful(target: Any) -> list[Step]:
     return [*bind, *hold, load, *hold]
 
 
+def _steps(hold: Callable[[Any], list[Step]], values: Iterable[Any]) -> list[Step]:
+    return [step for value in values for step in hold(value)]
+
+
 def _parts(target: Any) -> tuple[list[Any], list[Any], list[torch.Tensor]]:
     """Return what holds the state of `target`: attributes, containers, tensors that may be written into."""
     if isinstance(target, torch.nn.Module):
         parts = list(target.modules())
         names = [names for part in parts for names in (part._parameters, part._buffers, part._modules)]
-        return [vars(part) for part in parts], _containers(names), [*target.parameters(), *target.buffers()]
+        return [vars(part) for part in parts], names, [*target.parameters(), *target.buffers()]
     if isinstance(target, torch.optim.Optimizer):
-        inner = _containers([*target.state.values(), *target.param_groups])
+        inner = [each for each in (*target.state.values(), *target.param_groups) if isinstance(each, dict)]
         # torch's own load_state_dict replaces the tensors.
         written = [] if is_stock(target) else [value for each in inner for value in _tensors(each)]
         return [], [vars(target), target.state, target.param_groups, *inner], written
-    return _containers([getattr(target, "__dict__", None)]), [], []
+    attributes = getattr(target, "__dict__", None)
+    return [] if attributes is None else [attributes], [], []
 
 
-def _containers(values: Iterable[Any]) -> list[Any]:
-    return [value for value in values if isinstance(value, (dict, list))]
-
-
-def _tensors(container: Any) -> list[torch.Tensor]:
-    values = container.values() if isinstance(container, dict) else container
-    return [value for value in values if isinstance(value, torch.Tensor)]
+def _tensors(container: dict[Any, Any]) -> list[torch.Tensor]:
+    return [value for value in container.values() if isinstance(value, torch.Tensor)]
 
 
 def _copy_state(state: Any, held: list[torch.Tensor]) -> Any:
@@ -144,6 +128,12 @@ def _copy_state(state: Any, held: list[torch.Tensor]) -> Any:
     known = {_extent(tensor) for tensor in held}
     shared = [*held, *(_tensors(state) if isinstance(state, dict) else ())]
     return copy.deepcopy(state, {id(tensor): tensor for tensor in shared if _extent(tensor) in known})
+
+
+def _extent(tensor: torch.Tensor) -> object:
+    if not is_dense(tensor):
+        return id(tensor)
+    return tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
 
 
 def _equal(one: Any, other: Any) -> bool:
@@ -157,9 +147,3 @@ def _equal(one: Any, other: Any) -> bool:
     if isinstance(one, (list, tuple)):
         return len(one) == len(other) and all(map(_equal, one, other))
     return bool(one == other)
-
-
-def _extent(tensor: torch.Tensor) -> object:
-    if not is_plain_tensor(tensor) or tensor.layout is not torch.strided:
-        return id(tensor)
-    return tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype

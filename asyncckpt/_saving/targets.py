@@ -8,7 +8,6 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from asyncckpt._loading.catalog import checkpoint_of
 from asyncckpt._saving.transfer import Transfer
 from asyncckpt._threads import in_thread
 
@@ -82,7 +81,7 @@ class FileTarget(Target):
         stats.commit = time.perf_counter() - written
         stats.sync = draft.sync_seconds
         stats.checksum, stats.write = transfer.checksum_seconds, transfer.write_seconds
-        return checkpoint_of(self.path, description, plan.size)
+        return description.checkpoint(self.path, plan.size)
 
     def copying(self, earlier: Target) -> Callable[[], Awaitable[Checkpoint]] | None:
         """Let the store copy the file, which costs no bytes where it has links."""
@@ -94,7 +93,7 @@ class FileTarget(Target):
             description = await self.describe()
             await self.store.copy(source, self.name)
             nbytes = (await self.store.stat(self.name)).nbytes
-            return checkpoint_of(self.path, description, nbytes)
+            return description.checkpoint(self.path, nbytes)
 
         return copy
 

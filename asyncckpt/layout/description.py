@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from asyncckpt._version import __version__
 from asyncckpt.errors import CorruptCheckpointError
+from asyncckpt.types import Checkpoint
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -39,6 +40,15 @@ class Description:
     created: float
     versions: Mapping[str, str] = field(default_factory=dict)
     filename: str | None = None
+
+    def checkpoint(self, path: str, nbytes: int) -> Checkpoint:
+        """Return the checkpoint that a file of this description is.
+
+        Args:
+            path: where the file is, a local path or a URL.
+            nbytes: its size.
+        """
+        return Checkpoint(self.step, path, self.metrics, nbytes, self.created, self.sequence, self.filename)
 
     def encode(self) -> bytes:
         """Return the content of the record: JSON, with NaN and the infinities as Python writes them."""
