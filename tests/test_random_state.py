@@ -178,8 +178,6 @@ class FakeXpu:
 def test_the_devices_that_exist_are_restored_and_the_rest_is_told(
     monkeypatch: pytest.MonkeyPatch, here: int, warning: str | None
 ) -> None:
-    make = torch.Generator
-    monkeypatch.setattr(torch, "Generator", lambda device="cpu": make("cpu" if "xpu" in device else device))
     there = FakeXpu(2)
     monkeypatch.setattr(torch, "xpu", there)
     there.draw()
@@ -199,8 +197,6 @@ def test_the_devices_that_exist_are_restored_and_the_rest_is_told(
 
 
 def test_a_state_of_a_device_that_does_not_fit_changes_no_generator(monkeypatch: pytest.MonkeyPatch) -> None:
-    make = torch.Generator
-    monkeypatch.setattr(torch, "Generator", lambda device="cpu": make("cpu" if "xpu" in device else device))
     monkeypatch.setattr(torch, "xpu", FakeXpu(1))
     state = RandomState().state_dict()
     expected = draw()
