@@ -121,6 +121,7 @@ def test_every_misfit_is_listed_and_nothing_is_applied(ckpt: Checkpointer) -> No
         "deep": {"list": [torch.ones(1), 2], "kind": {"a": 1}, "gone": torch.ones(1)},
         "good": torch.ones(2),
         "counter": Counter(9),
+        "opt": torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1),
         "step": 8,
     }
     live = {
@@ -130,6 +131,7 @@ def test_every_misfit_is_listed_and_nothing_is_applied(ckpt: Checkpointer) -> No
         "deep": {"list": [torch.zeros(1)], "kind": torch.zeros(1), "gone": torch.zeros(1)},
         "good": torch.zeros(2),
         "counter": Counter(0),
+        "opt": torch.optim.SGD([nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1))], lr=0.1),
         "step": 0,
     }
     ckpt.save(1, saved)
@@ -148,6 +150,7 @@ def test_every_misfit_is_listed_and_nothing_is_applied(ckpt: Checkpointer) -> No
         'state["x"]: shape (3,) in the checkpoint, (4,) in the state',
         'state["deep"]["list"]: a list of 1 is expected, the checkpoint has one of 2',
         'state["deep"]["kind"]: a tensor is expected, the checkpoint has a dict',
+        'state["opt"]: [1] parameters per group in the checkpoint, [2] in the optimizer',
     }
 
 

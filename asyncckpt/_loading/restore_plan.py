@@ -182,22 +182,19 @@ class Plan:
     def _stateful(self, live: Any, saved: Any, path: str) -> None:
         load: Callable[[], object] = partial(live.load_state_dict, saved)
         if isinstance(live, torch.nn.Module):
-            if is_stock(live):
-                self._dict(live.state_dict(keep_vars=True), saved, path, "module")
+            if is_stock(live) or not isinstance(saved, dict):
+                own = live.state_dict(keep_vars=True) if is_stock(live) else {}
+                self._dict(own, saved, path, "module")
                 return
-            if not isinstance(saved, dict):
-                self.problems.append(
-                    f"{path}: a state dict is expected, the checkpoint has a {type(saved).__name__}"
-                )
-                return
-            load = self._module_load(live, saved, path)
+            load = self._own_load(live, saved, path)
+        elif is_stock(live) and (theirs := _group_sizes(saved)) != (ours := _group_sizes(vars(live))):
+            there = "no parameter groups" if theirs is None else f"{theirs} parameters per group"
+            self.problems.append(f"{path}: {there} in the checkpoint, {ours} in the optimizer")
         else:
             self.overlaps = True
-        if isinstance(live, torch.optim.Optimizer) and is_stock(live):
-            self._optimizer(live, saved, path)
         self.changes.append(Change(path, partial(hold_stateful, live), load))
 
-    def _module_load(self, module: torch.nn.Module, saved: dict[Any, Any], path: str) -> Callable[[], object]:
+    def _own_load(self, module: torch.nn.Module, saved: dict[Any, Any], path: str) -> Callable[[], object]:
         """Return what loads a module that has its own way to, which may rename or add keys."""
         own = module.state_dict()
         saved = self._mapped(own, saved, path)
@@ -210,34 +207,20 @@ class Plan:
         self.overlaps |= len(missing) < len(own)
 
         def load() -> None:
-            left_out = missing, unexpected
-            if self._strict or not any(left_out):
+            absent, extra = missing, unexpected
+            if self._strict or not (absent or extra):
                 module.load_state_dict(saved)
             else:
                 result = module.load_state_dict(saved, strict=False)
                 if hasattr(result, "missing_keys"):  # else an override of the user's
-                    left_out = (
-                        _missing(path, result.missing_keys),
-                        _unexpected(path, result.unexpected_keys, "module"),
-                    )
+                    absent = _missing(path, result.missing_keys)
+                    extra = _unexpected(path, result.unexpected_keys, "module")
             _refuse_meta(module, saved)
-            self.missing |= left_out[0]
-            self.unexpected |= left_out[1]
-            self.overlaps |= len(left_out[0]) < len(own)
+            self.missing |= absent
+            self.unexpected |= extra
+            self.overlaps |= len(absent) < len(own)
 
         return load
-
-    def _optimizer(self, optimizer: torch.optim.Optimizer, saved: Any, path: str) -> None:
-        groups = saved.get("param_groups") if isinstance(saved, dict) else None
-        if not isinstance(groups, list):
-            self.problems.append(f"{path}: the state dict of an optimizer is expected")
-            return
-        ours = [len(group["params"]) for group in optimizer.param_groups]
-        theirs = [len(group.get("params", ())) if isinstance(group, dict) else 0 for group in groups]
-        if ours != theirs:
-            self.problems.append(
-                f"{path}: {theirs} parameters per group in the checkpoint, {ours} in the optimizer"
-            )
 
     def _sides(
         self, own: Collection[Any], saved: Collection[Any], path: str, owner: str
@@ -256,6 +239,14 @@ class Plan:
         elif own.keys() != saved.keys() and (remedy := prefix_remedy(own, saved)) is not None:
             self.hints.append(f"{path}: {remedy}")
         return saved
+
+
+def _group_sizes(state: Any) -> list[int] | None:
+    """Return the number of parameters of each group of an optimizer; None if there are no groups."""
+    try:
+        return [len(group["params"]) for group in state["param_groups"]]
+    except (TypeError, KeyError, IndexError):
+        return None
 
 
 def some(paths: Collection[str], most: int = 10) -> str:
@@ -292,8 +283,6 @@ def _at(path: str, key: object) -> str:
 
 def _is_unchanged(old: Any, new: Any) -> bool:
     """Whether a plain value need not be replaced."""
-    if old is new or type(old) is not type(new):
-        return old is new
-    if isinstance(old, tuple):
+    if isinstance(old, tuple) and type(old) is type(new):
         return len(old) == len(new) and all(map(_is_unchanged, old, new))
-    return isinstance(old, _ATOMS) and bool(old == new)
+    return old is new or (type(old) is type(new) and isinstance(old, _ATOMS) and bool(old == new))

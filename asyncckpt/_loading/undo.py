@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.parameter import is_lazy
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from asyncckpt._loading.fitting import is_dense, is_stock
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Sequence
 
     Step = Callable[[], object]
 
@@ -50,29 +49,18 @@ def hold_container(container: Any) -> list[Step]:
 
 
 def hold_tensor(tensor: torch.Tensor) -> list[Step]:
-    """Return what gives a tensor its present values and memory back, with a copy of the values."""
-    value: Any = tensor
-    if is_traceable_wrapper_subclass(value):
-        names = value.__tensor_flatten__()[0]
-        inner = {name: getattr(value, name) for name in names}
-        bind = [partial(setattr, value, name, part) for name, part in inner.items()]
-        return [*bind, *(step for part in inner.values() for step in hold_tensor(part))]
+    """Return what gives a tensor its present memory and values back; the values are copied."""
     kind: type = type(tensor)
     data = tensor.data
-    if is_lazy(tensor):
-
-        def dematerialize() -> None:
-            tensor.data = data
-            tensor.__class__ = kind
-
-        return [dematerialize]
-    content = data.clone()
+    content = None if is_lazy(tensor) else data.clone()
 
     def write() -> None:
-        if is_dense(tensor):
+        if content is None or is_dense(tensor):
             tensor.data = data
-        with torch.no_grad():
-            tensor.copy_(content)
+            tensor.__class__ = kind  # a lazy one becomes another when it is filled
+        if content is not None:
+            with torch.no_grad():
+                tensor.copy_(content)
 
     return [write]
 
@@ -80,14 +68,19 @@ def hold_tensor(tensor: torch.Tensor) -> list[Step]:
 def hold_stateful(target: Any) -> list[Step]:
     """Return what puts an object back as it is now.
 
-    Attributes are bound again to what they were; modules and optimizers get their tensors back, of the same
-    identity. If code of others keeps state elsewhere, it loads its old state dict, too.
+    Attributes are bound again to what they were. Modules get their parameters and buffers back, of the same
+    identity. If code of others takes part in its loading, the object loads its old state dict, too.
     """
-    attributes, containers, tensors = _parts(target)
-    bind = _steps(hold_container, attributes)
-    hold = [*_steps(hold_container, containers), *_steps(hold_tensor, tensors)]
+    containers = [vars(target)] if hasattr(target, "__dict__") else []
+    tensors: list[torch.Tensor] = []
+    if isinstance(target, torch.nn.Module):
+        for part in target.modules():
+            containers += [vars(part), part._parameters, part._buffers, part._modules]
+        tensors = [*target.parameters(), *target.buffers()]
+    hold = [step for container in containers for step in hold_container(container)]
+    hold += [step for tensor in tensors for step in hold_tensor(tensor)]
     if is_stock(target):
-        return [*bind, *hold]
+        return hold
     state = _copy_state(target.state_dict(), tensors)
 
     def load() -> None:
@@ -96,38 +89,16 @@ def hold_stateful(target: Any) -> list[Step]:
                 return
         target.load_state_dict(state)
 
-    # Loading may put other tensors in their places.
-    return [*bind, *hold, load, *hold]
+    # A module may put other tensors in their places again.
+    return [*hold, load, *(hold if tensors else [])]
 
 
-def _steps(hold: Callable[[Any], list[Step]], values: Iterable[Any]) -> list[Step]:
-    return [step for value in values for step in hold(value)]
-
-
-def _parts(target: Any) -> tuple[list[Any], list[Any], list[torch.Tensor]]:
-    """Return what holds the state of `target`: attributes, containers, tensors that may be written into."""
-    if isinstance(target, torch.nn.Module):
-        parts = list(target.modules())
-        names = [names for part in parts for names in (part._parameters, part._buffers, part._modules)]
-        return [vars(part) for part in parts], names, [*target.parameters(), *target.buffers()]
-    if isinstance(target, torch.optim.Optimizer):
-        inner = [each for each in (*target.state.values(), *target.param_groups) if isinstance(each, dict)]
-        # torch's own load_state_dict replaces the tensors.
-        written = [] if is_stock(target) else [value for each in inner for value in _tensors(each)]
-        return [], [vars(target), target.state, target.param_groups, *inner], written
-    attributes = getattr(target, "__dict__", None)
-    return [] if attributes is None else [attributes], [], []
-
-
-def _tensors(container: dict[Any, Any]) -> list[torch.Tensor]:
-    return [value for value in container.values() if isinstance(value, torch.Tensor)]
-
-
-def _copy_state(state: Any, held: list[torch.Tensor]) -> Any:
+def _copy_state(state: Any, held: Sequence[torch.Tensor]) -> Any:
     """Copy a state dict, except tensors that are held, or are views of all of one that is."""
     known = {_extent(tensor) for tensor in held}
-    shared = [*held, *(_tensors(state) if isinstance(state, dict) else ())]
-    return copy.deepcopy(state, {id(tensor): tensor for tensor in shared if _extent(tensor) in known})
+    values = list(state.values()) if isinstance(state, dict) else []
+    shared = [value for value in values if isinstance(value, torch.Tensor) and _extent(value) in known]
+    return copy.deepcopy(state, {id(tensor): tensor for tensor in shared})
 
 
 def _extent(tensor: torch.Tensor) -> object:
@@ -137,7 +108,6 @@ def _extent(tensor: torch.Tensor) -> object:
 
 
 def _equal(one: Any, other: Any) -> bool:
-    """Whether two state dicts are known to be equal."""
     if type(one) is not type(other):
         return False
     if isinstance(one, torch.Tensor):
