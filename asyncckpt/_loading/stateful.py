@@ -69,9 +69,10 @@ def _collect(value: Any, done: dict[int, Any], passed: set[type]) -> Any:
     if changed and isinstance(value, tuple):
         done[id(value)] = remake(value, (changed.get(index, item) for index, item in enumerate(value)))
     elif changed:
-        done[id(value)] = copied = copy.copy(value)
+        copied: Any = copy.copy(value)
         for key, item in changed.items():
             copied[key] = item
+        done[id(value)] = copied
     return done[id(value)]
 
 
