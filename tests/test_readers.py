@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import mmap
 import subprocess
 import sys
 import textwrap
 import threading
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -21,7 +23,6 @@ from support import put_under
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
-    from pathlib import Path
 
     from asyncckpt.stores.base import OpenFile, Store
 
@@ -192,6 +193,27 @@ def test_an_open_file_stays_the_same_file(tmp_path: Path) -> None:
     assert get_engine().call(read) == first
     assert replaced.is_set()
     assert (tmp_path / "a.pt").read_bytes() != first
+
+
+def resident() -> int:
+    return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * mmap.PAGESIZE
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_of_a_loaded_tensor_is_given_back_when_the_tensor_dies(tmp_path: Path) -> None:
+    size = 64 << 20
+    with Checkpointer(tmp_path) as ckpt:
+        ckpt.save(1, {name: torch.full((size,), 7, dtype=torch.uint8) for name in "abc"})
+        loaded = ckpt.load()
+        assert all((tensor == 7).all() for tensor in loaded.values())
+        before = resident()
+        del loaded["a"]
+        assert before - resident() > 0.9 * size
+        del loaded["b"]
+        assert before - resident() > 1.9 * size
+        assert (loaded["c"] == 7).all()
+        del loaded
+        assert before - resident() > 2.9 * size
 
 
 def test_a_remote_file_that_is_replaced_while_it_is_read_is_read_anew(tmp_path: Path) -> None:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-import threading
 import weakref
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -18,7 +16,6 @@ from asyncckpt.types import Checkpoint
 
 if TYPE_CHECKING:
     from torch.storage import UntypedStorage
-    from typing_extensions import Self
 
     from asyncckpt._loading.reader import Image
     from asyncckpt._snapshot.memory import Mapping
@@ -28,8 +25,7 @@ if TYPE_CHECKING:
 _OWN_PAGES = 64 << 10
 
 
-@dataclass(frozen=True, slots=True)
-class Loaded:
+class Loaded(NamedTuple):
     """A state, and the checkpoint that it was read from."""
 
     state: Any
@@ -49,63 +45,32 @@ def load_image(image: Image, map_location: MapLocation = "cpu", *, weights_only:
         UnsafeStateError: `weights_only` does not allow what is in it; names the entries.
         UnloadableStateError: its objects cannot be rebuilt here.
     """
-    with _LoadedMemory(image.mapping) as memory:
-        record = image.record(DESCRIPTION)
-        checkpoint = Checkpoint(None, image.path, {}, image.nbytes)
-        if record is not None:
-            checkpoint = Description.decode(record).checkpoint(image.path, image.nbytes)
-        return Loaded(_state(image, memory, map_location, weights_only=weights_only), checkpoint)
-
-
-def _state(
-    image: Image, memory: _LoadedMemory, map_location: MapLocation, *, weights_only: bool | None
-) -> Any:
-    directory, view = image.directory, image.mapping.view
-    payloads = {start: memory.storage(start, stop) for _, start, stop in directory.storages() if stop > start}
+    record = image.record(DESCRIPTION)
+    checkpoint = Checkpoint(None, image.path, {}, image.nbytes)
+    if record is not None:
+        checkpoint = Description.decode(record).checkpoint(image.path, image.nbytes)
+    ranges = [(start, stop) for _, start, stop in image.directory.storages() if stop > start]
+    payloads = {start: _storage(image.mapping, start, stop) for start, stop in ranges}
+    view = image.mapping.view
     file = PayloadFile(image.nbytes, lambda at, length: bytes(view[at : at + length]), payloads)
     try:
-        return load_file(file, map_location, weights_only=weights_only)
+        return Loaded(load_file(file, map_location, weights_only=weights_only), checkpoint)
     except Exception as error:
         if file.misplaced:
             raise
-        data_pickle = image.record(f"{directory.folder}/data.pkl") or b""
-        sizes = [storage.nbytes() for storage in payloads.values()]
-        failure = load_failure(error, image.path, data_pickle, sizes)
+        data_pickle = image.record(f"{image.directory.folder}/data.pkl") or b""
+        failure = load_failure(error, image.path, data_pickle, [stop - start for start, stop in ranges])
         if failure is None:
             raise
         raise failure from error
 
 
-class _LoadedMemory:
-    """The memory of a loaded file: given back range by range as its storages die, and all with the last.
+def _storage(mapping: Mapping, start: int, stop: int) -> UntypedStorage:
+    """Return a storage of the bytes [start, stop) that gives its pages back when it dies.
 
-    Use it as a context while the state is built; what belongs to no storage is given back at its end.
+    All of the mapping is given back when nothing refers to it any more.
     """
-
-    def __init__(self, mapping: Mapping) -> None:
-        self._mapping = mapping
-        self._holders = 1
-        self._lock = threading.Lock()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._release(0, 0)
-
-    def storage(self, start: int, stop: int) -> UntypedStorage:
-        """Return a storage of the bytes [start, stop)."""
-        array = (ctypes.c_ubyte * (stop - start)).from_address(self._mapping.address + start)
-        weakref.finalize(array, self._release, start, stop).atexit = False
-        with self._lock:
-            self._holders += 1
-        return torch.frombuffer(array, dtype=torch.uint8).untyped_storage()
-
-    def _release(self, start: int, stop: int) -> None:
-        with self._lock:
-            self._holders -= 1
-            last = not self._holders
-        if last:
-            self._mapping.close()
-        elif stop - start >= _OWN_PAGES:
-            self._mapping.discard(start, stop)
+    array = (ctypes.c_ubyte * (stop - start)).from_buffer(mapping.view, start)
+    if stop - start >= _OWN_PAGES:
+        weakref.finalize(array, mapping.discard, start, stop).atexit = False
+    return torch.frombuffer(array, dtype=torch.uint8).untyped_storage()
