@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 import threading
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +14,7 @@ from asyncckpt._loading.undo import put_back
 from asyncckpt.errors import PartialRestoreError, StateMismatchError, add_note
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
     from typing_extensions import Self
 
@@ -56,10 +55,13 @@ def restore(
     held: list[tuple[str, list[Step]]] = []
     with DeferredSignals() as signals:
         try:
-            for change in plan.changes:
-                with _as_mismatch(plan, change.path, where):
-                    held.append((change.path, change.hold()))
-                    change.apply()
+            for path, hold, apply in plan.changes:
+                try:
+                    held.append((path, hold()))
+                    apply()
+                except Exception as error:
+                    line = f"{path}: {type(error).__name__}: {error}"
+                    raise _mismatch(plan, where, [line]) from error
             if not strict:
                 _warn_of_what_is_left_out(plan, where)
             signals.defer()
@@ -103,14 +105,6 @@ def _mismatch(plan: Plan, where: str, lines: list[str]) -> StateMismatchError:
     return StateMismatchError("\n".join([listing, *plan.hints]))
 
 
-@contextmanager
-def _as_mismatch(plan: Plan, path: str, where: str) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:
-        raise _mismatch(plan, where, [f"{path}: {type(error).__name__}: {error}"]) from error
-
-
 def _raise_what_is_left(lines: list[str], error: BaseException, where: str) -> None:
     """Raise an error if not all could be put back; note it at an exception of the user's."""
     if not lines:
@@ -141,20 +135,27 @@ class DeferredSignals:
             found = {number: signal.getsignal(number) for number in signal.valid_signals()}
             self._handlers = {number: handler for number, handler in found.items() if callable(handler)}
         try:
-            for number in self._handlers:
-                signal.signal(number, self._handle)
-        except BaseException:  # of a handler that was called meanwhile
-            self._reinstate()
+            self._install(dict.fromkeys(self._handlers, self._handle))
+        except BaseException:
+            self._install(self._handlers)
             raise
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._reinstate()
+        self._install(self._handlers)
         self._deliver()
 
     def defer(self) -> None:
         """Defer handlers from now on."""
         self._deferring = True
+
+    def _install(self, handlers: dict[int, Any]) -> None:
+        try:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        except BaseException:  # of a handler that was called meanwhile
+            self._install(handlers)
+            raise
 
     def _handle(self, number: int, frame: Any) -> None:
         if self._deferring:
@@ -163,14 +164,6 @@ class DeferredSignals:
         self._deferring = True
         self._handlers[number](number, frame)
         self._deferring = False
-
-    def _reinstate(self) -> None:
-        try:
-            for number, handler in self._handlers.items():
-                signal.signal(number, handler)
-        except BaseException:  # of a handler that is back already
-            self._reinstate()
-            raise
 
     def _deliver(self) -> None:
         if self._pending:
