@@ -53,7 +53,7 @@ def writer(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
         process.kill()
 
 
-def test_every_restore_is_of_one_checkpoint_and_tells_which(tmp_path: Path, writer: str) -> None:
+def test_restore_returns_the_checkpoint_that_it_read_while_others_commit(tmp_path: Path, writer: str) -> None:
     ckpt = Checkpointer(tmp_path, filename=writer, create=False)
     seen = set()
     for _ in range(60):
@@ -69,7 +69,7 @@ def test_every_restore_is_of_one_checkpoint_and_tells_which(tmp_path: Path, writ
 
 
 @pytest.mark.parametrize("writer", ["only.pt"], indirect=True)
-def test_a_name_that_is_replaced_is_read_whole(tmp_path: Path, writer: str) -> None:
+def test_a_file_that_is_replaced_again_and_again_is_read_whole(tmp_path: Path, writer: str) -> None:
     for _ in range(40):
         state = asyncckpt.load(tmp_path / "only.pt")
         assert state["w"].unique().tolist() == [state["step"]]
@@ -108,7 +108,7 @@ def ckpt(request: pytest.FixtureRequest, tmp_path: Path) -> Checkpointer:
     )
 
 
-def test_a_file_that_is_evicted_before_it_is_opened_means_look_again(ckpt: Checkpointer) -> None:
+def test_the_directory_is_listed_again_if_a_file_is_evicted_before_it_is_opened(ckpt: Checkpointer) -> None:
     store = put_under(ckpt, Changing(ckpt._store))
     ckpt.save(1, state_of(1))
     ckpt.wait()
@@ -126,7 +126,7 @@ def test_a_file_that_is_evicted_before_it_is_opened_means_look_again(ckpt: Check
     assert (found.step, live["step"]) == (2, 2)
 
 
-def test_missing_is_only_an_empty_listing(ckpt: Checkpointer) -> None:
+def test_missing_ok_requires_an_empty_listing(ckpt: Checkpointer) -> None:
     store = put_under(ckpt, Changing(ckpt._store))
     ckpt.save(1, state_of(1))
     ckpt.wait()
@@ -156,7 +156,7 @@ def test_a_file_that_is_listed_and_can_never_be_opened_is_an_error(tmp_path: Pat
         ckpt.restore(state_of(0))
 
 
-def test_a_step_that_is_replaced_by_another_one_is_not_taken_for_it(tmp_path: Path) -> None:
+def test_a_step_that_is_replaced_by_another_is_not_found(tmp_path: Path) -> None:
     ckpt = Checkpointer(tmp_path, filename="only.pt", overwrite=True)
     store = put_under(ckpt, Changing(ckpt._store))
     ckpt.save(1, state_of(1))

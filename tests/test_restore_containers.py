@@ -131,7 +131,7 @@ def test_a_numpy_array_is_replaced() -> None:
         ((Counter(1), 1), ({"count": 2},), ": a tuple of 2 is expected, the checkpoint has one of 1"),
     ],
 )
-def test_a_plain_value_for_a_container_of_tensors_is_a_misfit(live: Any, saved: Any, told: str) -> None:
+def test_a_plain_value_for_a_container_of_tensors_is_a_mismatch(live: Any, saved: Any, told: str) -> None:
     state = {"n": 0, "x": live}
     before = meaning(state)
     with pytest.raises(StateMismatchError) as error:
@@ -172,7 +172,7 @@ def test_a_plain_entry_of_a_tuple_makes_a_new_tuple() -> None:
     assert tensor.item() == model.bias.item() == 1
 
 
-def test_a_tuple_can_be_the_state_as_far_as_nothing_is_replaced() -> None:
+def test_a_tuple_is_restored_unless_an_item_would_be_replaced() -> None:
     counter, history = Counter(1), [1]
     state = (counter, history, 2.5, ("a", None))
     restore(state, ({"count": 2}, [1, 2], float("2.5"), ("a", None)), "file.pt")
@@ -188,12 +188,12 @@ def test_a_tuple_can_be_the_state_as_far_as_nothing_is_replaced() -> None:
 
 
 @pytest.mark.parametrize(("live", "saved"), [([1], {"a": 1}), (1, 2), ((1, 2), (1, 3)), ("a", None)])
-def test_a_whole_state_of_another_kind_is_a_misfit(live: Any, saved: Any) -> None:
+def test_a_state_that_cannot_change_in_place_is_a_mismatch(live: Any, saved: Any) -> None:
     with pytest.raises(StateMismatchError, match=r"state: a .* cannot be changed in place"):
         restore(live, saved, "file.pt")
 
 
-def test_the_keys_of_the_whole_state_are_its_entries() -> None:
+def test_keys_of_the_outermost_dict_must_match() -> None:
     live = {"epoch": 0, "history": [0]}
     with pytest.raises(StateMismatchError, match=r'state."lr".: unexpected'):
         restore(live, {"epoch": 1, "history": [], "lr": 0.1}, "file.pt")
@@ -214,7 +214,7 @@ def test_a_state_with_cycles_is_restored() -> None:
     assert live["x"].item() == 1
 
 
-def test_containers_without_objects_are_passed_on_as_they_are() -> None:
+def test_collect_returns_containers_without_stateful_objects_uncopied() -> None:
     pair = (torch.ones(1), [1])
     state = {"pair": pair, "nets": (pair, Counter(3))}
     collected = collect(state)
@@ -225,7 +225,7 @@ def test_containers_without_objects_are_passed_on_as_they_are() -> None:
     assert both[0] is both[1]
 
 
-def test_a_tuple_made_in_c_is_made_again() -> None:
+def test_remake_supports_structseq_tuples() -> None:
     pair = torch.ones(2, 2).max(0)
     made = remake(pair, [Counter(1), 2])
     assert type(made) is type(pair)
@@ -244,6 +244,6 @@ def test_a_tuple_made_in_c_is_made_again() -> None:
         ({"a": nn.Linear(1, 1)}, False),
     ],
 )
-def test_what_holds_tensors_or_objects_is_not_plain(value: Any, plain: bool) -> None:  # noqa: FBT001 - parametrized
+def test_is_plain(value: Any, plain: bool) -> None:  # noqa: FBT001 - parametrized
     assert is_plain(value) is plain
     assert is_plain([1, (value,)]) is plain

@@ -107,7 +107,7 @@ def two_states(draw: st.DrawFn) -> tuple[dict[Any, Any], dict[Any, Any]]:
 
 @law
 @given(two_states())
-def test_a_restored_state_is_saved_as_the_checkpoint_was(states: tuple[Any, Any]) -> None:
+def test_saving_a_restored_state_gives_the_same_checkpoint(states: tuple[Any, Any]) -> None:
     live, saved = states
     stored = torch_round_trip(collect(saved))
     restore(live, copy.deepcopy(stored), "file.pt")
@@ -116,7 +116,7 @@ def test_a_restored_state_is_saved_as_the_checkpoint_was(states: tuple[Any, Any]
 
 @law
 @given(two_states(), st.booleans())
-def test_a_state_is_as_it_was_after_a_restore_that_failed(states: tuple[Any, Any], strict: bool) -> None:  # noqa: FBT001 - drawn
+def test_a_failed_restore_leaves_the_state_unchanged(states: tuple[Any, Any], strict: bool) -> None:  # noqa: FBT001 - drawn
     live, saved = states
     live["refusing"], saved["refusing"] = Counter(0, refuses=1), Counter(1)
     live["missing"] = 1
@@ -131,7 +131,7 @@ def test_a_state_is_as_it_was_after_a_restore_that_failed(states: tuple[Any, Any
 
 @law
 @given(two_states())
-def test_what_is_left_out_is_all_that_stays(states: tuple[Any, Any]) -> None:
+def test_a_partial_restore_changes_all_common_entries_and_no_others(states: tuple[Any, Any]) -> None:
     live, saved = states
     stored = torch_round_trip(collect(saved))
     partial = {**live, "kept": 1}

@@ -179,7 +179,7 @@ class Elsewhere(nn.Linear):
         return super().load_state_dict(state_dict, assign=True, **options)
 
 
-def test_a_module_loads_the_state_that_it_keeps_elsewhere_and_keeps_its_parameters() -> None:
+def test_extra_state_is_put_back_and_assigned_parameters_are_replaced_by_the_old_ones() -> None:
     live: Any = {"module": Elsewhere(2, 2), "odd": Counter(1, refuses=2)}
     before, weight = meaning(live["module"]), live["module"].weight
     content = {"module": {**meaning(Elsewhere(2, 2)), "_extra_state": 5}, "odd": {"count": 2}}
@@ -207,7 +207,7 @@ def test_parameters_get_their_memory_back() -> None:
     assert [parameter.data_ptr() for parameter in module.parameters()] == addresses
 
 
-def test_an_interruption_in_a_load_is_raised_and_everything_put_back() -> None:
+def test_keyboard_interrupt_in_a_load_is_raised_and_everything_is_put_back() -> None:
     odd = Refusing(2, 2)
     odd.failure = KeyboardInterrupt()
     live = whole(1, odd)
@@ -233,7 +233,7 @@ def test_a_signal_in_a_load_interrupts_it_and_everything_is_put_back() -> None:
 
 
 @pytest.mark.parametrize("at", [1, 2, 3])
-def test_a_signal_among_copies_that_cannot_fail_comes_after_the_last(at: int) -> None:
+def test_a_signal_during_the_final_copies_is_handled_after_them(at: int) -> None:
     live = {"model": nn.Linear(2, 2), "x": torch.zeros(2)}
     content = saved_from({"model": nn.Linear(2, 2), "x": torch.ones(2)})
     with (
@@ -245,7 +245,7 @@ def test_a_signal_among_copies_that_cannot_fail_comes_after_the_last(at: int) ->
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_signals_are_deferred_once_each_and_their_handlers_stay() -> None:
+def test_deferred_signals_are_delivered_once_and_handlers_are_reinstated() -> None:
     heard: list[int] = []
     before = signal.signal(signal.SIGUSR1, lambda number, _: heard.append(number))
     handler = signal.getsignal(signal.SIGUSR1)
@@ -263,7 +263,7 @@ def test_signals_are_deferred_once_each_and_their_handlers_stay() -> None:
         signal.signal(signal.SIGUSR1, before)
 
 
-def test_after_a_handler_raised_the_others_are_deferred_and_called_in_the_end() -> None:
+def test_signals_after_a_handler_that_raised_are_deferred_to_the_end() -> None:
     heard: list[int] = []
 
     def interrupted() -> None:
@@ -309,7 +309,7 @@ class Slotted:
         self.count = state["count"]
 
 
-def test_what_cannot_be_put_back_is_listed_and_the_rest_is_put_back() -> None:
+def test_partial_restore_error_lists_the_entries_that_were_not_put_back() -> None:
     live: dict[str, Any] = {"first": Counter(1), "stuck": Slotted(1), "odd": Counter(1, refuses=2)}
     content = {"first": {"count": 2}, "stuck": {"count": 2}, "odd": {"count": 2}}
     with pytest.raises(PartialRestoreError) as told:
@@ -323,14 +323,16 @@ def test_what_cannot_be_put_back_is_listed_and_the_rest_is_put_back() -> None:
     assert [live[key].count for key in live] == [1, 2, 1]
 
 
-def test_what_cannot_be_put_back_is_noted_at_an_interruption(caplog: pytest.LogCaptureFixture) -> None:
+def test_entries_that_were_not_put_back_are_noted_at_a_keyboard_interrupt(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     live: dict[str, Any] = {"stuck": Slotted(1), "odd": Signalling(1)}
     with pytest.raises(KeyboardInterrupt):
         restore(live, {"stuck": {"count": 2}, "odd": {"count": 2}}, "file.pt")
     assert 'state["stuck"]: RuntimeError: only once' in caplog.text
 
 
-def test_a_copy_that_fails_against_all_odds_is_told() -> None:
+def test_a_failing_final_copy_lists_the_changed_tensors() -> None:
     def fail() -> None:
         raise RuntimeError("device lost")
 
@@ -351,7 +353,7 @@ def test_a_copy_that_fails_against_all_odds_is_told() -> None:
     assert live["counter"].count == 1
 
 
-def test_parameters_that_are_swapped_are_put_back() -> None:
+def test_swapped_parameters_are_put_back() -> None:
     live: dict[str, Any] = {"model": nn.Linear(2, 2), "odd": Counter(1, refuses=2)}
     before, weight = meaning(live), live["model"].weight
     content = saved_from({"model": nn.Linear(2, 2), "odd": Counter(2)})
@@ -395,7 +397,7 @@ def test_values_for_meta_tensors_are_refused_with_the_remedy(live: Any) -> None:
     assert counter.count == 1
 
 
-def test_values_that_a_hooked_module_drops_into_meta_tensors_are_refused() -> None:
+def test_values_that_a_hooked_module_drops_because_of_meta_tensors_are_refused() -> None:
     live = nn.Linear(2, 2, device="meta")
     live.register_load_state_dict_post_hook(lambda *_: None)
     with (
@@ -432,7 +434,7 @@ def test_a_module_that_renames_what_an_older_version_saved_is_loaded() -> None:
         restore({"x": live, "n": 0}, {"x": saved, "n": 1}, "file.pt", strict=False)
 
 
-def test_what_else_does_not_fit_is_listed_beside_a_module_with_its_own_loading() -> None:
+def test_mismatches_of_hooked_modules_are_listed_beside_others() -> None:
     live = Refusing(2, 2)
     with pytest.raises(StateMismatchError) as told:
         restore({"x": live, "y": torch.zeros(1)}, {"x": {"weight": torch.ones(3)}, "y": 1}, "file.pt")
@@ -443,7 +445,7 @@ def test_what_else_does_not_fit_is_listed_beside_a_module_with_its_own_loading()
     ]
 
 
-def test_a_common_model_needs_no_second_copy() -> None:
+def test_a_stock_module_is_restored_without_a_copy_of_its_tensors() -> None:
     live, saved = {"model": trained(steps=1)["model"]}, {"model": trained(steps=2)["model"]}
     content = saved_from({**saved, "x": torch.ones(2, dtype=torch.float64)})
     with Interrupting(100, list) as seen:
@@ -490,7 +492,7 @@ def test_an_optimizer_gets_its_tensors_and_groups_back(kind: type[torch.optim.SG
     assert live.state[lists[0]]["momentum_buffer"] is buffer
 
 
-def test_a_schedulers_new_entries_are_taken_away_again() -> None:
+def test_new_attributes_of_a_scheduler_are_removed_again() -> None:
     live = trained(steps=1)["sched"]
     before = meaning(live)
     with pytest.raises(StateMismatchError, match="not today"):
