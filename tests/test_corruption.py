@@ -1,4 +1,4 @@
-"""What is damaged is told by all that read, by the name of its record; what is cut off is not listed."""
+"""Every reader reports damage by the name of the record; truncated files are not listed."""
 
 from __future__ import annotations
 

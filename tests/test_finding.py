@@ -1,4 +1,4 @@
-"""Which checkpoints a directory holds: listed, found, kept and evicted, whoever works in it."""
+"""List, find, keep and evict the checkpoints of a directory."""
 
 from __future__ import annotations
 

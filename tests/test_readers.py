@@ -1,4 +1,4 @@
-"""Reading while another process or thread replaces and evicts: what is told is what was read."""
+"""Reading while another process or thread replaces and evicts: the result is of one checkpoint."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Several series in one directory, wrong names, damaged and foreign files: nothing is taken for another."""
+"""Several series in one directory; wrong names, damaged and foreign files."""
 
 from __future__ import annotations
 
