@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from asyncckpt._loading.catalog import Entry, Wanted
     from asyncckpt._loading.load import Loaded
-    from asyncckpt.layout.torch_unpickle import MapLocation
+    from asyncckpt._loading.unpickle import MapLocation
     from asyncckpt.stores.base import Store
     from asyncckpt.types import Checkpoint
 
@@ -57,7 +57,6 @@ class Finder:
             )
         self._store: Store = open_store(directory, storage_options)
         self._catalog = Catalog(self._store, self._names)
-        self._count = 0
 
     def checkpoints(self) -> list[Checkpoint]:
         """Return the committed checkpoints of the series, in order of commit."""
@@ -162,13 +161,10 @@ class Finder:
         get_engine().call(verify_file, store, name)
 
     def _look(self) -> Series:
-        return get_engine().call(self._look_inside)
+        return get_engine().call(self._list)
 
-    async def _look_inside(self) -> Series:
-        """List the directory."""
-        series = Series(self.directory, self._names, await self._catalog.entries())
-        self._count = len(series.own)
-        return series
+    async def _list(self) -> Series:
+        return Series(self.directory, self._names, await self._catalog.entries())
 
     def _load(self, which: Which, map_location: MapLocation, *, weights_only: bool, fallback: bool) -> Loaded:
         def load(store: Store, name: str) -> Loaded:

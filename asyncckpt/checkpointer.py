@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from anyio import CancelScope, to_thread
 
 from asyncckpt._finder import Finder
-from asyncckpt._loading.catalog import committed, last_sequence
 from asyncckpt._loading.stateful import collect
 from asyncckpt._saving.arguments import checked_metrics, checked_step
 from asyncckpt._saving.engine import get_engine
@@ -35,6 +34,7 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
+    from asyncckpt._loading.catalog import Series
     from asyncckpt._saving.save import Save
     from asyncckpt._saving.saver import OnCommit, OnError, WhenBusy
     from asyncckpt.retention import Policy
@@ -91,15 +91,16 @@ class Checkpointer(Finder):
         self._overwrite = overwrite
         self._saver = Saver(max_in_flight, when_busy, on_error, on_commit)
         self._closed = False
+        self._count = 0
         self._unclaim: Callable[[], object] | None = None
         self._prepared = create
         if create:
             get_engine().call(self._store.prepare)
         elif not get_engine().call(self._store.exists):
             raise CheckpointNotFoundError(f"there is no directory {self.directory}")
-        entries = self._look().entries
-        self._sequence = last_sequence(entries)
-        self._steps = {_name_of(c): c.step for c in committed(entries)}
+        found = self._look().all_checkpoints
+        self._sequence = max((c.sequence for c in found), default=0)
+        self._steps = {_name_of(c): c.step for c in found}
 
     def __repr__(self) -> str:
         state = "closed, " if self._closed else ""
@@ -225,7 +226,7 @@ class Checkpointer(Finder):
         except FileNotFoundError:
             return
         path = self._store.path_of(name)
-        there = next((c for c in committed(await self._catalog.entries()) if c.path == path), None)
+        there = next((c for c in (await self._list()).all_checkpoints if c.path == path), None)
         if there is None or there.step != step:
             raise _exists(path, there.step if there else None, step)
 
@@ -236,11 +237,17 @@ class Checkpointer(Finder):
             self._prepared = True
         if not self._overwrite and description.step is not None:
             await self._refuse_other_step(name, description.step)
-        self._sequence = max(self._sequence, last_sequence(await self._catalog.entries())) + 1
+        last = max((c.sequence for c in (await self._list()).all_checkpoints), default=0)
+        self._sequence = max(self._sequence, last) + 1
         return replace(description, sequence=self._sequence)
 
+    async def _list(self) -> Series:
+        series = await super()._list()
+        self._count = len(series.own)
+        return series
+
     async def _evict(self, committed: Checkpoint) -> None:
-        for checkpoint in evict(self._keep, (await self._look_inside()).checkpoints):
+        for checkpoint in evict(self._keep, (await self._list()).checkpoints):
             if checkpoint.path != committed.path:
                 await self._store.remove(_name_of(checkpoint))
                 logger.debug("%s is evicted", checkpoint.path)

@@ -19,8 +19,8 @@ from asyncckpt.stores import open_store
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from asyncckpt._loading.unpickle import MapLocation
     from asyncckpt._saving.save import Save
-    from asyncckpt.layout.torch_unpickle import MapLocation
 
 # One being written and one being taken: two files saved one after the other do not wait for each other.
 _saver = Saver(max_in_flight=2)

@@ -15,7 +15,7 @@ from asyncckpt._outline.nodes import TensorOutline
 from asyncckpt._outline.progress import Progress, progress_of
 from asyncckpt._threads import in_thread
 from asyncckpt.errors import CorruptCheckpointError
-from asyncckpt.layout.description import Description
+from asyncckpt.layout.description import Description, checkpoint_of
 from asyncckpt.layout.other_formats import HEAD, recognize
 from asyncckpt.layout.zip_reader import TAIL, check_header, read_directory
 
@@ -137,7 +137,7 @@ def _summary(
     metrics: Mapping[str, float],
 ) -> Summary:
     writer = "asyncckpt" if description else "lightning" if progress.lightning else "torch"
-    told = (description or _UNTOLD).checkpoint(file.path, file.file.nbytes)
+    told = checkpoint_of(file.path, description or _UNTOLD, file.file.nbytes)
     step = progress.step if told.step is None else told.step
     checkpoint = replace(told, step=step, metrics=told.metrics if told.sequence else metrics)
     return Summary(checkpoint, writer, progress.epoch)

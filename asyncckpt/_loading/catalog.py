@@ -12,12 +12,12 @@ from asyncckpt._loading.reader import answer
 from asyncckpt._naming import SUFFIXES
 from asyncckpt._threads import for_each
 from asyncckpt.errors import CheckpointNotFoundError, CorruptCheckpointError, StoreError
-from asyncckpt.layout.description import Description
+from asyncckpt.layout.description import Description, checkpoint_of
 from asyncckpt.layout.zip_reader import read_description
 from asyncckpt.retention import rank
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
     from typing import Literal
 
     from asyncckpt._naming import NameTemplate
@@ -104,23 +104,13 @@ class Catalog:
             return Entry(file, error=error)
         if description is None or description.step is None:
             return Entry(opened.file)
-        return Entry(opened.file, description.checkpoint(path, opened.file.nbytes))
+        return Entry(opened.file, checkpoint_of(path, description, opened.file.nbytes))
 
 
 async def read_described(file: OpenFile) -> Description | None:
     """Return the description of a file; None if asyncckpt did not write it."""
     record = await answer(read_description(file.file.nbytes), file)
     return None if record is None else Description.decode(record)
-
-
-def committed(entries: Iterable[Entry]) -> list[Checkpoint]:
-    """Return the checkpoints among the files of a directory, of whatever series."""
-    return [entry.checkpoint for entry in entries if entry.checkpoint is not None]
-
-
-def last_sequence(entries: Iterable[Entry]) -> int:
-    """Return the highest place in the order of commits that is taken; 0 if none is."""
-    return max((checkpoint.sequence for checkpoint in committed(entries)), default=0)
 
 
 @dataclass(frozen=True)
@@ -162,7 +152,12 @@ class Series:
     @property
     def checkpoints(self) -> list[Checkpoint]:
         """The checkpoints of the series, in order of commit."""
-        return committed(self.own)
+        return [entry.checkpoint for entry in self.own if entry.checkpoint]
+
+    @property
+    def all_checkpoints(self) -> list[Checkpoint]:
+        """The checkpoints of every series, in order of commit."""
+        return [entry.checkpoint for entry in self.entries if entry.checkpoint]
 
     def find(self, wanted: Wanted) -> list[Entry]:
         """Return what answers to `wanted`, the best answer first.

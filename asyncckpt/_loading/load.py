@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from asyncckpt._loading.load_failures import load_failure
-from asyncckpt.layout.description import Description
-from asyncckpt.layout.torch_unpickle import PayloadFile, load_file
+from asyncckpt._loading.unpickle import PayloadFile, load_file
+from asyncckpt.layout.description import Description, checkpoint_of
 from asyncckpt.layout.torch_zip import DESCRIPTION
 from asyncckpt.types import Checkpoint
 
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from torch.storage import UntypedStorage
 
     from asyncckpt._loading.reader import Image
+    from asyncckpt._loading.unpickle import MapLocation
     from asyncckpt._snapshot.memory import Mapping
-    from asyncckpt.layout.torch_unpickle import MapLocation
 
 # Smaller storages are given back only with the whole file; pages of their own would cost more than they do.
 _OWN_PAGES = 64 << 10
@@ -48,7 +48,7 @@ def load_image(image: Image, map_location: MapLocation = "cpu", *, weights_only:
     record = image.record(DESCRIPTION)
     checkpoint = Checkpoint(None, image.path, {}, image.nbytes)
     if record is not None:
-        checkpoint = Description.decode(record).checkpoint(image.path, image.nbytes)
+        checkpoint = checkpoint_of(image.path, Description.decode(record), image.nbytes)
     ranges = [(start, stop) for _, start, stop in image.directory.storages() if stop > start]
     payloads = {start: _storage(image.mapping, start, stop) for start, stop in ranges}
     view = image.mapping.view

@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
+from asyncckpt._loading.unpickle import is_device
 from asyncckpt._outline.machine import outline
 from asyncckpt._saving.weights_only import foreign_names, listing, refused_entries
 from asyncckpt.errors import AsyncCkptError, CorruptCheckpointError, UnloadableStateError, UnsafeStateError
-from asyncckpt.layout.torch_unpickle import is_device
 
 if TYPE_CHECKING:
     from collections.abc import Collection

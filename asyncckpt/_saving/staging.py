@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from asyncckpt._caller_warning import warn_caller
+from asyncckpt._loading.unpickle import PayloadFile, load_file
 from asyncckpt._saving.weights_only import WeightsOnlyCheck
 from asyncckpt._snapshot.compare import holds
 from asyncckpt._snapshot.copy import Watermark, copy_storages
 from asyncckpt._snapshot.data_pickle import DataPickler
 from asyncckpt._snapshot.freeze import Freezer
 from asyncckpt.errors import SaveError
-from asyncckpt.layout.torch_unpickle import PayloadFile, load_file
 from asyncckpt.layout.torch_zip import lay_out, plan
 
 if TYPE_CHECKING:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from asyncckpt._saving.transfer import Transfer
 from asyncckpt._threads import in_thread
+from asyncckpt.layout.description import checkpoint_of
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -81,7 +82,7 @@ class FileTarget(Target):
         stats.commit = time.perf_counter() - written
         stats.sync = draft.sync_seconds
         stats.checksum, stats.write = transfer.checksum_seconds, transfer.write_seconds
-        return description.checkpoint(self.path, plan.size)
+        return checkpoint_of(self.path, description, plan.size)
 
     def copying(self, earlier: Target) -> Callable[[], Awaitable[Checkpoint]] | None:
         """Let the store copy the file, which costs no bytes where it has links."""
@@ -93,7 +94,7 @@ class FileTarget(Target):
             description = await self.describe()
             await self.store.copy(source, self.name)
             nbytes = (await self.store.stat(self.name)).nbytes
-            return description.checkpoint(self.path, nbytes)
+            return checkpoint_of(self.path, description, nbytes)
 
         return copy
 

@@ -41,15 +41,6 @@ class Description:
     versions: Mapping[str, str] = field(default_factory=dict)
     filename: str | None = None
 
-    def checkpoint(self, path: str, nbytes: int) -> Checkpoint:
-        """Return the checkpoint that a file of this description is.
-
-        Args:
-            path: where the file is, a local path or a URL.
-            nbytes: its size.
-        """
-        return Checkpoint(self.step, path, self.metrics, nbytes, self.created, self.sequence, self.filename)
-
     def encode(self) -> bytes:
         """Return the content of the record: JSON, with NaN and the infinities as Python writes them."""
         fields = {
@@ -89,3 +80,16 @@ class Description:
             if isinstance(error, CorruptCheckpointError):
                 raise
             raise CorruptCheckpointError(f"its description cannot be read: {error!r}") from error
+
+
+def checkpoint_of(path: str, description: Description, nbytes: int) -> Checkpoint:
+    """Return the checkpoint that a file with this description is."""
+    return Checkpoint(
+        description.step,
+        path,
+        description.metrics,
+        nbytes,
+        description.created,
+        description.sequence,
+        description.filename,
+    )
