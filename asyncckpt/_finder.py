@@ -32,14 +32,7 @@ Which = Union[int, str, "os.PathLike[str]"]
 
 
 class Finder:
-    """Finds the checkpoints of one series in one directory.
-
-    Args:
-        directory: a local path, or the URL of one of any fsspec file system.
-        filename: template of the series.
-        keep: the retention policy, which says what "best" means.
-        storage_options: for the file system behind a URL.
-    """
+    """Finds the checkpoints of one series in one directory; the arguments are those of `Checkpointer`."""
 
     def __init__(
         self,

@@ -46,7 +46,10 @@ class RandomState:
             "python": {"version": version, "words": torch.tensor(words, device="cpu"), "gauss": gauss},
             "numpy": _mapped(np.random.get_state(legacy=False), np.ndarray, _tensor),  # noqa: NPY002 - the global one
             "torch": torch.get_rng_state(),
-            **{kind: _of_devices(getattr(torch, kind)) for kind in _ACCELERATORS},
+            **{
+                kind: [getattr(torch, kind).get_rng_state(index) for index in range(count)]
+                for kind, count in _device_counts().items()
+            },
         }
 
     def load_state_dict(self, state_dict: Any) -> None:
@@ -111,12 +114,12 @@ def _set_numpy(state: Any) -> None:
         raise ValueError(f"it is no state of a {here}")
 
 
-def _of_devices(module: Any) -> list[torch.Tensor]:
-    return [module.get_rng_state(index) for index in range(module.device_count())]
+def _device_counts() -> dict[str, int]:
+    return {kind: getattr(torch, kind).device_count() for kind in _ACCELERATORS}
 
 
 def _warn_of_devices(saved: dict[str, int]) -> None:
-    here = {kind: getattr(torch, kind).device_count() for kind in _ACCELERATORS}
+    here = _device_counts()
     lacking = [f"{kind}:{index}" for kind in saved for index in range(here[kind], saved[kind])]
     kept = [f"{kind}:{index}" for kind in saved for index in range(saved[kind], here[kind])]
     if lacking:

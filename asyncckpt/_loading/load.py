@@ -33,12 +33,7 @@ class Loaded(NamedTuple):
 
 
 def load_image(image: Image, map_location: MapLocation = "cpu", *, weights_only: bool | None) -> Loaded:
-    """Build the state of a file that is in memory; its storages keep that memory.
-
-    Args:
-        image: the file; not to be used afterwards.
-        map_location: as in torch.load.
-        weights_only: as in torch.load.
+    """Build the state of a file, as torch.load would; its storages keep the memory of the image.
 
     Raises:
         CorruptCheckpointError: its pickle makes no sense.

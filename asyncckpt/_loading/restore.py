@@ -33,18 +33,8 @@ def restore(
     What may fail is changed first, and is put back if something does. Tensors come last: putting those back
     would take as much memory again, and every copy was checked.
 
-    Args:
-        live: what was given to `save`: stateful objects, tensors and values in dicts, lists and tuples.
-        saved: what was loaded.
-        where: the checkpoint's path, for messages.
-        strict: whether both must have the same entries. If not, entries of only one side are left out, and
-            one warning lists them.
-        map_keys: applied to each string key of the state dicts of modules, and of dicts that hold tensors
-            only, as they were loaded, before they are matched.
-
     Raises:
-        StateMismatchError: lists each entry that is missing, unexpected or of another shape, or what an
-            object's loading raised. Nothing was changed.
+        StateMismatchError: lists what does not fit, or what an object's loading raised; nothing was changed.
         PartialRestoreError: lists what could not be put back.
     """
     if map_keys is not None and not callable(map_keys):

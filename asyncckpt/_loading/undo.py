@@ -81,7 +81,12 @@ def hold_stateful(target: Any) -> list[Step]:
     hold += [step for tensor in tensors for step in hold_tensor(tensor)]
     if is_stock(target):
         return hold
-    state = _copy_state(target.state_dict(), tensors)
+    state = target.state_dict()
+    # What is held above is not copied again.
+    held = {tensor.data_ptr() for tensor in tensors if is_dense(tensor)}
+    values = [value for value in state.values() if isinstance(value, torch.Tensor)] if tensors else []
+    memo = {id(value): value for value in values if is_dense(value) and value.data_ptr() in held}
+    state = copy.deepcopy(state, memo)
 
     def load() -> None:
         with suppress(Exception):  # what cannot be compared is loaded
@@ -91,20 +96,6 @@ def hold_stateful(target: Any) -> list[Step]:
 
     # A module may put other tensors in their places again.
     return [*hold, load, *(hold if tensors else [])]
-
-
-def _copy_state(state: Any, held: Sequence[torch.Tensor]) -> Any:
-    """Copy a state dict, except tensors that are held, or are views of all of one that is."""
-    known = {_extent(tensor) for tensor in held}
-    values = list(state.values()) if isinstance(state, dict) else []
-    shared = [value for value in values if isinstance(value, torch.Tensor) and _extent(value) in known]
-    return copy.deepcopy(state, {id(tensor): tensor for tensor in shared})
-
-
-def _extent(tensor: torch.Tensor) -> object:
-    if not is_dense(tensor):
-        return id(tensor)
-    return tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
 
 
 def _equal(one: Any, other: Any) -> bool:
