@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from anyio import CancelScope, to_thread
 
-from asyncckpt._loading.finder import Finder
+from asyncckpt._finder import Finder
 from asyncckpt._loading.stateful import collect
 from asyncckpt._saving.arguments import checked_metrics, checked_step
 from asyncckpt._saving.engine import get_engine
@@ -85,9 +85,7 @@ class Checkpointer(Finder):
         self._saver = Saver(max_in_flight, when_busy, on_error, on_commit)
         self._closed = False
         self._unclaim: Callable[[], object] | None = None
-        self._writer = SeriesWriter(
-            self._store, self._series.look, self._keep, overwrite=overwrite, prepared=create
-        )
+        self._writer = SeriesWriter(self._store, self._list, self._keep, overwrite=overwrite, prepared=create)
         self._saver.open()
         if create:
             get_engine().call(self._store.prepare)

@@ -6,8 +6,10 @@ import os
 import time
 from typing import TYPE_CHECKING, Any
 
-from asyncckpt._loading.load import load_state, locate
-from asyncckpt._saving.engine import wait_for_pending
+from asyncckpt._finder import locate
+from asyncckpt._loading.load import load_image
+from asyncckpt._loading.reader import read_image
+from asyncckpt._saving.engine import get_engine, wait_for_pending
 from asyncckpt._saving.ranks import claim
 from asyncckpt._saving.saver import Saver
 from asyncckpt._saving.targets import FileTarget
@@ -81,7 +83,8 @@ def load(
     """
     wait_for_pending()
     store, name = locate(_checked(path), open_store("."), storage_options)
-    return load_state(store, name, map_location, weights_only=weights_only).state
+    image = get_engine().call(read_image, store, name)
+    return load_image(image, map_location, weights_only=weights_only).state
 
 
 def wait(timeout: float | None = None) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,9 +14,8 @@ from asyncckpt.errors import StateMismatchError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    Setter = Callable[[], object]
-
 _ACCELERATORS = ("cuda", "xpu", "mps")
+_NAMES = ("python", "numpy", "torch", *_ACCELERATORS)
 _MT19937_WORDS = 624
 
 
@@ -48,7 +46,10 @@ class RandomState:
             "python": {"version": version, "words": torch.tensor(words, device="cpu"), "gauss": gauss},
             "numpy": _mapped(np.random.get_state(legacy=False), np.ndarray, _tensor),  # noqa: NPY002 - the global one
             "torch": torch.get_rng_state(),
-            **{kind: _device_states(getattr(torch, kind)) for kind in _ACCELERATORS},
+            **{
+                kind: [getattr(torch, kind).get_rng_state(index) for index in range(count)]
+                for kind, count in _device_counts().items()
+            },
         }
 
     def load_state_dict(self, state_dict: Any) -> None:
@@ -59,87 +60,75 @@ class RandomState:
         Raises:
             StateMismatchError: lists each state that does not fit its generator. Nothing was changed.
         """
-        checks: dict[str, Callable[[Any], Setter]] = {"python": _python, "numpy": _numpy, "torch": _torch}
-        checks |= {kind: partial(_accelerator, kind) for kind in _ACCELERATORS}
-        if not isinstance(state_dict, dict) or state_dict.keys() != checks.keys():
+        if not isinstance(state_dict, dict) or state_dict.keys() != set(_NAMES):
             found = list(state_dict) if isinstance(state_dict, dict) else type(state_dict).__name__
-            raise StateMismatchError(f"a RandomState has the entries {list(checks)}, not {found}")
-        setters, problems = [], []
-        for name, check in checks.items():
-            try:
-                setters.append(check(state_dict[name]))
-            except Exception as error:  # noqa: BLE001 - what is no state may raise anything
-                problems.append(f"{name}: {type(error).__name__}: {error}")
-        if problems:
-            listing = "\n  ".join(problems)
-            raise StateMismatchError(f"the random states do not fit, and none was changed:\n  {listing}")
-        for setter in setters:
-            setter()
+            raise StateMismatchError(f"a RandomState has the entries {list(_NAMES)}, not {found}")
+        before = self.state_dict()
+        try:
+            _set_all(state_dict)
+        except BaseException:
+            _set_all(before)
+            raise
         _warn_of_devices({kind: len(state_dict[kind]) for kind in _ACCELERATORS})
 
 
-def _python(state: Any) -> Setter:
-    gauss = state["gauss"]
-    if not isinstance(gauss, float | None):
-        raise TypeError(f"gauss is a {type(gauss).__name__}, not a float or None")
-    whole = state["version"], tuple(state["words"].tolist()), gauss
-    random.Random().setstate(whole)  # noqa: S311 - only to try it
-    return partial(random.setstate, whole)
+def _set_all(states: dict[str, Any]) -> None:
+    problems = []
+    for name in _NAMES:
+        try:
+            _set(name, states[name])
+        except Exception as error:  # noqa: BLE001 - what is no state may raise anything
+            problems.append(f"{name}: {type(error).__name__}: {error}")
+    if problems:
+        listing = "\n  ".join(problems)
+        raise StateMismatchError(f"the random states do not fit, and none was changed:\n  {listing}")
 
 
-def _numpy(state: Any) -> Setter:
+def _set(name: str, state: Any) -> None:
+    if name == "python":
+        if not isinstance(state["gauss"], float | None):
+            raise TypeError(f"gauss is a {type(state['gauss']).__name__}, not a float or None")
+        random.setstate((state["version"], tuple(state["words"].tolist()), state["gauss"]))
+    elif name == "numpy":
+        _set_numpy(_mapped(state, torch.Tensor, _array))
+    elif name == "torch":
+        torch.set_rng_state(state.cpu())
+    else:
+        module = getattr(torch, name)
+        of_devices = [of_device.cpu() for of_device in state]
+        for index, of_device in enumerate(of_devices[: module.device_count()]):
+            module.set_rng_state(of_device, index)
+
+
+def _set_numpy(state: Any) -> None:
     numpy_random: Any = np.random  # numpy's types lack some of its functions
-    here = type(numpy_random.get_bit_generator())
-    if state["bit_generator"] != here.__name__:
+    here = type(numpy_random.get_bit_generator()).__name__
+    if state["bit_generator"] != here:
         raise ValueError(
-            f"it is of a {state['bit_generator']}, numpy.random has a {here.__name__}; set that one with"
+            f"it is of a {state['bit_generator']}, numpy.random has a {here}; set that one with"
             " numpy.random.set_bit_generator first"
         )
-    whole = _mapped(state, torch.Tensor, _array)
-    trial = np.random.RandomState(here())
-    trial.set_state(whole)
-    if (
-        not _equal(trial.get_state(legacy=False), whole)
-        or not 0 <= whole["state"].get("pos", 0) <= _MT19937_WORDS
-    ):
-        raise ValueError(f"it is no state of a {here.__name__}")
-    return partial(np.random.set_state, whole)
+    numpy_random.set_state(state)
+    is_taken = _equal(numpy_random.get_state(legacy=False), state)  # numpy leaves out what is too much
+    if not is_taken or not 0 <= state["state"].get("pos", 0) <= _MT19937_WORDS:
+        raise ValueError(f"it is no state of a {here}")
 
 
-def _torch(state: Any) -> Setter:
-    torch.Generator().set_state(state.cpu())
-    return partial(torch.set_rng_state, state.cpu())
-
-
-def _accelerator(kind: str, states: Any) -> Setter:
-    module = getattr(torch, kind)
-    here = [state.cpu() for state in states][: module.device_count()]
-    for index, state in enumerate(here):
-        torch.Generator(device=f"{kind}:{index}").set_state(state)
-
-    def set_all() -> None:
-        for index, state in enumerate(here):
-            module.set_rng_state(state, index)
-
-    return set_all
-
-
-def _device_states(module: Any) -> list[torch.Tensor]:
-    return [module.get_rng_state(index) for index in range(module.device_count())]
+def _device_counts() -> dict[str, int]:
+    return {kind: getattr(torch, kind).device_count() for kind in _ACCELERATORS}
 
 
 def _warn_of_devices(saved: dict[str, int]) -> None:
-    """Warn of devices that only the checkpoint has, or only this machine."""
-    there, here = [], []
-    for kind, count in saved.items():
-        devices = getattr(torch, kind).device_count()
-        there += [f"{kind}:{index}" for index in range(devices, count)]
-        here += [f"{kind}:{index}" for index in range(count, devices)]
-    if there:
-        warn_caller(f"random states of devices that this machine lacks were not restored: {', '.join(there)}")
-    if here:
+    here = _device_counts()
+    lacking = [f"{kind}:{index}" for kind in saved for index in range(here[kind], saved[kind])]
+    kept = [f"{kind}:{index}" for kind in saved for index in range(saved[kind], here[kind])]
+    if lacking:
         warn_caller(
-            f"the checkpoint has no random states of these devices, which keep theirs: {', '.join(here)}"
+            f"random states of devices that this machine lacks were not restored: {', '.join(lacking)}"
+        )
+    if kept:
+        warn_caller(
+            f"the checkpoint has no random states of these devices, which keep theirs: {', '.join(kept)}"
         )
 
 

@@ -1,8 +1,7 @@
-"""Which checkpoints stay: policies, and the one pure function that says what may go.
+"""Decide which checkpoints stay: policies, and the pure function that evicts what none of them keeps.
 
-A policy is asked after a commit, about all committed checkpoints, and names those that it keeps. It does
-no I/O and holds no state, so what it decides depends on the checkpoints alone, in whatever order it gets
-them. Policies are combined with `|`: a checkpoint stays if any of them keeps it.
+A policy gets all committed checkpoints after each commit and returns those that it keeps. It does no I/O and
+holds no state. Policies are combined with `|`: a checkpoint stays if any of them keeps it.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ class Policy(Protocol):
 
 
 class _Combinable:
-    """Gives a policy `|`, on either side of a policy that has none of its own."""
+    """Gives a policy `|`, also with a policy that has none."""
 
     __slots__ = ()
 
@@ -46,13 +45,14 @@ class _Combinable:
 
 @dataclass(frozen=True, slots=True)
 class AnyOf(_Combinable):
-    """Keep what any of `policies` keeps: what `|` makes."""
+    """Keep what any of `policies` keeps; `|` makes it."""
 
     policies: tuple[Policy, ...]
 
     def keep(self, checkpoints: Sequence[Checkpoint], /) -> Collection[Checkpoint]:
         """Return the union of what the policies keep, each checkpoint once."""
-        return list({_identity(c): c for policy in self.policies for c in _ask(policy, checkpoints)}.values())
+        kept = {_identity(c): c for policy in self.policies for c in _kept_by(policy, checkpoints)}
+        return list(kept.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,32 +138,31 @@ def rank(checkpoints: Iterable[Checkpoint], metric: str, mode: Mode = "min") -> 
 
 
 def check_metrics(policy: object, metrics: Mapping[str, float]) -> None:
-    """Raise if a save with these metrics would be evicted because of a wrong name.
+    """Raise if a checkpoint with these metrics would be evicted because of a wrong name.
 
-    It needs a metric that a `BestK` ranks by, unless something else than a `BestK` decides, too: then a save
-    may do without, but not with a name that differs in punctuation or case alone.
+    It needs a metric that a `BestK` ranks by. Where another policy decides, too, it may do without, but not
+    with a name that differs in punctuation or case alone.
 
     Raises:
         ValueError: names the metric that is missing, and the nearest that is there.
     """
+
+    def letters(name: str) -> str:
+        return _PUNCTUATION.sub("", name).lower()
+
     members = _members(policy)
     wanted = [member.metric for member in members if isinstance(member, BestK)]
     missing = [metric for metric in wanted if metric not in metrics]
-    others_decide = len(wanted) < len(members)
-    given = {_letters(name): name for name in metrics if name not in wanted}
+    may_do_without = len(wanted) < len(members) or len(missing) < len(wanted)
+    given = {letters(name): name for name in metrics if name not in wanted}
     for metric in missing:
-        same = given.get(_letters(metric))
-        if same is None and (others_decide or len(missing) < len(wanted)):
+        same = given.get(letters(metric))
+        if same is None and may_do_without:
             continue
-        near = [same] if same else [given[n] for n in get_close_matches(_letters(metric), given, n=1)]
+        near = [same] if same else [given[n] for n in get_close_matches(letters(metric), given, n=1)]
         hint = f"; did you mean {near[0]!r}?" if near else ""
         there = ", ".join(map(repr, metrics)) or "none"
         raise ValueError(f"keep ranks by the metric {metric!r}, and metrics has {there}{hint}")
-
-
-def _letters(name: str) -> str:
-    """Return a name without what names are punctuated by, and without case."""
-    return _PUNCTUATION.sub("", name).lower()
 
 
 def first_best(policy: object) -> BestK | None:
@@ -174,12 +173,12 @@ def first_best(policy: object) -> BestK | None:
 def evict(policy: Policy, checkpoints: Iterable[Checkpoint]) -> list[Checkpoint]:
     """Return the checkpoints that `policy` does not keep, in order of commit.
 
-    The one committed last, by sequence number, is never among them, whatever the policy, so that a run can
-    always resume. Where several share the highest number, all of them stay.
+    The one committed last, by sequence number, is never among them, so that a run can always resume. Where
+    several share the highest number, all of them stay.
 
     Args:
-        policy: decides; it gets the checkpoints in order of commit.
-        checkpoints: all committed ones of a directory, in any order.
+        policy: gets the checkpoints in order of commit.
+        checkpoints: all committed ones of a series, in any order.
 
     Raises:
         TypeError: the policy returned something else than checkpoints that it was given. Like whatever it
@@ -188,13 +187,13 @@ def evict(policy: Policy, checkpoints: Iterable[Checkpoint]) -> list[Checkpoint]
     committed = tuple(_in_order(checkpoints))
     if not committed:
         return []
-    staying = {_identity(kept) for kept in _ask(policy, committed)}
+    kept = {_identity(checkpoint) for checkpoint in _kept_by(policy, committed)}
     newest = committed[-1].sequence
-    return [c for c in committed if _identity(c) not in staying and c.sequence != newest]
+    return [c for c in committed if _identity(c) not in kept and c.sequence != newest]
 
 
-def _ask(policy: Policy, checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
-    """Return what `policy` keeps, having seen to it that these are checkpoints it was given."""
+def _kept_by(policy: Policy, checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
+    """Return what `policy` keeps; raise TypeError for anything but checkpoints that it was given."""
     given = {_identity(c) for c in checkpoints}
     answer: object = policy.keep(checkpoints)
     if not isinstance(answer, Iterable):
@@ -210,27 +209,23 @@ def _ask(policy: Policy, checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
 
 
 def _is_policy(candidate: object) -> bool:
-    """Tell whether `candidate` is a policy; a class is none, though it has the method: `LastN(2) | LastN`."""
+    # A class has the method, too, and is none: `LastN(2) | LastN`.
     return isinstance(candidate, Policy) and not isinstance(candidate, type)
 
 
 def _members(policy: object) -> tuple[Any, ...]:
-    """Return the policies that `policy` consists of: a union of unions is one flat union."""
     return policy.policies if isinstance(policy, AnyOf) else (policy,)
 
 
 def _in_order(checkpoints: Iterable[Checkpoint]) -> list[Checkpoint]:
-    """Return `checkpoints` in order of commit; the path decides where sequence numbers are equal."""
     return sorted(checkpoints, key=_identity)
 
 
 def _identity(checkpoint: Checkpoint) -> tuple[int, str]:
-    """Return what tells a committed checkpoint from every other one; checkpoints have no hash."""
     return checkpoint.sequence, checkpoint.path
 
 
 def _check_count(policy: object, name: str, value: object) -> None:
-    """Raise unless `value` can be a number of checkpoints or steps."""
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{type(policy).__name__}: {name} must be an int, not {value!r}")
     if value < 1:
@@ -238,7 +233,6 @@ def _check_count(policy: object, name: str, value: object) -> None:
 
 
 def _check_ranking(metric: object, mode: object) -> None:
-    """Raise unless `metric` and `mode` can say which checkpoint is better."""
     if not isinstance(metric, str):
         raise TypeError(f"metric must be a str, the name of a metric given to save(), not {metric!r}")
     if not metric:

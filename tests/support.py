@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import pytest
 import torch
 
-from asyncckpt._loading.series import Series
+from asyncckpt._loading.catalog import Catalog
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -36,8 +36,8 @@ def torch_round_trip(state: object) -> Any:
 def put_under(checkpointer: Checkpointer, store: S) -> S:
     """Let a Checkpointer work on another store from now on, such as a double that wraps its own."""
     checkpointer._store = store
-    checkpointer._series = Series(store, checkpointer.directory, checkpointer._names)
-    checkpointer._writer._store, checkpointer._writer._look = store, checkpointer._series.look
+    checkpointer._catalog = Catalog(store, checkpointer._names)
+    checkpointer._writer._store = store
     return store
 
 

@@ -19,8 +19,7 @@ import asyncckpt
 from asyncckpt import Checkpointer, StoreError
 from asyncckpt._loading.adoption import adopt as adopt_file
 from asyncckpt._loading.adoption import survey
-from asyncckpt._name_parsing import NameParser, guess_template
-from asyncckpt._naming import NameTemplate
+from asyncckpt._naming import NameParser, NameTemplate, guess_template
 from asyncckpt._saving.engine import get_engine
 from asyncckpt.cli import locations
 from asyncckpt.cli.app import app

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 import asyncckpt
 from asyncckpt import Checkpointer, CorruptCheckpointError
 from asyncckpt._loading import reader
-from asyncckpt._loading.load import verify_file
+from asyncckpt._loading.reader import verify_file
 from asyncckpt._saving.engine import get_engine
 from asyncckpt.cli import locations, output
 from asyncckpt.cli.app import app

@@ -1,4 +1,4 @@
-"""What is damaged is told by all that read, by the name of its record; what is cut off is not listed."""
+"""Every reader reports damage by the name of the record; truncated files are not listed."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ RECORDS += [".data/serialization_id", ".storage_alignment"]
 
 
 @pytest.mark.parametrize("record", RECORDS)
-def test_a_flipped_bit_is_told_with_the_name_of_its_record(
+def test_the_error_of_a_flipped_bit_names_the_record(
     checkpointer: Checkpointer, path: Path, record: str
 ) -> None:
     offset = payload_offset(path, record)
@@ -107,7 +107,7 @@ def test_a_damaged_checkpoint_changes_nothing_in_the_live_state(
     assert torch.equal(live["big"], torch.ones(9000))
 
 
-def test_whatever_bit_is_flipped_nothing_false_is_believed(tmp_path: Path) -> None:
+def test_no_flipped_bit_gives_wrong_values(tmp_path: Path) -> None:
     # Also in headers and the directory: what load returns is right, what verify passes is right for
     # torch.load as well, and a listing never fails.
     state = {"none": torch.arange(0.0), "some": torch.arange(40), "step": 12345}
@@ -230,8 +230,9 @@ async def test_a_description_is_read_in_two_small_reads(tmp_path: Path, entries:
         save = checkpointer.save(1, {str(i): torch.zeros(1) for i in range(entries)}, metrics=metrics)
         await save
     ops = _ReadSizes()
-    (found,) = await Catalog(LocalStore(str(tmp_path), ops)).checkpoints()
-    assert found.metrics == metrics
+    (found,) = await Catalog(LocalStore(str(tmp_path), ops)).entries()
+    assert found.checkpoint is not None
+    assert found.checkpoint.metrics == metrics
     assert 1 <= len(ops.lengths) <= 2
     assert max(ops.lengths) <= 64 << 10
 
@@ -246,15 +247,15 @@ class _ReadSizes(RecordingOps):
         return super().preadv(fd, into, offset)
 
 
-async def test_what_is_known_is_not_read_again(tmp_path: Path) -> None:
+async def test_unchanged_files_are_not_read_again(tmp_path: Path) -> None:
     with Checkpointer(tmp_path) as checkpointer:
         for step in range(3):
             checkpointer.save(step, {"a": torch.zeros(1)})
     ops = _ReadSizes()
     catalog = Catalog(LocalStore(str(tmp_path), ops))
-    first = await catalog.checkpoints()
+    first = await catalog.entries()
     reads = len(ops.lengths)
-    assert await catalog.checkpoints() == first
+    assert await catalog.entries() == first
     assert len(ops.lengths) == reads == 3
 
 
@@ -267,7 +268,7 @@ def test_metrics_too_large_for_a_small_read_are_refused(tmp_path: Path) -> None:
         assert checkpointer.latest() is not None
 
 
-def test_a_format_from_the_future_is_not_misread() -> None:
+def test_a_newer_format_is_refused() -> None:
     record = Description(1, 1, {}, 1.0).encode().replace(b'"format": 1', b'"format": 9')
     with pytest.raises(CorruptCheckpointError, match="format 9, this version reads format 1; upgrade"):
         Description.decode(record)

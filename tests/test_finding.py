@@ -1,4 +1,4 @@
-"""Which checkpoints a directory holds: listed, found, kept and evicted, whoever works in it."""
+"""List, find, keep and evict the checkpoints of a directory."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_a_second_checkpointer_continues(tmp_path: Path) -> None:
     ("which", "step"),
     [("latest", 2), ("best", 3), (1, 1), (3, 3), ("step-00000001.pt", 1), ("elsewhere/x.pt", 7)],
 )
-def test_each_way_to_say_which(tmp_path: Path, which: Any, step: int) -> None:
+def test_which_selects_a_checkpoint(tmp_path: Path, which: Any, step: int) -> None:
     with Checkpointer(tmp_path, keep=KeepAll() | BestK(1, "acc", mode="max")) as ckpt:
         for at, acc in ((1, 0.1), (3, 0.9), (2, 0.5)):
             save(ckpt, at, acc=acc)
@@ -81,7 +81,7 @@ def test_each_way_to_say_which(tmp_path: Path, which: Any, step: int) -> None:
 
 
 @pytest.mark.parametrize("which", ["latest", "best", 4, "absent.pt", "/absent/absent.pt"])
-def test_what_is_not_there_is_not_found(tmp_path: Path, which: Any) -> None:
+def test_a_missing_checkpoint_is_not_found(tmp_path: Path, which: Any) -> None:
     with Checkpointer(tmp_path, keep=KeepAll() | BestK(1, "acc")) as ckpt:
         if which == 4:
             save(ckpt, 3)
@@ -94,12 +94,12 @@ def test_what_is_not_there_is_not_found(tmp_path: Path, which: Any) -> None:
 
 
 @pytest.mark.parametrize("which", [None, True, 1.5, b"latest", ["latest"]])
-def test_what_says_nothing_is_a_type_error(tmp_path: Path, which: Any) -> None:
+def test_other_types_of_which_are_a_type_error(tmp_path: Path, which: Any) -> None:
     with Checkpointer(tmp_path) as ckpt, pytest.raises(TypeError, match='"latest", "best", a step or a path'):
         ckpt.load(which)
 
 
-def test_load_keeps_objects_to_those_who_ask_for_them(tmp_path: Path) -> None:
+def test_load_takes_weights_only_and_map_location(tmp_path: Path) -> None:
     with Checkpointer(tmp_path) as ckpt:
         ckpt.save(1, {"where": tmp_path})
         assert ckpt.load(weights_only=False) == {"where": tmp_path}
@@ -122,7 +122,7 @@ def test_loading_waits_for_what_is_pending(
             assert save.committed.done()
 
 
-def test_best_takes_what_keep_says_or_what_it_is_told(tmp_path: Path) -> None:
+def test_best_ranks_by_its_arguments_or_by_keep(tmp_path: Path) -> None:
     with Checkpointer(tmp_path, keep=LastN(9) | BestK(9, "loss") | BestK(9, "acc", mode="max")) as ckpt:
         for step, loss, acc in ((1, 0.5, 0.9), (2, 0.3, 0.1), (3, float("nan"), 0.5)):
             save(ckpt, step, loss=loss, acc=acc)
@@ -161,7 +161,7 @@ def test_the_newest_by_order_of_commit_stays(tmp_path: Path, keep: Policy) -> No
 
 
 @pytest.mark.parametrize("answer", [None, RuntimeError("out of ideas")])
-def test_a_policy_that_fails_evicts_nothing_and_is_told_of_once(tmp_path: Path, answer: Any) -> None:
+def test_a_failing_policy_evicts_nothing_and_is_reported_once(tmp_path: Path, answer: Any) -> None:
     class Broken:
         def keep(self, _: Sequence[Checkpoint], /) -> Any:
             if answer is not None:
@@ -180,7 +180,7 @@ def test_a_policy_that_fails_evicts_nothing_and_is_told_of_once(tmp_path: Path, 
         assert steps(ckpt) == [1, 2]
 
 
-def test_nothing_but_our_own_checkpoints_is_evicted(tmp_path: Path) -> None:
+def test_only_checkpoints_of_the_series_are_evicted(tmp_path: Path) -> None:
     asyncckpt.save({}, tmp_path / "step-00000000.pt").committed.result(60)
     torch.save({}, tmp_path / "step-00000001.pt")
     (tmp_path / "step-00000002.pt").write_text("notes")

@@ -39,8 +39,8 @@ def state_of(value, size=1 << 20):
     return {"w": torch.full((size,), float(value))}
 
 def put_under(ckpt, store):
-    ckpt._store = store
-    ckpt._series = asyncckpt._loading.series.Series(store, ckpt.directory, ckpt._names)
+    ckpt._store = ckpt._writer._store = store
+    ckpt._catalog = asyncckpt._loading.catalog.Catalog(store, ckpt._names)
 
 def child(body):
     # runs a function in a forked child; returns its process id

@@ -42,7 +42,7 @@ def draw() -> list[Any]:
     ]
 
 
-def test_all_generators_go_on_as_they_did_after_the_save(tmp_path: Path) -> None:
+def test_all_generators_continue_from_the_saved_state(tmp_path: Path) -> None:
     state = {"w": torch.ones(1), "rng": RandomState()}
     with Checkpointer(tmp_path) as ckpt:
         draw()
@@ -55,7 +55,7 @@ def test_all_generators_go_on_as_they_did_after_the_save(tmp_path: Path) -> None
         assert [draw(), draw()] == expected
 
 
-def test_another_process_goes_on_with_them(tmp_path: Path) -> None:
+def test_another_process_continues_from_the_saved_state(tmp_path: Path) -> None:
     with Checkpointer(tmp_path) as ckpt:
         ckpt.save(1, {"rng": RandomState()})
         expected = [random.random(), float(np.random.standard_normal()), torch.rand(1).item()]  # noqa: NPY002
@@ -71,7 +71,9 @@ def test_another_process_goes_on_with_them(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", [np.random.PCG64, np.random.Philox, np.random.SFC64])
-def test_other_generators_of_numpy_go_on_too(tmp_path: Path, kind: Callable[[], Any]) -> None:
+def test_other_bit_generators_of_numpy_continue_from_the_saved_state(
+    tmp_path: Path, kind: Callable[[], Any]
+) -> None:
     numpy_random: Any = np.random
     before = numpy_random.get_bit_generator()
     try:
@@ -91,7 +93,7 @@ def test_other_generators_of_numpy_go_on_too(tmp_path: Path, kind: Callable[[], 
         numpy_random.set_bit_generator(before)
 
 
-def test_it_is_an_entry_like_a_module() -> None:
+def test_random_state_is_stateful() -> None:
     assert is_stateful(RandomState())
 
 
@@ -141,7 +143,7 @@ def test_each_state_that_does_not_fit_is_listed() -> None:
 
 
 @pytest.mark.parametrize("state", [None, {}, {"torch": 1}, RandomState().state_dict() | {"npu": []}])
-def test_what_is_no_random_state_is_refused(state: Any) -> None:
+def test_other_state_dicts_are_refused(state: Any) -> None:
     with pytest.raises(
         StateMismatchError, match=r"^a RandomState has the entries \['python', 'numpy', 'torch'"
     ):
@@ -175,11 +177,9 @@ class FakeXpu:
         (3, "the checkpoint has no random states of these devices, which keep theirs: xpu:2$"),
     ],
 )
-def test_the_devices_that_exist_are_restored_and_the_rest_is_told(
+def test_existing_devices_are_restored_and_others_warned_of(
     monkeypatch: pytest.MonkeyPatch, here: int, warning: str | None
 ) -> None:
-    make = torch.Generator
-    monkeypatch.setattr(torch, "Generator", lambda device="cpu": make("cpu" if "xpu" in device else device))
     there = FakeXpu(2)
     monkeypatch.setattr(torch, "xpu", there)
     there.draw()
@@ -199,8 +199,6 @@ def test_the_devices_that_exist_are_restored_and_the_rest_is_told(
 
 
 def test_a_state_of_a_device_that_does_not_fit_changes_no_generator(monkeypatch: pytest.MonkeyPatch) -> None:
-    make = torch.Generator
-    monkeypatch.setattr(torch, "Generator", lambda device="cpu": make("cpu" if "xpu" in device else device))
     monkeypatch.setattr(torch, "xpu", FakeXpu(1))
     state = RandomState().state_dict()
     expected = draw()

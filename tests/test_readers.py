@@ -1,12 +1,14 @@
-"""Reading while another process or thread replaces and evicts: what is told is what was read."""
+"""Reading while another process or thread replaces and evicts: the result is of one checkpoint."""
 
 from __future__ import annotations
 
+import mmap
 import subprocess
 import sys
 import textwrap
 import threading
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -21,7 +23,6 @@ from support import put_under
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
-    from pathlib import Path
 
     from asyncckpt.stores.base import OpenFile, Store
 
@@ -52,7 +53,7 @@ def writer(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
         process.kill()
 
 
-def test_every_restore_is_of_one_checkpoint_and_tells_which(tmp_path: Path, writer: str) -> None:
+def test_restore_returns_the_checkpoint_that_it_read_while_others_commit(tmp_path: Path, writer: str) -> None:
     ckpt = Checkpointer(tmp_path, filename=writer, create=False)
     seen = set()
     for _ in range(60):
@@ -68,7 +69,7 @@ def test_every_restore_is_of_one_checkpoint_and_tells_which(tmp_path: Path, writ
 
 
 @pytest.mark.parametrize("writer", ["only.pt"], indirect=True)
-def test_a_name_that_is_replaced_is_read_whole(tmp_path: Path, writer: str) -> None:
+def test_a_file_that_is_replaced_again_and_again_is_read_whole(tmp_path: Path, writer: str) -> None:
     for _ in range(40):
         state = asyncckpt.load(tmp_path / "only.pt")
         assert state["w"].unique().tolist() == [state["step"]]
@@ -107,7 +108,7 @@ def ckpt(request: pytest.FixtureRequest, tmp_path: Path) -> Checkpointer:
     )
 
 
-def test_a_file_that_is_evicted_before_it_is_opened_means_look_again(ckpt: Checkpointer) -> None:
+def test_the_directory_is_listed_again_if_a_file_is_evicted_before_it_is_opened(ckpt: Checkpointer) -> None:
     store = put_under(ckpt, Changing(ckpt._store))
     ckpt.save(1, state_of(1))
     ckpt.wait()
@@ -125,7 +126,7 @@ def test_a_file_that_is_evicted_before_it_is_opened_means_look_again(ckpt: Check
     assert (found.step, live["step"]) == (2, 2)
 
 
-def test_missing_is_only_an_empty_listing(ckpt: Checkpointer) -> None:
+def test_missing_ok_requires_an_empty_listing(ckpt: Checkpointer) -> None:
     store = put_under(ckpt, Changing(ckpt._store))
     ckpt.save(1, state_of(1))
     ckpt.wait()
@@ -150,12 +151,12 @@ def test_a_file_that_is_listed_and_can_never_be_opened_is_an_error(tmp_path: Pat
             raise FileNotFoundError(name)
             yield  # type: ignore[unreachable] # it makes this a generator
 
-    ckpt._series.store = Gone(ckpt._store)
+    ckpt._store = Gone(ckpt._store)
     with pytest.raises(StoreError, match="in each of 100 attempts"):
         ckpt.restore(state_of(0))
 
 
-def test_a_step_that_is_replaced_by_another_one_is_not_taken_for_it(tmp_path: Path) -> None:
+def test_a_step_that_is_replaced_by_another_is_not_found(tmp_path: Path) -> None:
     ckpt = Checkpointer(tmp_path, filename="only.pt", overwrite=True)
     store = put_under(ckpt, Changing(ckpt._store))
     ckpt.save(1, state_of(1))
@@ -192,6 +193,27 @@ def test_an_open_file_stays_the_same_file(tmp_path: Path) -> None:
     assert get_engine().call(read) == first
     assert replaced.is_set()
     assert (tmp_path / "a.pt").read_bytes() != first
+
+
+def resident() -> int:
+    return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * mmap.PAGESIZE
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_of_a_loaded_tensor_is_given_back_when_the_tensor_dies(tmp_path: Path) -> None:
+    size = 64 << 20
+    with Checkpointer(tmp_path) as ckpt:
+        ckpt.save(1, {name: torch.full((size,), 7, dtype=torch.uint8) for name in "abc"})
+        loaded = ckpt.load()
+        assert all((tensor == 7).all() for tensor in loaded.values())
+        before = resident()
+        del loaded["a"]
+        assert before - resident() > 0.9 * size
+        del loaded["b"]
+        assert before - resident() > 1.9 * size
+        assert (loaded["c"] == 7).all()
+        del loaded
+        assert before - resident() > 2.9 * size
 
 
 def test_a_remote_file_that_is_replaced_while_it_is_read_is_read_anew(tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ class Picky(nn.Linear):
         return result
 
 
-def test_a_fresh_run_becomes_the_saved_one(ckpt: Checkpointer) -> None:
+def test_new_objects_are_restored_in_place(ckpt: Checkpointer) -> None:
     saved = trained(steps=3)
     ckpt.save(3, saved)
     live = trained(steps=0, seed=1)
@@ -49,7 +49,7 @@ def test_a_fresh_run_becomes_the_saved_one(ckpt: Checkpointer) -> None:
     assert live["step"] == 3
 
 
-def test_restoring_does_not_tie_the_live_state_to_the_loaded_one(ckpt: Checkpointer) -> None:
+def test_live_tensors_do_not_share_memory_with_the_loaded_state(ckpt: Checkpointer) -> None:
     ckpt.save(1, {"model": nn.Linear(2, 2), "x": torch.zeros(2)})
     live: list[dict[str, Any]] = [{"model": nn.Linear(2, 2), "x": torch.ones(2)} for _ in range(2)]
     for state in live:
@@ -61,7 +61,7 @@ def test_restoring_does_not_tie_the_live_state_to_the_loaded_one(ckpt: Checkpoin
     assert live[1]["x"].tolist() == [0, 0]
 
 
-def test_tensors_change_in_place_and_values_are_replaced_wherever_they_are(ckpt: Checkpointer) -> None:
+def test_nested_tensors_change_in_place_and_values_are_replaced(ckpt: Checkpointer) -> None:
     def state(value: float) -> dict[Any, Any]:
         tensor = torch.full((4, 6), value)
         return {
@@ -113,7 +113,7 @@ def test_a_stateful_object_itself_can_be_the_state(ckpt: Checkpointer) -> None:
     assert live.count == 4
 
 
-def test_every_misfit_is_listed_and_nothing_is_applied(ckpt: Checkpointer) -> None:
+def test_every_mismatch_is_listed_and_nothing_is_changed(ckpt: Checkpointer) -> None:
     saved = {
         "model": nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 3)),
         "x": torch.ones(3),
@@ -121,6 +121,7 @@ def test_every_misfit_is_listed_and_nothing_is_applied(ckpt: Checkpointer) -> No
         "deep": {"list": [torch.ones(1), 2], "kind": {"a": 1}, "gone": torch.ones(1)},
         "good": torch.ones(2),
         "counter": Counter(9),
+        "opt": torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1),
         "step": 8,
     }
     live = {
@@ -130,6 +131,7 @@ def test_every_misfit_is_listed_and_nothing_is_applied(ckpt: Checkpointer) -> No
         "deep": {"list": [torch.zeros(1)], "kind": torch.zeros(1), "gone": torch.zeros(1)},
         "good": torch.zeros(2),
         "counter": Counter(0),
+        "opt": torch.optim.SGD([nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1))], lr=0.1),
         "step": 0,
     }
     ckpt.save(1, saved)
@@ -148,6 +150,7 @@ def test_every_misfit_is_listed_and_nothing_is_applied(ckpt: Checkpointer) -> No
         'state["x"]: shape (3,) in the checkpoint, (4,) in the state',
         'state["deep"]["list"]: a list of 1 is expected, the checkpoint has one of 2',
         'state["deep"]["kind"]: a tensor is expected, the checkpoint has a dict',
+        'state["opt"]: [1] parameters per group in the checkpoint, [2] in the optimizer',
     }
 
 
@@ -180,7 +183,7 @@ def frozen_parameter() -> torch.Tensor:
     ],
 )
 @pytest.mark.parametrize("first", [True, False])
-def test_what_cannot_be_loaded_leaves_everything_as_it_was(
+def test_an_entry_that_cannot_be_loaded_leaves_the_state_unchanged(
     ckpt: Checkpointer,
     saved: Any,
     live: Any,
@@ -218,7 +221,7 @@ def test_what_cannot_be_loaded_leaves_everything_as_it_was(
             assert live.to_dense().tolist() == [1, 1, 1]
 
 
-def test_what_weights_only_refuses_is_told_with_what_to_do(ckpt: Checkpointer, tmp_path: Path) -> None:
+def test_the_error_of_weights_only_names_the_remedy(ckpt: Checkpointer, tmp_path: Path) -> None:
     live: dict[str, Any] = {"where": None, "x": torch.zeros(1)}
     ckpt.save(1, {"where": tmp_path, "x": torch.ones(1)})
     with pytest.raises(pickle.UnpicklingError, match="weights_only"):
@@ -228,7 +231,7 @@ def test_what_weights_only_refuses_is_told_with_what_to_do(ckpt: Checkpointer, t
     assert live == {"where": tmp_path, "x": torch.ones(1)}
 
 
-def test_a_file_of_torch_from_elsewhere_is_restored(ckpt: Checkpointer, tmp_path: Path) -> None:
+def test_a_file_of_torch_save_is_restored_by_its_path(ckpt: Checkpointer, tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     torch.save({"x": torch.ones(2), "n": 3}, tmp_path / "other" / "peer.pt")
     live: dict[str, Any] = {"x": torch.zeros(2), "n": 0}

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from asyncckpt import Checkpointer, StateMismatchError
-from asyncckpt._loading.restore import apply_state
+from asyncckpt._loading.restore import restore
 from asyncckpt._loading.stateful import collect, is_plain, remake
 from restoring import Counter, meaning
 from sameness import assert_same
@@ -78,7 +78,7 @@ def test_a_plain_list_or_dict_becomes_the_saved_one_in_place(tmp_path: Path, liv
 )
 def test_a_plain_value_of_another_kind_is_replaced(live: Any, saved: Any) -> None:
     state: Any = {"value": live, "list": [live, torch.zeros(1)]}
-    apply_state(state, {"value": saved, "list": [saved, torch.ones(1)]}, "file.pt")
+    restore(state, {"value": saved, "list": [saved, torch.ones(1)]}, "file.pt")
     assert state["value"] is state["list"][0] is saved
 
 
@@ -86,9 +86,7 @@ def test_plain_lists_in_plain_containers_are_changed_in_place() -> None:
     train, epochs = [1], [{"epoch": 1}]
     live: Any = {"logs": {"train": train, "other": 1}, "epochs": epochs}
     first = epochs[0]
-    apply_state(
-        live, {"logs": {"train": [1, 2], "new": []}, "epochs": [{"epoch": 2}, {"epoch": 3}]}, "file.pt"
-    )
+    restore(live, {"logs": {"train": [1, 2], "new": []}, "epochs": [{"epoch": 2}, {"epoch": 3}]}, "file.pt")
     assert live == {"logs": {"train": [1, 2], "new": []}, "epochs": [{"epoch": 2}, {"epoch": 3}]}
     assert train == [1, 2]
     assert first == {"epoch": 2}
@@ -99,7 +97,7 @@ def test_one_list_in_two_places_becomes_two_where_the_saved_ones_differ() -> Non
     live: Any = {"a": shared, "b": shared, "in": {"c": shared, "d": shared}, "x": torch.zeros(1)}
     one = [1]
     content = {"a": one, "b": [2], "in": {"c": one, "d": [4]}, "x": torch.ones(1)}
-    apply_state(live, content, "file.pt")
+    restore(live, content, "file.pt")
     assert live == content
     assert live["a"] is live["in"]["c"] is shared
 
@@ -110,7 +108,7 @@ def test_a_plain_cycle_is_restored() -> None:
     content: dict[str, Any] = {"loop": {"n": 1}}
     content["loop"]["self"] = content["loop"]
     loop = live["loop"]
-    apply_state(live, content, "file.pt")
+    restore(live, content, "file.pt")
     assert live["loop"] is loop["self"] is loop
     assert loop["n"] == 1
 
@@ -118,7 +116,7 @@ def test_a_plain_cycle_is_restored() -> None:
 def test_a_numpy_array_is_replaced() -> None:
     live, saved = np.zeros(2), np.ones(3)
     state: Any = {"array": live, "history": [live]}
-    apply_state(state, {"array": saved, "history": [saved]}, "file.pt")
+    restore(state, {"array": saved, "history": [saved]}, "file.pt")
     assert state["array"] is state["history"][0] is saved
     assert live.tolist() == [0, 0]
 
@@ -133,11 +131,11 @@ def test_a_numpy_array_is_replaced() -> None:
         ((Counter(1), 1), ({"count": 2},), ": a tuple of 2 is expected, the checkpoint has one of 1"),
     ],
 )
-def test_a_plain_value_for_a_container_of_tensors_is_a_misfit(live: Any, saved: Any, told: str) -> None:
+def test_a_plain_value_for_a_container_of_tensors_is_a_mismatch(live: Any, saved: Any, told: str) -> None:
     state = {"n": 0, "x": live}
     before = meaning(state)
     with pytest.raises(StateMismatchError) as error:
-        apply_state(state, {"n": 1, "x": saved}, "file.pt")
+        restore(state, {"n": 1, "x": saved}, "file.pt")
     assert str(error.value).split("\n  ")[1:] == [f'state["x"]{told}']
     assert_same(meaning(state), before)
 
@@ -168,40 +166,40 @@ def test_a_plain_entry_of_a_tuple_makes_a_new_tuple() -> None:
     model, tensor = nn.Linear(1, 1), torch.zeros(1)
     live: Any = {"pair": Nets(model, (tensor, 1))}
     content = {"pair": ({"weight": torch.ones(1, 1), "bias": torch.ones(1)}, (torch.ones(1), 2))}
-    apply_state(live, content, "file.pt")
+    restore(live, content, "file.pt")
     assert live["pair"] == Nets(model, (tensor, 2))
     assert type(live["pair"]) is Nets
     assert tensor.item() == model.bias.item() == 1
 
 
-def test_a_tuple_can_be_the_state_as_far_as_nothing_is_replaced() -> None:
+def test_a_tuple_is_restored_unless_an_item_would_be_replaced() -> None:
     counter, history = Counter(1), [1]
     state = (counter, history, 2.5, ("a", None))
-    apply_state(state, ({"count": 2}, [1, 2], float("2.5"), ("a", None)), "file.pt")
+    restore(state, ({"count": 2}, [1, 2], float("2.5"), ("a", None)), "file.pt")
     assert counter.count == 2
     assert history == [1, 2]
     for value in (3.5, 2, None):
         with pytest.raises(
             StateMismatchError, match=r"^file.pt .*nothing was changed:\n  state: a tuple cannot"
         ):
-            apply_state(state, ({"count": 3}, [], value, ("a", None)), "file.pt")
+            restore(state, ({"count": 3}, [], value, ("a", None)), "file.pt")
     assert counter.count == 2
     assert history == [1, 2]
 
 
 @pytest.mark.parametrize(("live", "saved"), [([1], {"a": 1}), (1, 2), ((1, 2), (1, 3)), ("a", None)])
-def test_a_whole_state_of_another_kind_is_a_misfit(live: Any, saved: Any) -> None:
+def test_a_state_that_cannot_change_in_place_is_a_mismatch(live: Any, saved: Any) -> None:
     with pytest.raises(StateMismatchError, match=r"state: a .* cannot be changed in place"):
-        apply_state(live, saved, "file.pt")
+        restore(live, saved, "file.pt")
 
 
-def test_the_keys_of_the_whole_state_are_its_entries() -> None:
+def test_keys_of_the_outermost_dict_must_match() -> None:
     live = {"epoch": 0, "history": [0]}
     with pytest.raises(StateMismatchError, match=r'state."lr".: unexpected'):
-        apply_state(live, {"epoch": 1, "history": [], "lr": 0.1}, "file.pt")
+        restore(live, {"epoch": 1, "history": [], "lr": 0.1}, "file.pt")
     assert live == {"epoch": 0, "history": [0]}
     history = [0]
-    apply_state(history, [1, 2], "file.pt")
+    restore(history, [1, 2], "file.pt")
     assert history == [1, 2]
 
 
@@ -210,13 +208,13 @@ def test_a_state_with_cycles_is_restored() -> None:
     live["list"] += [live, Counter(1)]
     content: dict[str, Any] = {"x": torch.ones(1), "list": []}
     content["list"] += [content, {"count": 2}]
-    apply_state(live, content, "file.pt")
+    restore(live, content, "file.pt")
     assert live["list"][0] is live
     assert live["list"][1].count == 2
     assert live["x"].item() == 1
 
 
-def test_containers_without_objects_are_passed_on_as_they_are() -> None:
+def test_collect_returns_containers_without_stateful_objects_uncopied() -> None:
     pair = (torch.ones(1), [1])
     state = {"pair": pair, "nets": (pair, Counter(3))}
     collected = collect(state)
@@ -227,7 +225,7 @@ def test_containers_without_objects_are_passed_on_as_they_are() -> None:
     assert both[0] is both[1]
 
 
-def test_a_tuple_made_in_c_is_made_again() -> None:
+def test_remake_supports_structseq_tuples() -> None:
     pair = torch.ones(2, 2).max(0)
     made = remake(pair, [Counter(1), 2])
     assert type(made) is type(pair)
@@ -246,6 +244,6 @@ def test_a_tuple_made_in_c_is_made_again() -> None:
         ({"a": nn.Linear(1, 1)}, False),
     ],
 )
-def test_what_holds_tensors_or_objects_is_not_plain(value: Any, plain: bool) -> None:  # noqa: FBT001 - parametrized
+def test_is_plain(value: Any, plain: bool) -> None:  # noqa: FBT001 - parametrized
     assert is_plain(value) is plain
     assert is_plain([1, (value,)]) is plain

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from asyncckpt import StateMismatchError
-from asyncckpt._loading.restore import apply_state
+from asyncckpt._loading.restore import restore
 from asyncckpt._loading.stateful import collect
 from restoring import Counter, meaning
 from sameness import assert_same
@@ -107,16 +107,16 @@ def two_states(draw: st.DrawFn) -> tuple[dict[Any, Any], dict[Any, Any]]:
 
 @law
 @given(two_states())
-def test_a_restored_state_is_saved_as_the_checkpoint_was(states: tuple[Any, Any]) -> None:
+def test_saving_a_restored_state_gives_the_same_checkpoint(states: tuple[Any, Any]) -> None:
     live, saved = states
     stored = torch_round_trip(collect(saved))
-    apply_state(live, copy.deepcopy(stored), "file.pt")
+    restore(live, copy.deepcopy(stored), "file.pt")
     assert_same(meaning(torch_round_trip(collect(live))), meaning(stored))
 
 
 @law
 @given(two_states(), st.booleans())
-def test_a_state_is_as_it_was_after_a_restore_that_failed(states: tuple[Any, Any], strict: bool) -> None:  # noqa: FBT001 - drawn
+def test_a_failed_restore_leaves_the_state_unchanged(states: tuple[Any, Any], strict: bool) -> None:  # noqa: FBT001 - drawn
     live, saved = states
     live["refusing"], saved["refusing"] = Counter(0, refuses=1), Counter(1)
     live["missing"] = 1
@@ -124,18 +124,18 @@ def test_a_state_is_as_it_was_after_a_restore_that_failed(states: tuple[Any, Any
         del live["missing"]
     before, entries = meaning(live), dict(live)
     with pytest.raises(StateMismatchError):
-        apply_state(live, torch_round_trip(collect(saved)), "file.pt", strict=strict)
+        restore(live, torch_round_trip(collect(saved)), "file.pt", strict=strict)
     assert_same(meaning(live), before)
     assert all(live[key] is value for key, value in entries.items())
 
 
 @law
 @given(two_states())
-def test_what_is_left_out_is_all_that_stays(states: tuple[Any, Any]) -> None:
+def test_a_partial_restore_changes_all_common_entries_and_no_others(states: tuple[Any, Any]) -> None:
     live, saved = states
     stored = torch_round_trip(collect(saved))
     partial = {**live, "kept": 1}
     with pytest.warns(UserWarning, match="restored in part"):
-        apply_state(partial, {**copy.deepcopy(stored), "more": 2}, "file.pt", strict=False)
+        restore(partial, {**copy.deepcopy(stored), "more": 2}, "file.pt", strict=False)
     assert partial.pop("kept") == 1
     assert_same(meaning(torch_round_trip(collect(partial))), meaning(stored))

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from asyncckpt import Checkpointer, StateMismatchError
-from asyncckpt._loading.restore import apply_state
+from asyncckpt._loading.restore import restore
 from asyncckpt._loading.state_keys import map_state_keys, prefix_remedy
 from restoring import Counter, meaning, trained
 from sameness import assert_same
@@ -30,7 +30,7 @@ NAMES = ', where names = {key.replace("_orig_mod.", ""): key for key in module.s
 HINT = "strict=False restores the entries that both have"
 
 
-def test_a_part_is_an_error_that_hints_at_strict(ckpt: Checkpointer) -> None:
+def test_strict_restore_of_differing_keys_is_an_error_that_names_strict(ckpt: Checkpointer) -> None:
     saved, live = trained(2), {"model": trained(0, seed=1)["model"], "new": 1}
     ckpt.save(1, saved)
     before = meaning(live)
@@ -46,7 +46,7 @@ def test_a_part_is_an_error_that_hints_at_strict(ckpt: Checkpointer) -> None:
     assert_same(meaning(live), before)
 
 
-def test_what_both_have_is_restored_and_the_rest_told_once(ckpt: Checkpointer) -> None:
+def test_common_entries_are_restored_and_one_warning_lists_the_others(ckpt: Checkpointer) -> None:
     saved, live = trained(2), {"model": trained(0, seed=1)["model"], "new": 1, "step": 0}
     ckpt.save(1, saved)
     with pytest.warns(UserWarning, match="restored in part") as told:
@@ -68,7 +68,7 @@ def test_what_both_have_is_restored_and_the_rest_told_once(ckpt: Checkpointer) -
     ]
 
 
-def test_a_whole_restore_that_is_not_strict_warns_of_nothing(ckpt: Checkpointer) -> None:
+def test_no_warning_if_all_entries_match(ckpt: Checkpointer) -> None:
     saved, live = trained(2), trained(0, seed=1)
     ckpt.save(1, saved)
     ckpt.restore(live, strict=False)
@@ -76,14 +76,14 @@ def test_a_whole_restore_that_is_not_strict_warns_of_nothing(ckpt: Checkpointer)
 
 
 @pytest.mark.parametrize("hooked", [False, True])
-def test_a_part_of_a_module_is_restored(hooked: bool) -> None:  # noqa: FBT001 - parametrized
+def test_common_entries_of_a_module_are_restored(hooked: bool) -> None:  # noqa: FBT001 - parametrized
     live: Any = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1, bias=False))
     if hooked:
         live.register_load_state_dict_post_hook(lambda *_: None)
     saved = nn.Sequential(nn.Linear(2, 2), nn.Identity(), nn.Linear(2, 3)).state_dict()
     kept = live[1].weight.clone()
     with pytest.warns(UserWarning, match="restored in part") as told:
-        apply_state({"model": live}, {"model": saved}, "file.pt", strict=False)
+        restore({"model": live}, {"model": saved}, "file.pt", strict=False)
     assert str(told[0].message).split("\n")[1:] == [
         '  not in the checkpoint, left as they are: state["model"]["1.weight"]',
         '  not in the state, not taken: state["model"]["2.weight"], state["model"]["2.bias"]',
@@ -93,14 +93,14 @@ def test_a_part_of_a_module_is_restored(hooked: bool) -> None:  # noqa: FBT001 -
     with pytest.raises(
         StateMismatchError, match=f'(?s)"1.weight".*"2.bias".*\n{HINT}' if not hooked else HINT
     ):
-        apply_state({"model": live}, {"model": saved}, "file.pt")
+        restore({"model": live}, {"model": saved}, "file.pt")
 
 
-def test_a_part_of_a_nested_dict_is_restored() -> None:
+def test_common_entries_of_nested_dicts_are_restored() -> None:
     live = {"deep": {"x": torch.zeros(1), "kept": 1, "list": [{"y": torch.zeros(1), "z": 2}]}}
     content = {"deep": {"x": torch.ones(1), "list": [{"y": torch.ones(1), "w": 3}]}}
     with pytest.warns(UserWarning, match="restored in part") as told:
-        apply_state(live, content, "file.pt", strict=False)
+        restore(live, content, "file.pt", strict=False)
     assert live == {"deep": {"x": torch.ones(1), "kept": 1, "list": [{"y": torch.ones(1), "z": 2}]}}
     assert str(told[0].message).split("\n")[1:] == [
         '  not in the checkpoint, left as they are: state["deep"]["kept"], state["deep"]["list"][0]["z"]',
@@ -108,10 +108,10 @@ def test_a_part_of_a_nested_dict_is_restored() -> None:
     ]
 
 
-def test_other_shapes_are_misfits_in_a_part_too() -> None:
+def test_shapes_must_match_without_strict() -> None:
     live = {"x": torch.zeros(2), "y": 1}
     with pytest.raises(StateMismatchError) as told:
-        apply_state(live, {"x": torch.zeros(3), "z": 1}, "file.pt", strict=False)
+        restore(live, {"x": torch.zeros(3), "z": 1}, "file.pt", strict=False)
     assert str(told.value).split("\n")[1:] == [
         '  state["x"]: shape (3,) in the checkpoint, (2,) in the state'
     ]
@@ -121,7 +121,7 @@ def test_the_warning_lists_ten_of_each_kind() -> None:
     live = {"x": 0, **{f"live{n}": n for n in range(12)}}
     content = {"x": 1, **{f"saved{n}": n for n in range(30)}}
     with pytest.warns(UserWarning, match="restored in part") as told:
-        apply_state(live, content, "file.pt", strict=False)
+        restore(live, content, "file.pt", strict=False)
     _, missing, unexpected = str(told[0].message).split("\n")
     assert missing.endswith('state["live9"] and 2 more')
     assert unexpected.endswith('state["saved9"] and 20 more')
@@ -142,16 +142,16 @@ def test_the_warning_lists_ten_of_each_kind() -> None:
         ({"deep": {"x": torch.zeros(1)}}, {"deep": {"y": torch.zeros(1)}}),
     ],
 )
-def test_a_checkpoint_that_has_nothing_of_the_state_is_an_error(live: Any, saved: Any) -> None:
+def test_no_common_entry_is_an_error_without_strict(live: Any, saved: Any) -> None:
     before = meaning(live)
     for strict in (True, False):
         with pytest.raises(StateMismatchError, match=r"file.pt does not fit") as told:
-            apply_state(live, saved, "file.pt", strict=strict)
+            restore(live, saved, "file.pt", strict=strict)
         assert HINT not in str(told.value)
         assert_same(meaning(live), before)
 
 
-def test_a_warning_that_is_an_error_leaves_everything_as_it_was(ckpt: Checkpointer) -> None:
+def test_a_warning_turned_into_an_error_leaves_the_state_unchanged(ckpt: Checkpointer) -> None:
     live = {"counter": Counter(1), "model": nn.Linear(1, 1), "n": 1}
     before = meaning(live)
     ckpt.save(1, {"counter": Counter(2), "model": nn.Linear(1, 1), "n": 2, "more": 3})
@@ -165,10 +165,10 @@ class Strict(nn.Linear):
         return super().load_state_dict(state_dict)
 
 
-def test_a_module_that_only_loads_strictly_is_named() -> None:
+def test_the_error_names_a_module_whose_load_takes_no_strict() -> None:
     live = {"n": 0, "odd": Strict(2, 2)}
     with pytest.raises(StateMismatchError, match=r'state\["odd"\]: TypeError: .*strict'):
-        apply_state(live, {"n": 1, "odd": {"bias": torch.zeros(2)}}, "file.pt", strict=False)
+        restore(live, {"n": 1, "odd": {"bias": torch.zeros(2)}}, "file.pt", strict=False)
     assert live["n"] == 0
 
 
@@ -222,7 +222,7 @@ def parallel(module: nn.Module) -> nn.Module:
         ),
     ],
 )
-def test_prefixes_of_wrappers_are_told_with_the_remedy_which_works(
+def test_wrapper_prefixes_are_reported_with_a_map_keys_that_works(
     ckpt: Checkpointer, live: nn.Module, saved: nn.Module, code: str
 ) -> None:
     ckpt.save(1, {"net": saved, "n": 1})
@@ -241,7 +241,7 @@ def test_prefixes_of_wrappers_are_told_with_the_remedy_which_works(
         assert torch.equal(one, other)
 
 
-def test_the_real_wrappers_are_told(ckpt: Checkpointer) -> None:
+def test_the_prefix_of_torch_compile_is_reported(ckpt: Checkpointer) -> None:
     live = nn.Linear(2, 2)
     saved: Any = torch.compile(nn.Linear(2, 2), backend="eager")
     ckpt.save(1, {"net": saved})
@@ -251,14 +251,14 @@ def test_the_real_wrappers_are_told(ckpt: Checkpointer) -> None:
     assert torch.equal(live.weight, saved.weight)
 
 
-def test_keys_of_dicts_of_tensors_are_mapped_and_no_others() -> None:
+def test_map_keys_applies_to_dicts_of_tensors_only() -> None:
     live = {"a.weights": {"w": torch.zeros(1)}, "a.n": 0, "a.mixed": {"a.x": torch.zeros(1), "n": 0}}
     content = {
         "a.weights": {"a.w": torch.ones(1)},
         "a.n": 1,
         "a.mixed": {"a.x": torch.ones(1), "n": 1},
     }
-    apply_state(live, content, "file.pt", map_keys=lambda key: key.removeprefix("a."))
+    restore(live, content, "file.pt", map_keys=lambda key: key.removeprefix("a."))
     assert live == {"a.weights": {"w": torch.ones(1)}, "a.n": 1, "a.mixed": {"a.x": torch.ones(1), "n": 1}}
 
 
@@ -269,13 +269,13 @@ def test_keys_of_dicts_of_tensors_are_mapped_and_no_others() -> None:
         (lambda _: None, "map_keys must return a str, but returned None for 'weight'"),
     ],
 )
-def test_a_function_that_makes_no_keys_of_keys_is_told(function: Any, told: str) -> None:
+def test_map_keys_must_return_distinct_strings(function: Any, told: str) -> None:
     live = nn.Linear(1, 1)
     with pytest.raises(StateMismatchError, match=re.escape(f'state["net"]: {told}')):
-        apply_state({"net": live}, {"net": nn.Linear(1, 1).state_dict()}, "file.pt", map_keys=function)
+        restore({"net": live}, {"net": nn.Linear(1, 1).state_dict()}, "file.pt", map_keys=function)
 
 
-def test_what_is_no_function_is_refused(ckpt: Checkpointer) -> None:
+def test_map_keys_must_be_callable(ckpt: Checkpointer) -> None:
     ckpt.save(1, {"n": 1})
     with pytest.raises(TypeError, match=r"map_keys must be a function of a key, not {'a': 'b'}"):
         ckpt.restore({"n": 1}, map_keys={"a": "b"})  # type: ignore[arg-type]
@@ -296,7 +296,7 @@ class Versioned(nn.Linear):
     ("wrap", "unwrap", "back"),
     [(compiled, plain, "_orig_mod."), (plain, compiled, "")],
 )
-def test_versions_of_modules_follow_their_keys(
+def test_map_keys_maps_module_versions(
     wrap: Callable[[nn.Module], nn.Module], unwrap: Callable[[nn.Module], nn.Module], back: str
 ) -> None:
     saved, live = nn.Sequential(wrap(Versioned(1, 1))), nn.Sequential(unwrap(Versioned(1, 1)))
@@ -304,12 +304,12 @@ def test_versions_of_modules_follow_their_keys(
     def renamed(key: str) -> str:
         return key.replace(back, "") if back else key.replace("0.", "0._orig_mod.")
 
-    apply_state({"net": live}, {"net": saved.state_dict()}, "file.pt", map_keys=renamed)
+    restore({"net": live}, {"net": saved.state_dict()}, "file.pt", map_keys=renamed)
     for one, other in zip(live.parameters(), saved.parameters(), strict=True):
         assert torch.equal(one, other)
 
 
-def test_keys_without_names_are_left_as_they_are() -> None:
+def test_map_keys_leaves_keys_that_are_no_strings() -> None:
     mapped, problems = map_state_keys({1: 2, "a": 3}, str.upper)
     assert (dict(mapped), problems) == ({1: 2, "A": 3}, [])
 
@@ -324,5 +324,5 @@ def test_keys_without_names_are_left_as_they_are() -> None:
         ([1], [2]),
     ],
 )
-def test_other_names_are_no_matter_of_prefixes(own: list[Any], saved: list[Any]) -> None:
+def test_no_remedy_where_prefixes_do_not_explain_the_difference(own: list[Any], saved: list[Any]) -> None:
     assert prefix_remedy(own, saved) is None

@@ -14,8 +14,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from asyncckpt import AsyncCkptError, Checkpointer, PartialRestoreError, StateMismatchError
-from asyncckpt._loading.deferral import DeferredSignals
-from asyncckpt._loading.restore import apply_state
+from asyncckpt._loading.restore import DeferredSignals, restore
 from asyncckpt._loading.stateful import collect
 from restoring import Counter, meaning, trained
 from sameness import assert_same
@@ -144,7 +143,7 @@ def test_everything_is_put_back(odd: Any, saved: Any, why: str) -> None:
     objects = [*live["model"].parameters(), live["values"], live["values"]["history"], live["values"]["pair"]]
     groups = live["opt"].param_groups
     with pytest.raises(StateMismatchError, match=f"(?s)file.pt .*nothing was changed:.*odd.*({why})"):
-        apply_state(live, content, "file.pt")
+        restore(live, content, "file.pt")
     assert_same(meaning(live), before)
     after = [*live["model"].parameters(), live["values"], live["values"]["history"], live["values"]["pair"]]
     assert all(one is other for one, other in zip(after, objects, strict=True))
@@ -159,7 +158,7 @@ def test_a_module_gets_its_own_parameters_back() -> None:
     module = Refusing(2, 2)
     weight, address, names = module.weight, module.weight.data_ptr(), list(module._modules)
     with pytest.raises(StateMismatchError, match="not this one"):
-        apply_state({"odd": module}, {"odd": refused()}, "file.pt")
+        restore({"odd": module}, {"odd": refused()}, "file.pt")
     assert module.weight is weight
     assert module.weight.data_ptr() == address
     assert list(module._modules) == names
@@ -180,12 +179,12 @@ class Elsewhere(nn.Linear):
         return super().load_state_dict(state_dict, assign=True, **options)
 
 
-def test_a_module_loads_the_state_that_it_keeps_elsewhere_and_keeps_its_parameters() -> None:
+def test_extra_state_is_put_back_and_assigned_parameters_are_replaced_by_the_old_ones() -> None:
     live: Any = {"module": Elsewhere(2, 2), "odd": Counter(1, refuses=2)}
     before, weight = meaning(live["module"]), live["module"].weight
     content = {"module": {**meaning(Elsewhere(2, 2)), "_extra_state": 5}, "odd": {"count": 2}}
     with pytest.raises(StateMismatchError, match="not today"):
-        apply_state(live, content, "file.pt")
+        restore(live, content, "file.pt")
     assert_same(meaning(live["module"]), before)
     assert live["module"].weight is weight
 
@@ -203,18 +202,18 @@ def test_parameters_get_their_memory_back() -> None:
     module = Moving(2, 2)
     before, addresses = meaning(module), [parameter.data_ptr() for parameter in module.parameters()]
     with pytest.raises(StateMismatchError, match="not this one"):
-        apply_state({"odd": module}, {"odd": refused()}, "file.pt")
+        restore({"odd": module}, {"odd": refused()}, "file.pt")
     assert_same(meaning(module), before)
     assert [parameter.data_ptr() for parameter in module.parameters()] == addresses
 
 
-def test_an_interruption_in_a_load_is_raised_and_everything_put_back() -> None:
+def test_keyboard_interrupt_in_a_load_is_raised_and_everything_is_put_back() -> None:
     odd = Refusing(2, 2)
     odd.failure = KeyboardInterrupt()
     live = whole(1, odd)
     before = meaning(live)
     with pytest.raises(KeyboardInterrupt):
-        apply_state(live, saved_from(whole(2, refused())), "file.pt")
+        restore(live, saved_from(whole(2, refused())), "file.pt")
     assert_same(meaning(live), before)
 
 
@@ -228,48 +227,66 @@ class Signalling(Counter):
 def test_a_signal_in_a_load_interrupts_it_and_everything_is_put_back() -> None:
     live: dict[str, Any] = {"first": Counter(1), "odd": Signalling(1), "x": torch.zeros(1)}
     with pytest.raises(KeyboardInterrupt):
-        apply_state(live, {"first": {"count": 2}, "odd": {"count": 2}, "x": torch.ones(1)}, "file.pt")
+        restore(live, {"first": {"count": 2}, "odd": {"count": 2}, "x": torch.ones(1)}, "file.pt")
     assert live["first"].count == 1
     assert live["x"].item() == 0
 
 
 @pytest.mark.parametrize("at", [1, 2, 3])
-def test_a_signal_among_copies_that_cannot_fail_comes_after_the_last(at: int) -> None:
+def test_a_signal_during_the_final_copies_is_handled_after_them(at: int) -> None:
     live = {"model": nn.Linear(2, 2), "x": torch.zeros(2)}
     content = saved_from({"model": nn.Linear(2, 2), "x": torch.ones(2)})
     with (
         pytest.raises(KeyboardInterrupt),
         Interrupting(at, lambda: signal.raise_signal(signal.SIGINT)),
     ):
-        apply_state(live, content, "file.pt")
+        restore(live, content, "file.pt")
     assert_same(meaning(live), content)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_signals_are_deferred_once_each_and_their_handlers_stay() -> None:
+def test_deferred_signals_are_delivered_once_and_handlers_are_reinstated() -> None:
     heard: list[int] = []
     before = signal.signal(signal.SIGUSR1, lambda number, _: heard.append(number))
     handler = signal.getsignal(signal.SIGUSR1)
     try:
         with DeferredSignals() as signals:
             signal.raise_signal(signal.SIGUSR1)
+            assert len(heard) == 1
+            signals.defer()
             signal.raise_signal(signal.SIGUSR1)
-            assert heard == []
-            with signals.allowed():
-                assert heard == [signal.SIGUSR1]
-                signal.raise_signal(signal.SIGUSR1)
-                assert len(heard) == 2
             signal.raise_signal(signal.SIGUSR1)
-            assert len(heard) == 2
-        assert len(heard) == 3
+            assert len(heard) == 1
+        assert len(heard) == 2
         assert signal.getsignal(signal.SIGUSR1) is handler
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+def test_signals_after_a_handler_that_raised_are_deferred_to_the_end() -> None:
+    heard: list[int] = []
+
+    def interrupted() -> None:
+        with DeferredSignals():
+            try:
+                signal.raise_signal(signal.SIGINT)
+            finally:
+                signal.raise_signal(signal.SIGUSR1)
+                assert heard == []
+
+    before = signal.signal(signal.SIGUSR1, lambda number, _: heard.append(number))
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            interrupted()
+        assert heard == [signal.SIGUSR1]
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     finally:
         signal.signal(signal.SIGUSR1, before)
 
 
 def test_a_restore_works_on_other_threads() -> None:
     live = {"x": torch.zeros(1)}
-    thread = threading.Thread(target=apply_state, args=(live, {"x": torch.ones(1)}, "file.pt"))
+    thread = threading.Thread(target=restore, args=(live, {"x": torch.ones(1)}, "file.pt"))
     thread.start()
     thread.join()
     assert live["x"].item() == 1
@@ -292,11 +309,11 @@ class Slotted:
         self.count = state["count"]
 
 
-def test_what_cannot_be_put_back_is_listed_and_the_rest_is_put_back() -> None:
+def test_partial_restore_error_lists_the_entries_that_were_not_put_back() -> None:
     live: dict[str, Any] = {"first": Counter(1), "stuck": Slotted(1), "odd": Counter(1, refuses=2)}
     content = {"first": {"count": 2}, "stuck": {"count": 2}, "odd": {"count": 2}}
     with pytest.raises(PartialRestoreError) as told:
-        apply_state(live, content, "file.pt")
+        restore(live, content, "file.pt")
     assert str(told.value).split("\n") == [
         "restoring file.pt failed, and these entries could not be put back:",
         '  state["stuck"]: RuntimeError: only once',
@@ -306,14 +323,16 @@ def test_what_cannot_be_put_back_is_listed_and_the_rest_is_put_back() -> None:
     assert [live[key].count for key in live] == [1, 2, 1]
 
 
-def test_what_cannot_be_put_back_is_noted_at_an_interruption(caplog: pytest.LogCaptureFixture) -> None:
+def test_entries_that_were_not_put_back_are_noted_at_a_keyboard_interrupt(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     live: dict[str, Any] = {"stuck": Slotted(1), "odd": Signalling(1)}
     with pytest.raises(KeyboardInterrupt):
-        apply_state(live, {"stuck": {"count": 2}, "odd": {"count": 2}}, "file.pt")
+        restore(live, {"stuck": {"count": 2}, "odd": {"count": 2}}, "file.pt")
     assert 'state["stuck"]: RuntimeError: only once' in caplog.text
 
 
-def test_a_copy_that_fails_against_all_odds_is_told() -> None:
+def test_a_failing_final_copy_lists_the_changed_tensors() -> None:
     def fail() -> None:
         raise RuntimeError("device lost")
 
@@ -325,7 +344,7 @@ def test_a_copy_that_fails_against_all_odds_is_told() -> None:
     }
     content = {"x": torch.ones(1), "y": torch.ones(1), "z": torch.ones(1), "counter": {"count": 2}}
     with pytest.raises(PartialRestoreError) as told, Interrupting(2, fail):
-        apply_state(live, content, "file.pt")
+        restore(live, content, "file.pt")
     assert [line.split(":")[0].strip() for line in str(told.value).split("\n")[1:]] == [
         'state["x"]',
         'state["y"]',
@@ -334,18 +353,18 @@ def test_a_copy_that_fails_against_all_odds_is_told() -> None:
     assert live["counter"].count == 1
 
 
-def test_parameters_that_are_swapped_are_put_back() -> None:
+def test_swapped_parameters_are_put_back() -> None:
     live: dict[str, Any] = {"model": nn.Linear(2, 2), "odd": Counter(1, refuses=2)}
     before, weight = meaning(live), live["model"].weight
     content = saved_from({"model": nn.Linear(2, 2), "odd": Counter(2)})
     torch.__future__.set_swap_module_params_on_conversion(True)
     try:
         with pytest.raises(StateMismatchError, match="not today"):
-            apply_state(live, content, "file.pt")
+            restore(live, content, "file.pt")
         assert_same(meaning(live), before)
         assert live["model"].weight is weight
         live["odd"].refuses = None
-        apply_state(live, content, "file.pt")
+        restore(live, content, "file.pt")
     finally:
         torch.__future__.set_swap_module_params_on_conversion(False)
     assert_same(meaning(live), content)
@@ -374,18 +393,18 @@ def test_values_for_meta_tensors_are_refused_with_the_remedy(live: Any) -> None:
     content = saved_from(nn.Linear(2, 2) if isinstance(live, nn.Module) else torch.ones(2))
     counter = Counter(1)
     with pytest.raises(StateMismatchError, match=r'state\["x"\].*meta tensor.*to_empty.*assign=True'):
-        apply_state({"counter": counter, "x": live}, {"counter": {"count": 2}, "x": content}, "file.pt")
+        restore({"counter": counter, "x": live}, {"counter": {"count": 2}, "x": content}, "file.pt")
     assert counter.count == 1
 
 
-def test_values_that_a_hooked_module_drops_into_meta_tensors_are_refused() -> None:
+def test_values_that_a_hooked_module_drops_because_of_meta_tensors_are_refused() -> None:
     live = nn.Linear(2, 2, device="meta")
     live.register_load_state_dict_post_hook(lambda *_: None)
     with (
         pytest.warns(UserWarning, match="no-op"),
         pytest.raises(StateMismatchError, match=r"meta device took no values: weight, bias; materialize"),
     ):
-        apply_state({"x": live}, {"x": saved_from(nn.Linear(2, 2))}, "file.pt")
+        restore({"x": live}, {"x": saved_from(nn.Linear(2, 2))}, "file.pt")
 
 
 class Assigning(nn.Linear):
@@ -395,7 +414,7 @@ class Assigning(nn.Linear):
 
 def test_a_module_that_materializes_itself_is_loaded() -> None:
     live, saved = Assigning(2, 2, device="meta"), nn.Linear(2, 2)
-    apply_state({"x": live}, {"x": saved_from(saved)}, "file.pt")
+    restore({"x": live}, {"x": saved_from(saved)}, "file.pt")
     assert torch.equal(live.weight, saved.weight)
 
 
@@ -408,17 +427,17 @@ def test_a_module_that_renames_what_an_older_version_saved_is_loaded() -> None:
     saved["old"] = saved.pop("weight")
     live = nn.Linear(2, 2)
     live.register_load_state_dict_pre_hook(lambda _, *args: rename(*args))
-    apply_state({"x": live, "n": 0}, {"x": saved, "n": 1}, "file.pt")
+    restore({"x": live, "n": 0}, {"x": saved, "n": 1}, "file.pt")
     assert torch.equal(live.weight, saved["old"])
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # nothing was left out
-        apply_state({"x": live, "n": 0}, {"x": saved, "n": 1}, "file.pt", strict=False)
+        restore({"x": live, "n": 0}, {"x": saved, "n": 1}, "file.pt", strict=False)
 
 
-def test_what_else_does_not_fit_is_listed_beside_a_module_with_its_own_loading() -> None:
+def test_mismatches_of_hooked_modules_are_listed_beside_others() -> None:
     live = Refusing(2, 2)
     with pytest.raises(StateMismatchError) as told:
-        apply_state({"x": live, "y": torch.zeros(1)}, {"x": {"weight": torch.ones(3)}, "y": 1}, "file.pt")
+        restore({"x": live, "y": torch.zeros(1)}, {"x": {"weight": torch.ones(3)}, "y": 1}, "file.pt")
     assert str(told.value).split("\n  ")[1:] == [
         'state["y"]: a tensor is expected, the checkpoint has a int',
         'state["x"]["weight"]: shape (3,) in the checkpoint, (2, 2) in the state',
@@ -426,16 +445,16 @@ def test_what_else_does_not_fit_is_listed_beside_a_module_with_its_own_loading()
     ]
 
 
-def test_a_common_model_needs_no_second_copy() -> None:
+def test_a_stock_module_is_restored_without_a_copy_of_its_tensors() -> None:
     live, saved = {"model": trained(steps=1)["model"]}, {"model": trained(steps=2)["model"]}
     content = saved_from({**saved, "x": torch.ones(2, dtype=torch.float64)})
     with Interrupting(100, list) as seen:
-        apply_state({**live, "x": torch.zeros(2)}, content, "file.pt")
+        restore({**live, "x": torch.zeros(2)}, content, "file.pt")
     assert seen.clones == 0
     assert_same(meaning(live), meaning(saved))
     live["model"].register_load_state_dict_post_hook(lambda *_: None)
     with Interrupting(100, list) as seen:
-        apply_state(live, {"model": content["model"]}, "file.pt")
+        restore(live, {"model": content["model"]}, "file.pt")
     assert seen.clones > 0
 
 
@@ -450,15 +469,7 @@ class WritingInPlace(torch.optim.SGD):
                 raise RuntimeError("a momentum of 7")
 
 
-class RefusingAll(WritingInPlace):
-    """The same, which then refuses whatever it has taken."""
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
-        raise RuntimeError("no momentum of 7, nor another")
-
-
-@pytest.mark.parametrize("kind", [WritingInPlace, RefusingAll, torch.optim.SGD])
+@pytest.mark.parametrize("kind", [WritingInPlace, torch.optim.SGD])
 def test_an_optimizer_gets_its_tensors_and_groups_back(kind: type[torch.optim.SGD]) -> None:
     def optimizer(momentum: float, lr: float) -> torch.optim.SGD:
         parameter = nn.Parameter(torch.zeros(2))
@@ -475,17 +486,17 @@ def test_an_optimizer_gets_its_tensors_and_groups_back(kind: type[torch.optim.SG
     before, groups, lists = meaning(live), live.param_groups, live.param_groups[0]["params"]
     buffer = live.state[lists[0]]["momentum_buffer"]
     with pytest.raises(StateMismatchError, match=r"momentum of 7|Tensor"):
-        apply_state({"opt": live}, saved_from({"opt": optimizer(7.0, 0.5)}), "file.pt")
+        restore({"opt": live}, saved_from({"opt": optimizer(7.0, 0.5)}), "file.pt")
     assert_same(meaning(live), before)
     assert live.param_groups is groups
     assert live.state[lists[0]]["momentum_buffer"] is buffer
 
 
-def test_a_schedulers_new_entries_are_taken_away_again() -> None:
+def test_new_attributes_of_a_scheduler_are_removed_again() -> None:
     live = trained(steps=1)["sched"]
     before = meaning(live)
     with pytest.raises(StateMismatchError, match="not today"):
-        apply_state(
+        restore(
             {"sched": live, "odd": Counter(1, refuses=2)},
             {"sched": {**live.state_dict(), "new": 1, "last_epoch": 9}, "odd": {"count": 2}},
             "file.pt",
@@ -506,7 +517,7 @@ def test_a_container_that_refuses_a_value_is_named_and_all_is_put_back() -> None
     live = {"list": [1], "n": 1, "odd": Refuser(x=torch.zeros(1), n=1)}
     content = {"list": [1, 2], "n": 2, "odd": {"x": torch.ones(1), "n": -1}}
     with pytest.raises(StateMismatchError, match=re.escape('state["odd"]["n"]: ValueError: negative')):
-        apply_state(live, content, "file.pt")
+        restore(live, content, "file.pt")
     assert live == {"list": [1], "n": 1, "odd": {"x": torch.zeros(1), "n": 1}}
 
 
@@ -517,5 +528,5 @@ def test_a_state_that_cannot_be_copied_is_not_changed() -> None:
 
     live = {"first": Counter(1), "odd": Locked(1)}
     with pytest.raises(StateMismatchError, match=r'state\["odd"\]: TypeError: cannot pickle'):
-        apply_state(live, {"first": {"count": 2}, "odd": {"count": 2}}, "file.pt")
+        restore(live, {"first": {"count": 2}, "odd": {"count": 2}}, "file.pt")
     assert [live[key].count for key in live] == [1, 1]

@@ -91,7 +91,7 @@ def interpreter() -> Iterator[Interpreter]:
         yield interpreter
 
 
-def test_losses_and_weights_are_those_of_a_run_that_was_not_interrupted(
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
     interpreter: Interpreter, tmp_path: Path
 ) -> None:
     def run(script: str, *arguments: object, status: int = 0) -> Any:

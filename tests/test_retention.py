@@ -26,7 +26,6 @@ def with_losses(*losses: float) -> list[Checkpoint]:
 
 
 def sequences(checkpoints: Iterable[Checkpoint]) -> list[int]:
-    """Order told, repeats told."""
     return [c.sequence for c in checkpoints]
 
 
@@ -85,7 +84,7 @@ class TestLaws:
         assert newest not in evicted(policy, checkpoints)
 
     @given(directories, policies)
-    def test_evicted_are_all_that_no_one_keeps_in_order_of_commit(
+    def test_evicted_are_all_that_no_policy_keeps_in_order_of_commit(
         self, checkpoints: list[Checkpoint], policy: Policy
     ) -> None:
         every = set(sequences(checkpoints))
@@ -176,7 +175,7 @@ class TestLaws:
 
 
 class TestBest:
-    def test_lower_is_better_unless_told(self) -> None:
+    def test_lower_is_better_by_default(self) -> None:
         checkpoints = with_losses(3.0, 1.0, 2.0, 4.0)
         assert kept(BestK(2, "loss"), checkpoints) == [2, 3]
         assert kept(BestK(2, "loss", mode="max"), checkpoints) == [1, 4]
@@ -310,7 +309,7 @@ class TestUsersPolicy:
             evict(wrap(Answer(answer)), self.checkpoints)
 
     @pytest.mark.parametrize("wrap", [lambda p: p, lambda p: p | KeepAll(), lambda p: KeepAll() | p])
-    def test_that_raises_is_heard(self, wrap: Any) -> None:
+    def test_errors_of_a_policy_propagate(self, wrap: Any) -> None:
         with pytest.raises(KeyError, match="its own"):
             evict(wrap(Answer(KeyError("its own"))), self.checkpoints)
 

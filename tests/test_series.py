@@ -1,4 +1,4 @@
-"""Several series in one directory, wrong names, damaged and foreign files: nothing is taken for another."""
+"""Several series in one directory; wrong names, damaged and foreign files."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class TestSeries:
         assert steps(evicting) == [22]
         assert len(names(tmp_path)) == 2
 
-    def test_files_that_do_not_say_their_series_are_told_by_their_exact_name(
+    def test_files_without_a_template_belong_to_the_series_that_makes_their_name(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         encode = Description.encode
@@ -116,7 +116,7 @@ class TestSeries:
         with pytest.raises(CheckpointNotFoundError, match=r"no step 2 named 'model-\{step\}\.pt'.*ema-2\.pt"):
             model.load(2)
 
-    def test_a_fresh_start_beside_another_series_is_told(self, tmp_path: Path) -> None:
+    def test_nothing_to_restore_beside_another_series_is_warned_of(self, tmp_path: Path) -> None:
         with Checkpointer(tmp_path, filename="old-{step}.pt") as ckpt:
             save(ckpt, 5)
         ckpt = Checkpointer(tmp_path, filename="new-{step}.pt")
@@ -126,13 +126,13 @@ class TestSeries:
             assert ckpt.restore(state_of(0), missing_ok=True) is None
         assert told[0].filename == __file__
 
-    def test_an_empty_directory_is_a_fresh_start_without_a_word(self, tmp_path: Path) -> None:
+    def test_nothing_to_restore_in_an_empty_directory_is_not_warned_of(self, tmp_path: Path) -> None:
         (tmp_path / "config.yaml").touch()
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             assert Checkpointer(tmp_path).restore(state_of(0), missing_ok=True) is None
 
-    def test_files_of_torch_save_are_told_of(self, tmp_path: Path) -> None:
+    def test_files_of_torch_save_are_warned_of_and_not_overwritten(self, tmp_path: Path) -> None:
         torch.save(state_of(3), tmp_path / "ckpt_003.pth")
         ckpt = Checkpointer(tmp_path, filename="ckpt_{step:03d}.pth")
         with pytest.warns(UserWarning, match=r"ckpt_003\.pth.*asyncckpt adopt"):
@@ -154,7 +154,7 @@ class TestMetrics:
             assert steps(ckpt) == [1]
 
     @pytest.mark.parametrize("metrics", [{}, {"acc": 1.0}])
-    def test_where_only_the_metric_decides_it_has_to_be_there(
+    def test_the_metric_is_required_where_it_alone_decides(
         self, tmp_path: Path, metrics: dict[str, float]
     ) -> None:
         with (
@@ -163,7 +163,7 @@ class TestMetrics:
         ):
             ckpt.save(1, {}, metrics=metrics)
 
-    def test_where_only_the_metric_decides_a_slip_is_told(self, tmp_path: Path) -> None:
+    def test_the_error_of_a_missing_metric_names_the_nearest(self, tmp_path: Path) -> None:
         with (
             Checkpointer(tmp_path, keep=BestK(3, "val_loss")) as ckpt,
             pytest.raises(ValueError, match="did you mean 'vall_loss'"),
@@ -178,7 +178,7 @@ class TestMetrics:
             (BestK(3, "val_f1") | LastN(2), "val_f2"),
         ],
     )
-    def test_other_metrics_that_are_called_alike_are_no_slip(
+    def test_a_different_metric_with_a_similar_name_is_allowed(
         self, tmp_path: Path, keep: Any, given: str
     ) -> None:
         with Checkpointer(tmp_path, keep=keep) as ckpt:
@@ -192,7 +192,7 @@ class TestMetrics:
             save(ckpt, 3, acc=0.5)
             assert steps(ckpt) == [1, 2, 3]
 
-    def test_where_another_policy_decides_a_save_may_do_without(self, tmp_path: Path) -> None:
+    def test_the_metric_is_optional_beside_another_policy(self, tmp_path: Path) -> None:
         with Checkpointer(tmp_path, keep=BestK(1, "loss") | EveryN(2)) as ckpt:
             save(ckpt, 1, loss=1.0)
             save(ckpt, 2)
@@ -217,7 +217,7 @@ class TestDamage:
             save(ckpt, step, loss=-step)
         return ckpt
 
-    def test_a_damaged_newest_is_named_with_the_way_on(
+    def test_the_error_of_a_damaged_newest_names_the_next(
         self, tmp_path: Path, ckpt: Checkpointer, how: str
     ) -> None:
         damaged(tmp_path / "3.pt", how)
@@ -227,7 +227,7 @@ class TestDamage:
                 call()
         assert live["w"][0] == 0
 
-    def test_fallback_takes_the_newest_whole_one_and_tells(
+    def test_fallback_takes_the_newest_whole_one_with_a_warning(
         self, tmp_path: Path, ckpt: Checkpointer, how: str
     ) -> None:
         damaged(tmp_path / "3.pt", how)
@@ -250,7 +250,7 @@ class TestDamage:
             with pytest.raises(CorruptCheckpointError, match=r"3\.pt"):
                 ckpt.restore(state_of(0), missing_ok=True, fallback=fallback)
 
-    def test_a_damaged_older_one_is_no_matter(
+    def test_a_damaged_older_one_does_not_prevent_loading_the_newest(
         self, tmp_path: Path, ckpt: Checkpointer, how: str, caplog: pytest.LogCaptureFixture
     ) -> None:
         damaged(tmp_path / "1.pt", how)
@@ -286,7 +286,7 @@ def test_a_damaged_newest_is_named_whatever_its_template(tmp_path: Path, filenam
             ckpt.load()
 
 
-def test_a_newest_that_cannot_be_read_is_not_passed_over(tmp_path: Path) -> None:
+def test_a_newest_that_cannot_be_read_is_an_error_without_fallback(tmp_path: Path) -> None:
     ops = FaultyOps()
     with Checkpointer(tmp_path, filename="{step}.pt") as ckpt:
         for step in (1, 2):
@@ -303,7 +303,7 @@ def test_a_newest_that_cannot_be_read_is_not_passed_over(tmp_path: Path) -> None
         assert ckpt.load()["w"][0] == 2
 
 
-def test_fallback_does_not_go_with_what_names_one_checkpoint(tmp_path: Path) -> None:
+def test_fallback_is_refused_with_a_step_or_a_path(tmp_path: Path) -> None:
     with Checkpointer(tmp_path) as ckpt:
         save(ckpt, 1)
         for which in (1, "step-00000001.pt"):
@@ -311,7 +311,7 @@ def test_fallback_does_not_go_with_what_names_one_checkpoint(tmp_path: Path) -> 
                 ckpt.load(which, fallback=True)
 
 
-def test_a_directory_that_is_only_read_is_not_made(tmp_path: Path) -> None:
+def test_create_false_changes_nothing_before_the_first_save(tmp_path: Path) -> None:
     for url in (tmp_path / "runs" / "gtp", f"memory://{tmp_path}/gtp"):
         with pytest.raises(CheckpointNotFoundError, match=r"no directory .*gtp"):
             Checkpointer(url, create=False)
@@ -327,7 +327,7 @@ def test_a_directory_that_is_only_read_is_not_made(tmp_path: Path) -> None:
         assert not leftover.exists()
 
 
-def test_commits_and_evictions_are_logged_and_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_commits_and_evictions_are_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     told: list[Checkpoint] = []
     with (
         caplog.at_level(logging.DEBUG, "asyncckpt"),
@@ -342,7 +342,7 @@ def test_commits_and_evictions_are_logged_and_told(tmp_path: Path, caplog: pytes
     assert [record.levelno for record in evictions] == [logging.DEBUG]
 
 
-def test_an_on_commit_that_fails_harms_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_failing_on_commit_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with Checkpointer(tmp_path, on_commit=lambda _: 1 / 0) as ckpt:
         save(ckpt, 1)
         save(ckpt, 2)

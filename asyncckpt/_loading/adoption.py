@@ -8,8 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from asyncckpt._loading.catalog import READERS, Catalog, read_described
-from asyncckpt._loading.load import read_file
-from asyncckpt._loading.reader import Check, answer, verify
+from asyncckpt._loading.reader import Check, answer, read_file, verify
 from asyncckpt._threads import for_each, in_thread
 from asyncckpt.errors import CheckpointNotFoundError, CorruptCheckpointError, StoreError
 from asyncckpt.layout.description import Description
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from asyncckpt._loading.catalog import Entry
-    from asyncckpt._name_parsing import NameParser
+    from asyncckpt._naming import NameParser
     from asyncckpt.layout.zip_reader import Directory
     from asyncckpt.stores.base import Draft, OpenFile, Store
     from asyncckpt.types import Checkpoint

@@ -1,27 +1,38 @@
-"""Which checkpoints a directory holds: its listing, and what each file says of itself."""
+"""List a directory: what each file says of itself, and which checkpoints belong to one series."""
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
 from asyncckpt._loading.reader import answer
+from asyncckpt._naming import SUFFIXES
 from asyncckpt._threads import for_each
-from asyncckpt.errors import CorruptCheckpointError, StoreError
+from asyncckpt.errors import CheckpointNotFoundError, CorruptCheckpointError, StoreError
 from asyncckpt.layout.description import Description, checkpoint_of
 from asyncckpt.layout.zip_reader import read_description
+from asyncckpt.retention import rank
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import Literal
+
+    from asyncckpt._naming import NameTemplate
+    from asyncckpt.retention import Mode
     from asyncckpt.stores.base import OpenFile, Store, StoredFile
     from asyncckpt.types import Checkpoint
 
-logger = logging.getLogger("asyncckpt")
+    # What a caller asks for: the checkpoint committed last, the best by a metric, or that of a step.
+    Wanted = Literal["latest"] | tuple[str, Mode] | int
 
 # Descriptions are small reads: more of them at once than of bulk reads.
 READERS = 8
+_LISTED = 3  # names of other files in a message
+
+logger = logging.getLogger("asyncckpt")
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,8 +41,8 @@ class Entry:
 
     Attributes:
         file: as it was listed.
-        checkpoint: what it says that it is; None if it has no description, or none with a step.
-        error: why it cannot be a whole checkpoint, or why it could not be read this time.
+        checkpoint: what its description says; None without a description, or without a step in it.
+        error: why it is not a whole checkpoint, or could not be read this time; names the file.
     """
 
     file: StoredFile
@@ -40,54 +51,54 @@ class Entry:
 
 
 class Catalog:
-    """The committed checkpoints of a store.
+    """The files of a store, with their descriptions.
 
     There is no index that could disagree with the directory: each call lists it. A file is read (its end, in
     two small reads at most) only when its version is new.
+
+    Args:
+        store: the directory.
+        names: template of the series whose damaged files are logged as warnings.
     """
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, names: NameTemplate | None = None) -> None:
         self._store = store
+        self._names = names
         self._known: dict[str, Entry] = {}
-
-    async def checkpoints(self) -> list[Checkpoint]:
-        """Return the checkpoints in order of commit. Files without our description are none."""
-        return [entry.checkpoint for entry in await self.entries() if entry.checkpoint is not None]
 
     async def entries(self) -> list[Entry]:
         """Return all files, the checkpoints in order of commit."""
         vanished: set[tuple[str, str]] = set()
         while True:
-            listed = await self._store.list()
-            files = [file for file in listed if (file.name, file.version) not in vanished]
+            files = [file for file in await self._store.list() if (file.name, file.version) not in vanished]
+            new = [file for file in files if not self._is_known(file)]
             found = {file.name: self._known[file.name] for file in files if self._is_known(file)}
-            read = partial(self._read, found)
-            await for_each(read, [file for file in files if file.name not in found], READERS)
-            gone = {(file.name, file.version) for file in files if file.name not in found}
+            found |= {entry.file.name: entry for entry in await for_each(self._read, new, READERS) if entry}
+            # What could not be read is tried again the next time.
+            self._known = {name: e for name, e in found.items() if not isinstance(e.error, StoreError)}
+            gone = {(file.name, file.version) for file in new if file.name not in found}
             if not gone:
-                break
+                return sorted(found.values(), key=_order)
             # They were removed since they were listed. What took their place may not have been seen.
             vanished |= gone
-        # What could not be read is tried again the next time.
-        self._known = {name: e for name, e in found.items() if not isinstance(e.error, StoreError)}
-        return sorted(found.values(), key=_order)
-
-    async def _read(self, found: dict[str, Entry], file: StoredFile) -> None:
-        with contextlib.suppress(FileNotFoundError):
-            found[file.name] = await self._entry(file)
 
     def _is_known(self, file: StoredFile) -> bool:
         known = self._known.get(file.name)
         return known is not None and known.file.version == file.version
 
-    async def _entry(self, file: StoredFile) -> Entry:
+    async def _read(self, file: StoredFile) -> Entry | None:
+        """Return the entry of a file; None if the file is gone."""
         path = self._store.path_of(file.name)
         try:
             async with self._store.open(file.name) as opened:
                 description = await read_described(opened)
+        except FileNotFoundError:
+            return None
         except CorruptCheckpointError as error:
-            logger.debug("%s is not listed: %s", path, error)
-            return Entry(file, error=error)
+            is_own = self._names is not None and self._names.matches(file.name)
+            level = logging.WARNING if is_own else logging.DEBUG
+            logger.log(level, "%s is not a whole checkpoint: %s", path, error)
+            return Entry(file, error=CorruptCheckpointError(f"{path}: {error}"))
         except StoreError as error:
             logger.warning("%s cannot be read and is not listed: %s", path, error)
             return Entry(file, error=error)
@@ -97,15 +108,110 @@ class Catalog:
 
 
 async def read_described(file: OpenFile) -> Description | None:
-    """Return what a file says of itself; None if it was not written by asyncckpt."""
+    """Return the description of a file; None if asyncckpt did not write it."""
     record = await answer(read_description(file.file.nbytes), file)
     return None if record is None else Description.decode(record)
 
 
+@dataclass(frozen=True)
+class Series:
+    """A directory as seen from one series: the checkpoints that one `filename` template names.
+
+    Attributes:
+        directory: its path or URL.
+        names: the template.
+        entries: all files of the directory, the checkpoints in order of commit.
+    """
+
+    directory: str
+    names: NameTemplate
+    entries: Sequence[Entry]
+
+    @cached_property
+    def own(self) -> list[Entry]:
+        """The checkpoints of the series, in order of commit."""
+        return [entry for entry in self.entries if entry.checkpoint and self.names.owns(entry.checkpoint)]
+
+    @cached_property
+    def damaged(self) -> list[Entry]:
+        """Files with a name of the series that are not whole or cannot be read, newest first."""
+        found = [entry for entry in self.entries if entry.error and self.names.matches(entry.file.name)]
+        return sorted(found, key=lambda entry: entry.file.modified, reverse=True)
+
+    @cached_property
+    def others(self) -> list[Entry]:
+        """Checkpoints of other series, and files with the suffix of a checkpoint."""
+        mine = {entry.file.name for entry in (*self.own, *self.damaged)}
+        return [
+            entry
+            for entry in self.entries
+            if entry.file.name not in mine
+            and (entry.checkpoint or PurePosixPath(entry.file.name).suffix in SUFFIXES)
+        ]
+
+    @property
+    def checkpoints(self) -> list[Checkpoint]:
+        """The checkpoints of the series, in order of commit."""
+        return [entry.checkpoint for entry in self.own if entry.checkpoint]
+
+    @property
+    def all_checkpoints(self) -> list[Checkpoint]:
+        """The checkpoints of every series, in order of commit."""
+        return [entry.checkpoint for entry in self.entries if entry.checkpoint]
+
+    def find(self, wanted: Wanted) -> list[Entry]:
+        """Return what answers to `wanted`, the best answer first.
+
+        Damaged files that would precede it, were they whole, come before it.
+
+        Raises:
+            CheckpointNotFoundError: nothing does; the message says what else there is.
+        """
+        damaged: list[Entry]
+        if wanted == "latest":
+            whole = self.own[::-1]
+            damaged = [entry for entry in self.damaged if not whole or not _is_older(entry, whole[0])]
+        elif isinstance(wanted, int):
+            whole = [
+                entry for entry in self.own[::-1] if entry.checkpoint and entry.checkpoint.step == wanted
+            ]
+            damaged = [entry for entry in self.damaged if self.names.step_of(entry.file.name) == wanted]
+            damaged = [] if whole else damaged
+        else:
+            by_path = {entry.checkpoint.path: entry for entry in self.own if entry.checkpoint}
+            whole = [by_path[checkpoint.path] for checkpoint in rank(self.checkpoints, *wanted)]
+            damaged = [] if whole else self.damaged
+        if not whole and not damaged:
+            raise CheckpointNotFoundError(f"{self.directory} holds no {_text(wanted)}{self._aside()}")
+        return [*damaged, *whole]
+
+    def _aside(self) -> str:
+        """Return what else the directory holds, to be appended to a message."""
+        if not self.others:
+            return ""
+        names = ", ".join(entry.file.name for entry in self.others[-_LISTED:])
+        more = f" and {len(self.others) - _LISTED} more" if len(self.others) > _LISTED else ""
+        is_foreign = any(entry.checkpoint is None for entry in self.others)
+        advice = "; `asyncckpt adopt` describes files of torch.save" if is_foreign else ""
+        return (
+            f" named {self.names.template!r}; it also holds {names}{more}, which are not of this series: give"
+            f" the path of one, or the filename of its series{advice}"
+        )
+
+
+def _is_older(damaged: Entry, whole: Entry) -> bool:
+    """Return whether a damaged file was written before a whole one, as far as the store says."""
+    return 0.0 < damaged.file.modified < whole.file.modified
+
+
+def _text(wanted: Wanted) -> str:
+    if isinstance(wanted, int):
+        return f"step {wanted}"
+    return "latest checkpoint" if wanted == "latest" else f"best checkpoint by {wanted[0]!r}"
+
+
 def _order(entry: Entry) -> tuple[int, float, str]:
     checkpoint = entry.checkpoint
-    return (
-        (0, 0.0, entry.file.name)
-        if checkpoint is None
-        else (checkpoint.sequence, checkpoint.created, checkpoint.path)
-    )
+    if checkpoint is None:
+        return 0, 0.0, entry.file.name
+    return checkpoint.sequence, checkpoint.created, checkpoint.path

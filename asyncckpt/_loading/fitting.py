@@ -13,13 +13,14 @@ _CONVERTIBLE = {
     torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128,
 }  # fmt: skip
 _PLAIN_TYPES = {torch.Tensor, torch.nn.Parameter}
-_LOADING = (
+_MODULE_METHODS = (
     "load_state_dict", "_load_from_state_dict", "set_extra_state",
     "state_dict", "_save_to_state_dict", "get_extra_state",
 )  # fmt: skip
-_LOADING_HOOKS = (
+_MODULE_HOOKS = (
     "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks", "_state_dict_hooks", "_state_dict_pre_hooks",
 )  # fmt: skip
+_OPTIMIZER_METHODS = ("load_state_dict", "state_dict", "__setstate__")
 _OPTIMIZER_HOOKS = (
     "_optimizer_load_state_dict_pre_hooks", "_optimizer_load_state_dict_post_hooks",
     "_optimizer_state_dict_pre_hooks", "_optimizer_state_dict_post_hooks",
@@ -52,7 +53,8 @@ def _misfit(live: torch.Tensor, saved: Any) -> str | None:  # noqa: PLR0911 - on
         return f"shape {tuple(saved.shape)} in the checkpoint, {tuple(live.shape)} in the state"
     if saved.is_complex() and not live.is_complex():
         return f"{saved.dtype} in the checkpoint, {live.dtype} in the state"
-    overlaps = any(step == 0 and size > 1 for size, step in zip(live.shape, _strides(live), strict=False))
+    strides = live.stride() if live.layout is torch.strided and not live.is_nested else ()
+    overlaps = any(step == 0 and size > 1 for size, step in zip(live.shape, strides, strict=False))
     if live.is_inference() or overlaps:
         return "the state's tensor cannot be written: it is expanded, or made in inference mode"
     return None
@@ -60,48 +62,32 @@ def _misfit(live: torch.Tensor, saved: Any) -> str | None:  # noqa: PLR0911 - on
 
 def copy_cannot_fail(live: torch.Tensor, saved: torch.Tensor) -> bool:
     """Whether `live.copy_(saved)` is known to succeed where `misfit` is None."""
-    return all(
-        is_plain_tensor(tensor)
-        and tensor.layout is torch.strided
-        and not tensor.is_nested
-        and tensor.dtype in _CONVERTIBLE
-        for tensor in (live, saved)
-    )
+    return all(is_dense(tensor) and tensor.dtype in _CONVERTIBLE for tensor in (live, saved))
 
 
-def is_plain_tensor(tensor: torch.Tensor) -> bool:
-    """Whether no subclass takes part in the operations of a tensor."""
-    return type(tensor) in _PLAIN_TYPES
+def is_dense(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is memory with strides, and no subclass takes part in its operations."""
+    strided = type(tensor) in _PLAIN_TYPES and tensor.layout is torch.strided
+    return strided and not tensor.is_nested and not tensor.is_quantized
 
 
 def is_stock(target: Any) -> bool:
-    """Whether a module or an optimizer loads by torch's own code alone, no hook and no override."""
+    """Whether a module or an optimizer loads by torch's own code alone, without hooks and overrides."""
     if isinstance(target, torch.nn.Module):
         return not torch.__future__.get_swap_module_params_on_conversion() and all(
-            _has_own(part, _LOADING, "torch.nn.modules.") and not _has_hooks(part, _LOADING_HOOKS)
-            for part in target.modules()
+            _is_stock(part, "torch.nn.modules.", _MODULE_METHODS, _MODULE_HOOKS) for part in target.modules()
         )
-    return (
-        isinstance(target, torch.optim.Optimizer)
-        and _has_own(target, ("load_state_dict", "state_dict", "__setstate__"), "torch.optim.")
-        and not _has_hooks(target, _OPTIMIZER_HOOKS)
+    return isinstance(target, torch.optim.Optimizer) and _is_stock(
+        target, "torch.optim.", _OPTIMIZER_METHODS, _OPTIMIZER_HOOKS
     )
 
 
-def _has_own(target: Any, names: tuple[str, ...], package: str) -> bool:
-    return all(
-        getattr(type(target), name).__module__.startswith(package) and name not in vars(target)
-        for name in names
+def _is_stock(target: Any, package: str, methods: tuple[str, ...], hooks: tuple[str, ...]) -> bool:
+    kind, own = type(target), vars(target)
+    return not any(getattr(target, name) for name in hooks) and all(
+        getattr(kind, name).__module__.startswith(package) and name not in own for name in methods
     )
-
-
-def _has_hooks(target: Any, names: tuple[str, ...]) -> bool:
-    return any(getattr(target, name) for name in names)
 
 
 def _kind(tensor: torch.Tensor) -> str:
     return f"{'a quantized' if tensor.is_quantized else 'a'} tensor of layout {tensor.layout}"
-
-
-def _strides(tensor: torch.Tensor) -> tuple[int, ...]:
-    return tensor.stride() if tensor.layout is torch.strided and not tensor.is_nested else ()

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+import errno
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 from asyncckpt._checksum import crc32, crc32_combine
 from asyncckpt._snapshot.memory import map_private
 from asyncckpt._threads import for_each, in_thread
-from asyncckpt.errors import CorruptCheckpointError
+from asyncckpt.errors import CheckpointNotFoundError, CorruptCheckpointError, StoreError
 from asyncckpt.layout.zip_reader import check_header, read_directory
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
     from asyncckpt._snapshot.memory import Mapping
     from asyncckpt.layout.zip_reader import Directory, Request
-    from asyncckpt.stores.base import OpenFile
+    from asyncckpt.stores.base import OpenFile, Store
     from asyncckpt.types import Offsets
 
 R = TypeVar("R")
@@ -26,6 +27,8 @@ R = TypeVar("R")
 # are busy with checksums.
 CHUNK = 16 << 20
 READERS = 8
+# A file or a directory that others keep changing is read anew this often.
+ATTEMPTS = 100
 
 
 async def answer(requests: Generator[Request, bytes, R], file: OpenFile) -> R:
@@ -41,6 +44,31 @@ async def answer(requests: Generator[Request, bytes, R], file: OpenFile) -> R:
         return result
 
 
+async def read_file(read: Callable[[OpenFile], Awaitable[R]], store: Store, name: str) -> R:
+    """Open a file for `read`, again if it is replaced meanwhile; errors name it.
+
+    Raises:
+        CheckpointNotFoundError: there is no such file.
+        CorruptCheckpointError: what `read` raises, with the path of the file.
+        StoreError: it could not be read, or was replaced again and again.
+    """
+    where = store.path_of(name)
+    for _ in range(ATTEMPTS):
+        try:
+            async with store.open(name) as file:
+                return await read(file)
+        except CheckpointNotFoundError:  # of `read` itself
+            raise
+        except CorruptCheckpointError as error:
+            raise error if where in str(error) else CorruptCheckpointError(f"{where}: {error}") from error
+        except FileNotFoundError as error:
+            try:
+                await store.stat(name)
+            except FileNotFoundError:
+                raise CheckpointNotFoundError(f"there is no checkpoint {where}") from error
+    raise StoreError(errno.EAGAIN, f"{where} was replaced in each of {ATTEMPTS} attempts to read it", where)
+
+
 @dataclass(slots=True, eq=False)
 class Image:
     """A whole file in memory, every record of it checked.
@@ -49,7 +77,7 @@ class Image:
         path: path or URL of the file.
         mapping: the memory; the file begins at its first byte.
         nbytes: size of the file.
-        directory: its records, the payload ranges as the local headers tell them.
+        directory: its records, the payload ranges as the local headers give them.
     """
 
     path: str
@@ -65,78 +93,78 @@ class Image:
         return bytes(self.mapping.view[int(self.directory.starts[row]) : int(self.directory.stops[row])])
 
 
-async def read_image(file: OpenFile) -> Image:
-    """Read a whole file into memory of its own.
+async def read_image(store: Store, name: str) -> Image:
+    """Read a whole file into memory of its own; raises what `read_file` does."""
+    return await read_file(_read_image, store, name)
 
-    Raises:
-        CorruptCheckpointError: names the damaged record.
-        StoreError: the file could not be read.
-    """
-    nbytes = file.file.nbytes
-    directory = await answer(read_directory(nbytes), file)
-    mapping = map_private(nbytes)
+
+async def _read_image(file: OpenFile) -> Image:
+    mapping = map_private(file.file.nbytes)
     try:
-        check = Check(directory, file.path)
-
-        async def read(start: int, stop: int) -> None:
-            piece = mapping.view[start:stop]
-            await file.read(start, piece)
-            await in_thread(check.add, start, piece)
-
-        await _in_parallel(read, nbytes)
-        await in_thread(check.finish)
+        directory = await _read_checked(file, lambda start, stop: mapping.view[start:stop])
     except BaseException:
         mapping.close()
         raise
-    return Image(file.path, mapping, nbytes, directory)
+    return Image(file.path, mapping, file.file.nbytes, directory)
+
+
+async def verify_file(store: Store, name: str, progress: Callable[[int], None] | None = None) -> None:
+    """Read every byte of a file and compare every checksum; raises what `read_file` does.
+
+    Args:
+        store: where it is.
+        name: which file.
+        progress: called with how many more bytes were checked, on the event loop's thread.
+    """
+    await read_file(partial(verify, progress=progress), store, name)
 
 
 async def verify(file: OpenFile, progress: Callable[[int], None] | None = None) -> None:
-    """Read every byte of a file and compare every checksum, in a fixed amount of memory.
+    """Do what `verify_file` does with an open file, in a fixed amount of memory."""
+    mapping = map_private(CHUNK * READERS)
+    free = [mapping.view[start : start + CHUNK] for start in range(0, CHUNK * READERS, CHUNK)]
+
+    def checked(piece: memoryview) -> None:
+        free.append(piece)  # only the last one of the file is shorter than its buffer
+        if progress is not None:
+            progress(len(piece))
+
+    try:
+        await _read_checked(file, lambda start, stop: free.pop()[: stop - start], checked)
+    finally:
+        mapping.close()
+
+
+async def _read_checked(
+    file: OpenFile,
+    buffer: Callable[[int, int], memoryview],
+    checked: Callable[[memoryview], None] = lambda _: None,
+) -> Directory:
+    """Read a file in pieces, several at once, and check every record; returns the records.
 
     Args:
         file: which one.
-        progress: called with how many more bytes were checked, on the event loop's thread.
-
-    Raises:
-        CorruptCheckpointError: names the damaged record.
-        StoreError: the file could not be read.
+        buffer: returns the memory for the bytes [start, stop).
+        checked: called with each piece when it is checked.
     """
     nbytes = file.file.nbytes
     directory = await answer(read_directory(nbytes), file)
     check = Check(directory, file.path)
-    buffers = [map_private(CHUNK) for _ in range(READERS)]
-    free = [mapping.view for mapping in buffers]
 
-    async def read(start: int, stop: int) -> None:
-        buffer = free.pop()
-        piece = buffer[: stop - start]
+    async def read(start: int) -> None:
+        piece = buffer(start, min(start + CHUNK, nbytes))
         await file.read(start, piece)
         await in_thread(check.add, start, piece)
-        free.append(buffer)
-        if progress is not None:
-            progress(stop - start)
+        checked(piece)
 
-    try:
-        await _in_parallel(read, nbytes)
-        await in_thread(check.finish)
-    finally:
-        for mapping in buffers:
-            mapping.close()
-
-
-async def _in_parallel(read: Callable[[int, int], Awaitable[None]], size: int) -> None:
-    """Call `read` for each chunk of a file of `size` bytes, from several tasks."""
-
-    async def read_from(start: int) -> None:
-        await read(start, min(start + CHUNK, size))
-
-    await for_each(read_from, range(0, size, CHUNK), READERS)
+    await for_each(read, range(0, nbytes, CHUNK), READERS)
+    await in_thread(check.finish)
+    return directory
 
 
 @dataclass(slots=True, eq=False)
 class Check:
-    """Headers and checksums of the records of one file, put together from chunks in any order.
+    """Headers and checksums of the records of one file, put together from pieces in any order.
 
     Attributes:
         directory: the records.
@@ -145,29 +173,29 @@ class Check:
 
     directory: Directory
     where: str
-    _parts: defaultdict[int, dict[int, tuple[int, int]]] = field(default_factory=lambda: defaultdict(dict))
-    _headers: defaultdict[int, dict[int, bytes]] = field(default_factory=lambda: defaultdict(dict))
+    _headers: list[tuple[int, int, bytes]] = field(default_factory=list)
+    _sums: list[tuple[int, int, int, int]] = field(default_factory=list)
 
     def add(self, start: int, data: memoryview) -> None:
-        """Look at what `data`, which begins at offset `start`, holds of each record."""
+        """Note what `data`, which begins at offset `start`, holds of each record."""
         d, stop = self.directory, start + len(data)
         for row, begin, end in _overlaps(d.headers, d.starts, start, stop):
-            self._headers[row][begin] = bytes(data[begin - start : end - start])
+            self._headers.append((row, begin, bytes(data[begin - start : end - start])))
         for row, begin, end in _overlaps(d.starts, d.stops, start, stop):
-            self._parts[row][begin] = (crc32(data[begin - start : end - start]), end - begin)
+            self._sums.append((row, begin, crc32(data[begin - start : end - start]), end - begin))
 
     def finish(self) -> None:
         """Raise CorruptCheckpointError for the first record that is not what the directory says."""
         d = self.directory
-        rows = zip(d.names, d.headers.tolist(), d.starts.tolist(), d.checksums.tolist(), strict=True)
-        for row, (name, header, start, expected) in enumerate(rows):
-            found = b"".join(part for _, part in sorted(self._headers[row].items()))
-            check_header(found, name, start - header)
-            checksum = 0
-            for _, (part, length) in sorted(self._parts[row].items()):
-                checksum = crc32_combine(checksum, part, length)
-            if checksum != expected:
-                raise CorruptCheckpointError(f"{self.where}{self._mismatch(row, checksum)}")
+        headers, sums = [b""] * len(d.names), [0] * len(d.names)
+        for row, _, part in sorted(self._headers):
+            headers[row] += part
+        for row, _, part_sum, length in sorted(self._sums):
+            sums[row] = crc32_combine(sums[row], part_sum, length)
+        for row, (name, expected) in enumerate(zip(d.names, d.checksums.tolist(), strict=True)):
+            check_header(headers[row], name, int(d.starts[row] - d.headers[row]))
+            if sums[row] != expected:
+                raise CorruptCheckpointError(f"{self.where}{self._mismatch(row, sums[row])}")
 
     def _mismatch(self, row: int, checksum: int) -> str:
         """Return what it means that a record has this checksum."""

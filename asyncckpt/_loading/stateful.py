@@ -19,6 +19,10 @@ def is_stateful(value: object) -> bool:
     return _is_stateful_type(type(value))
 
 
+def _is_stateful_type(kind: type) -> bool:
+    return callable(getattr(kind, "state_dict", None)) and callable(getattr(kind, "load_state_dict", None))
+
+
 def is_plain(value: object) -> bool:
     """Whether `value` holds neither tensors nor stateful objects in its dicts, lists and tuples."""
     pending: list[Any] = [value]
@@ -27,15 +31,15 @@ def is_plain(value: object) -> bool:
     while pending:
         item = pending.pop()
         kind = type(item)
-        if kind in passed:
+        if kind in passed or id(item) in seen:
             continue
         if issubclass(kind, torch.Tensor) or _is_stateful_type(kind):
             return False
-        if not issubclass(kind, CONTAINERS):
-            passed.add(kind)
-        elif id(item) not in seen:
+        if issubclass(kind, CONTAINERS):
             seen.add(id(item))
             pending.extend(item.values() if isinstance(item, dict) else item)
+        else:
+            passed.add(kind)
     return True
 
 
@@ -45,7 +49,31 @@ def collect(state: Any) -> Any:
     Containers that hold none are passed on as they are, so what they share stays shared; others are copied,
     in their own type.
     """
-    return _collect(state, {}, {})
+    return _collect(state, {}, set())
+
+
+def _collect(value: Any, done: dict[int, Any], passed: set[type]) -> Any:
+    if is_stateful(value):
+        return value.state_dict()
+    if not isinstance(value, CONTAINERS):
+        passed.add(type(value))
+        return value
+    if id(value) in done:
+        return done[id(value)]
+    done[id(value)] = value  # a cycle ends here
+    changed = {}
+    for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+        # Most entries of a large state are tensors: pass them by without a call.
+        if type(item) not in passed and (new := _collect(item, done, passed)) is not item:
+            changed[key] = new
+    if changed and isinstance(value, tuple):
+        done[id(value)] = remake(value, (changed.get(index, item) for index, item in enumerate(value)))
+    elif changed:
+        copied: Any = copy.copy(value)
+        for key, item in changed.items():
+            copied[key] = item
+        done[id(value)] = copied
+    return done[id(value)]
 
 
 def remake(old: tuple[Any, ...], items: Iterable[Any]) -> tuple[Any, ...]:
@@ -57,40 +85,3 @@ def remake(old: tuple[Any, ...], items: Iterable[Any]) -> tuple[Any, ...]:
         return type(old)(items)
     getattr(made, "__dict__", {}).update(getattr(old, "__dict__", {}))
     return made
-
-
-def _collect(value: Any, done: dict[int, Any], passed: dict[type, bool]) -> Any:
-    if is_stateful(value):
-        return value.state_dict()
-    if not isinstance(value, CONTAINERS):
-        return value
-    if id(value) in done:
-        return done[id(value)]
-    done[id(value)] = value  # a cycle ends here
-    changed = {}
-    for key, item in value.items() if isinstance(value, dict) else enumerate(value):
-        # Most entries of a large state are tensors: pass them by without a call.
-        kind = type(item)
-        if (by := passed.get(kind)) is None:
-            by = passed[kind] = not (_is_stateful_type(kind) or issubclass(kind, CONTAINERS))
-        if not by:
-            new = _collect(item, done, passed)
-            if new is not item:
-                changed[key] = new
-    if changed:
-        done[id(value)] = _with(value, changed)
-    return done[id(value)]
-
-
-def _with(container: Any, changed: dict[Any, Any]) -> Any:
-    """Return a copy of a container with other values at some of its keys."""
-    if isinstance(container, tuple):
-        return remake(container, (changed.get(index, item) for index, item in enumerate(container)))
-    new = copy.copy(container)
-    for key, value in changed.items():
-        new[key] = value
-    return new
-
-
-def _is_stateful_type(kind: type) -> bool:
-    return callable(getattr(kind, "state_dict", None)) and callable(getattr(kind, "load_state_dict", None))

@@ -1,45 +1,37 @@
-"""What puts live objects back as they were before a restore."""
+"""Hold what a restore is about to change, so that it can be put back."""
 
 from __future__ import annotations
 
 import copy
 from contextlib import suppress
-from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.parameter import is_lazy
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from asyncckpt._loading.fitting import is_plain_tensor, is_stock
+from asyncckpt._loading.fitting import is_dense, is_stock
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Sequence
 
     Step = Callable[[], object]
 
 
-@dataclass(slots=True)
-class Undo:
-    """The steps that put back what was changed, the last change first."""
+def put_back(held: Sequence[tuple[str, Sequence[Step]]]) -> list[str]:
+    """Run the steps that put entries back, the last entry first; returns a line for each that failed.
 
-    _steps: list[tuple[str, list[Step]]] = field(default_factory=list)
-
-    def keep(self, path: str, steps: list[Step]) -> None:
-        """Note what puts the entry at `path` back; before it is changed."""
-        self._steps.append((path, steps))
-
-    def put_back(self) -> list[str]:
-        """Run every step; returns a line for each that failed."""
-        failures = []
-        for path, steps in reversed(self._steps):
-            for step in steps:
-                try:
-                    step()
-                except BaseException as error:  # noqa: BLE001 - the others are put back nonetheless
-                    failures.append(f"{path}: {type(error).__name__}: {error}")
-        return failures
+    Args:
+        held: (path of an entry, its steps).
+    """
+    failures = []
+    for path, steps in reversed(held):
+        for step in steps:
+            try:
+                step()
+            except BaseException as error:  # noqa: BLE001 - the others are put back nonetheless
+                failures.append(f"{path}: {type(error).__name__}: {error}")
+    return failures
 
 
 def refill(container: Any, content: Any) -> None:
@@ -51,60 +43,50 @@ def refill(container: Any, content: Any) -> None:
         container.update(content)
 
 
-def hold_container(container: Any) -> Step:
-    """Return what gives a dict or a list the entries back that it has now."""
-    content = list(container) if isinstance(container, list) else dict(container)
-    return lambda: refill(container, content)
+def hold_container(container: Any) -> list[Step]:
+    """Return what gives a dict or a list its present entries back."""
+    return [partial(refill, container, list(container) if isinstance(container, list) else dict(container))]
 
 
 def hold_tensor(tensor: torch.Tensor) -> list[Step]:
-    """Return what gives a tensor its values and its memory back, with a copy of the values."""
-    value: Any = tensor
-    if is_traceable_wrapper_subclass(value):
-        return _hold_wrapper(value)
+    """Return what gives a tensor its present memory and values back; the values are copied."""
     kind: type = type(tensor)
     data = tensor.data
-    if is_lazy(tensor):
+    content = None if is_lazy(tensor) else data.clone()
 
-        def dematerialize() -> None:
+    def write() -> None:
+        if content is None or is_dense(tensor):
             tensor.data = data
-            tensor.__class__ = kind
+            tensor.__class__ = kind  # a lazy one becomes another when it is filled
+        if content is not None:
+            with torch.no_grad():
+                tensor.copy_(content)
 
-        return [dematerialize]
-    content = data.clone()
-    dense = is_plain_tensor(tensor) and tensor.layout is torch.strided and not tensor.is_quantized
-
-    def put_back() -> None:
-        with torch.no_grad():
-            (data if dense else tensor).copy_(content)
-        if dense and _extent(tensor) != _extent(data):
-            tensor.data = data
-
-    return [put_back]
-
-
-def _hold_wrapper(tensor: Any) -> list[Step]:
-    steps: list[Step] = []
-    for name in tensor.__tensor_flatten__()[0]:
-        inner = getattr(tensor, name)
-        steps += [*hold_tensor(inner), partial(setattr, tensor, name, inner)]
-    return steps
+    return [write]
 
 
 def hold_stateful(target: Any) -> list[Step]:
     """Return what puts an object back as it is now.
 
-    Attributes are bound again to what they were; modules and optimizers get their tensors back, of the same
-    identity. If code of others keeps state elsewhere, it loads its old state dict, too.
+    Attributes are bound again to what they were. Modules get their parameters and buffers back, of the same
+    identity. If code of others takes part in its loading, the object loads its old state dict, too.
     """
-    attributes, containers, tensors = _parts(target)
-    bind = [hold_container(names) for names in attributes]
-    hold = [hold_container(container) for container in containers]
-    for tensor in tensors:
-        hold += hold_tensor(tensor)
+    containers = [vars(target)] if hasattr(target, "__dict__") else []
+    tensors: list[torch.Tensor] = []
+    if isinstance(target, torch.nn.Module):
+        for part in target.modules():
+            containers += [vars(part), part._parameters, part._buffers, part._modules]
+        tensors = [*target.parameters(), *target.buffers()]
+    hold = [step for container in containers for step in hold_container(container)]
+    hold += [step for tensor in tensors for step in hold_tensor(tensor)]
     if is_stock(target):
-        return [*bind, *hold]
-    state = _copy_state(target.state_dict(), tensors)
+        return hold
+    state = target.state_dict()
+    # What is held above is not copied again.
+    held = {tensor.data_ptr() for tensor in tensors if is_dense(tensor)}
+    values = [value for value in state.values() if isinstance(value, torch.Tensor)] if tensors else []
+    memo = {id(value): value for value in values if is_dense(value) and value.data_ptr() in held}
+    state = copy.deepcopy(state, memo)
 
     def load() -> None:
         with suppress(Exception):  # what cannot be compared is loaded
@@ -112,42 +94,11 @@ def hold_stateful(target: Any) -> list[Step]:
                 return
         target.load_state_dict(state)
 
-    # Loading may put other tensors in their places.
-    return [*bind, *hold, load, *hold]
-
-
-def _parts(target: Any) -> tuple[list[Any], list[Any], list[torch.Tensor]]:
-    """Return what holds the state of `target`: attributes, containers, tensors that may be written into."""
-    if isinstance(target, torch.nn.Module):
-        parts = list(target.modules())
-        names = [names for part in parts for names in (part._parameters, part._buffers, part._modules)]
-        return [vars(part) for part in parts], _containers(names), [*target.parameters(), *target.buffers()]
-    if isinstance(target, torch.optim.Optimizer):
-        inner = _containers([*target.state.values(), *target.param_groups])
-        # torch's own load_state_dict replaces the tensors.
-        written = [] if is_stock(target) else [value for each in inner for value in _tensors(each)]
-        return [], [vars(target), target.state, target.param_groups, *inner], written
-    return _containers([getattr(target, "__dict__", None)]), [], []
-
-
-def _containers(values: Iterable[Any]) -> list[Any]:
-    return [value for value in values if isinstance(value, (dict, list))]
-
-
-def _tensors(container: Any) -> list[torch.Tensor]:
-    values = container.values() if isinstance(container, dict) else container
-    return [value for value in values if isinstance(value, torch.Tensor)]
-
-
-def _copy_state(state: Any, held: list[torch.Tensor]) -> Any:
-    """Copy a state dict, except tensors that are held, or are views of all of one that is."""
-    known = {_extent(tensor) for tensor in held}
-    shared = [*held, *(_tensors(state) if isinstance(state, dict) else ())]
-    return copy.deepcopy(state, {id(tensor): tensor for tensor in shared if _extent(tensor) in known})
+    # A module may put other tensors in their places again.
+    return [*hold, load, *(hold if tensors else [])]
 
 
 def _equal(one: Any, other: Any) -> bool:
-    """Whether two state dicts are known to be equal."""
     if type(one) is not type(other):
         return False
     if isinstance(one, torch.Tensor):
@@ -157,9 +108,3 @@ def _equal(one: Any, other: Any) -> bool:
     if isinstance(one, (list, tuple)):
         return len(one) == len(other) and all(map(_equal, one, other))
     return bool(one == other)
-
-
-def _extent(tensor: torch.Tensor) -> object:
-    if not is_plain_tensor(tensor) or tensor.layout is not torch.strided:
-        return id(tensor)
-    return tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype

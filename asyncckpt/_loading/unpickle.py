@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import threading
-import weakref
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -15,24 +13,17 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
     from torch.storage import UntypedStorage
-    from typing_extensions import Self
-
-    from asyncckpt._snapshot.memory import Mapping as MemoryMapping
 
     MapLocation = Callable[[UntypedStorage, str], UntypedStorage] | torch.device | str | dict[str, str] | None
 
-# Before the deserializers of torch's own, which begin at 10.
-_PRIORITY = 5
-# Smaller storages are given back only with the whole file; a page of their own would cost more than they do.
-_OWN_PAGES = 64 << 10
 _active = threading.local()
 
 
 class PayloadFile:
-    """A checkpoint file as torch.load reads it, except that payloads of storages are only noted, not copied.
+    """A checkpoint file as torch.load reads it, except that payloads of storages are not copied.
 
-    torch.load asks for the bytes of a storage and then for the place to restore it to. What it asked for is
-    remembered, and in `restore` the storage that has the bytes already takes the place of the empty one.
+    torch.load reads the bytes of a storage and then asks where to restore it. The first only notes which
+    storage has these bytes; `restore` then returns it in place of the empty one.
 
     Args:
         size: of the file in bytes.
@@ -40,7 +31,7 @@ class PayloadFile:
         payloads: offset of each storage's payload -> the storage that holds it.
 
     Attributes:
-        is_placed_by_caller: whether the caller chose where storages are placed, rather than the file.
+        is_placed_by_caller: whether the caller's map_location decides where storages go, not the file.
         misplaced: whether a device or the caller's map_location failed, which is not the file's fault.
     """
 
@@ -54,11 +45,11 @@ class PayloadFile:
         self._read_at = read_at
         self._payloads = payloads
         self._at = 0
-        self._asked: UntypedStorage | None = None
+        self._noted: UntypedStorage | None = None
 
     def restore(self, storage: UntypedStorage) -> UntypedStorage:
-        """Return the storage with the bytes that torch.load has just asked for."""
-        found, self._asked = self._asked, None
+        """Return the storage with the bytes that were read last; `storage` where they were copied."""
+        found, self._noted = self._noted, None
         return storage if found is None else found
 
     def tell(self) -> int:
@@ -78,15 +69,15 @@ class PayloadFile:
         return data
 
     def readline(self) -> bytes:
-        """Refuse; torch.load only wants to see that there is such a method."""
+        """Refuse; torch.load only checks that the method is there."""
         raise NotImplementedError("a checkpoint has no lines")
 
     def readinto(self, buffer: Any) -> int:
-        """Fill `buffer`, unless it is to be a storage that is in memory already."""
+        """Fill `buffer`, unless it belongs to a storage that is in memory already."""
         target = memoryview(buffer).cast("B")
         found = self._payloads.get(self._at)
-        self._asked = found if found is not None and found.nbytes() == len(target) else None
-        if self._asked is None:
+        self._noted = found if found is not None and found.nbytes() == len(target) else None
+        if self._noted is None:
             data = self.read(len(target))
             target[: len(data)] = data
             return len(data)
@@ -98,50 +89,22 @@ def load_file(
     file: PayloadFile, map_location: MapLocation = None, *, weights_only: bool | None = True
 ) -> Any:
     """Return what torch.load makes of `file`; with `weights_only=None`, by the default of torch."""
-    _register()
-    where = _restoring_first(file, map_location) if callable(map_location) else map_location
+    where = _filling_first(file, map_location) if callable(map_location) else map_location
     file.is_placed_by_caller = where is map_location and where is not None
     with _loading(file):
         return torch.load(file, map_location=where, weights_only=weights_only)  # type: ignore[arg-type]
 
 
-class LoadedMemory:
-    """The memory of a loaded file: given back range by range as its storages die, and all with the last.
-
-    Use it as a context while the state is built; what is no storage's goes at its end.
-    """
-
-    def __init__(self, mapping: MemoryMapping) -> None:
-        self._mapping = mapping
-        self._holders = 1
-        self._lock = threading.Lock()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._release(0, 0)
-
-    def storage(self, start: int, stop: int) -> UntypedStorage:
-        """Return a storage of the bytes [start, stop)."""
-        array = (ctypes.c_ubyte * (stop - start)).from_address(self._mapping.address + start)
-        weakref.finalize(array, self._release, start, stop).atexit = False
-        with self._lock:
-            self._holders += 1
-        return torch.frombuffer(array, dtype=torch.uint8).untyped_storage()
-
-    def _release(self, start: int, stop: int) -> None:
-        with self._lock:
-            self._holders -= 1
-            last = not self._holders
-        if last:
-            self._mapping.close()
-        elif stop - start >= _OWN_PAGES:
-            self._mapping.discard(start, stop)
+def is_device(location: object) -> bool:
+    """Return whether torch knows the kind of device of a storage's location, such as "cuda:0"."""
+    try:
+        return isinstance(location, str) and bool(torch.device(location))
+    except RuntimeError:
+        return False
 
 
-def _restoring_first(file: PayloadFile, place: Callable[[UntypedStorage, str], Any]) -> MapLocation:
-    """Let the caller's own map_location see the bytes."""
+def _filling_first(file: PayloadFile, place: Callable[[UntypedStorage, str], Any]) -> MapLocation:
+    """Return a map_location that calls the caller's own with the storage that has the bytes."""
 
     def restore(storage: UntypedStorage, location: str) -> Any:
         filled = file.restore(storage)
@@ -154,17 +117,6 @@ def _restoring_first(file: PayloadFile, place: Callable[[UntypedStorage, str], A
             return _placed(file, filled, location) if placed is None else placed
 
     return restore
-
-
-_registered = False
-
-
-def _register() -> None:
-    """Put our deserializer before torch's; it does nothing unless a file of ours is being loaded."""
-    global _registered  # noqa: PLW0603
-    if not _registered:
-        _registered = True
-        register_package(_PRIORITY, lambda _: None, _restore)
 
 
 def _restore(storage: Any, location: str) -> Any:
@@ -183,12 +135,8 @@ def _placed(file: PayloadFile, storage: UntypedStorage, location: str) -> Any:
         raise
 
 
-def is_device(location: object) -> bool:
-    """Return whether torch knows the kind of device of a storage's location, such as "cuda:0"."""
-    try:
-        return isinstance(location, str) and bool(torch.device(location))
-    except RuntimeError:
-        return False
+# Before torch's own deserializers, which begin at 10; it does nothing unless a file of ours is being loaded.
+register_package(5, lambda _: None, _restore)
 
 
 @contextmanager

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 from fsspec.core import split_protocol
 
 from asyncckpt._loading.catalog import read_described
-from asyncckpt._loading.load import load_state, read_file
+from asyncckpt._loading.load import load_image
 from asyncckpt._loading.planned import load_plan
+from asyncckpt._loading.reader import read_file, read_image
 from asyncckpt._saving import operations
 from asyncckpt._saving.engine import get_engine
 from asyncckpt._saving.targets import FileTarget, Target
@@ -72,7 +73,8 @@ class Place:
 
     def load(self, map_location: Any = "cpu", *, weights_only: bool | None) -> Any:
         """Load a file of ours, every byte checked."""
-        return load_state(self.store, self.name, map_location, weights_only=weights_only).state
+        image = get_engine().call(read_image, self.store, self.name)
+        return load_image(image, map_location, weights_only=weights_only).state
 
     def is_ours(self) -> bool:
         """Return whether a file that asyncckpt wrote is here; what a web server has is left to others."""

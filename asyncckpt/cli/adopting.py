@@ -10,9 +10,7 @@ import typer
 
 from asyncckpt._loading.adoption import adopt as adopt_file
 from asyncckpt._loading.adoption import check, survey
-from asyncckpt._loading.series import SUFFIXES
-from asyncckpt._name_parsing import NameParser, guess_template
-from asyncckpt._naming import NameTemplate
+from asyncckpt._naming import SUFFIXES, NameParser, NameTemplate, guess_template
 from asyncckpt._saving.engine import get_engine
 from asyncckpt.cli.locations import Directory, StorageOptions, directory_at
 from asyncckpt.cli.output import (

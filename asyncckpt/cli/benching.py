@@ -12,7 +12,9 @@ import typer
 from asyncckpt._bench.place import Place, clear_up_when_told_to_go
 from asyncckpt._bench.short import SHARE, Short
 from asyncckpt._bench.states import GPT2, device, distinct_tensors, gpt2, on_device
-from asyncckpt._loading.load import load_state
+from asyncckpt._loading.load import load_image
+from asyncckpt._loading.reader import read_image
+from asyncckpt._saving.engine import get_engine
 from asyncckpt.cli.locations import StorageOptions, file_at, options_for, parsed_options, store_at
 from asyncckpt.cli.output import (
     AsJson,
@@ -86,7 +88,8 @@ def bench(  # noqa: PLR0913 - the options of the command
 def _loaded(path: str, weights_only: bool, option: Sequence[str] | None) -> Any:  # noqa: FBT001 - as it is given
     store, file = file_at(path, option)
     try:
-        return load_state(store, file.name, device(), weights_only=weights_only).state
+        image = get_engine().call(read_image, store, file.name)
+        return load_image(image, device(), weights_only=weights_only).state
     except pickle.UnpicklingError as error:
         msg = f"{path} holds more than weights, which loading would execute"
         raise typer.BadParameter(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from asyncckpt._loading.catalog import READERS
-from asyncckpt._loading.load import read_file, verify_file
+from asyncckpt._loading.reader import read_file, verify_file
 from asyncckpt._loading.structure import check_structure
 from asyncckpt._saving.engine import get_engine
 from asyncckpt._threads import for_each

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from fsspec.core import split_protocol, url_to_fs
 
-from asyncckpt._loading.series import SUFFIXES
+from asyncckpt._naming import SUFFIXES
 from asyncckpt.cli.formats import is_dcp
 from asyncckpt.cli.locations import directory_at, is_url, parsed_options, store_at
 from asyncckpt.errors import CheckpointNotFoundError, StoreError

@@ -11,7 +11,7 @@ from asyncckpt._inspection.contents import read_contents
 from asyncckpt._inspection.inventory import sums_by_module, take_inventory
 from asyncckpt._inspection.tensor_values import is_native
 from asyncckpt._inspection.unsafe import refused_globals
-from asyncckpt._loading.load import read_file
+from asyncckpt._loading.reader import read_file
 from asyncckpt._outline.texts import clean, key_text, path_text, short
 from asyncckpt._saving.engine import get_engine
 from asyncckpt.cli.locations import StorageOptions, file_at

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from asyncckpt._loading.catalog import READERS
-from asyncckpt._loading.load import verify_file
+from asyncckpt._loading.reader import verify_file
 from asyncckpt._saving.engine import get_engine
 from asyncckpt._threads import for_each
 from asyncckpt.cli.directories import Recursive, nested_hint, stores_at

@@ -1,41 +1,38 @@
-"""Find the checkpoints of a series again: list them, load them, restore them, verify them."""
+"""The reading half of a Checkpointer: list the checkpoints of a series, load, restore and verify them."""
 
 from __future__ import annotations
 
+import errno
 import os
 from typing import TYPE_CHECKING, Any, Literal, Union
 
 from asyncckpt._caller_warning import warn_caller
-from asyncckpt._loading.load import load_state, load_wanted, locate, verify_file
-from asyncckpt._loading.restore import apply_state
-from asyncckpt._loading.series import Series
+from asyncckpt._loading.catalog import Catalog, Series
+from asyncckpt._loading.load import load_image
+from asyncckpt._loading.reader import ATTEMPTS, read_image, verify_file
+from asyncckpt._loading.restore import restore
 from asyncckpt._naming import NameTemplate
 from asyncckpt._saving.engine import get_engine, wait_for_pending
-from asyncckpt.errors import CheckpointNotFoundError
+from asyncckpt.errors import CheckpointNotFoundError, CorruptCheckpointError, StoreError
 from asyncckpt.retention import KeepAll, Policy, first_best, rank
 from asyncckpt.stores import open_store
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
+    from asyncckpt._loading.catalog import Entry, Wanted
     from asyncckpt._loading.load import Loaded
-    from asyncckpt._loading.series import Wanted
     from asyncckpt._loading.unpickle import MapLocation
     from asyncckpt.stores.base import Store
     from asyncckpt.types import Checkpoint
+
+    Load = Callable[[Store, str], Loaded]
 
 Which = Union[int, str, "os.PathLike[str]"]
 
 
 class Finder:
-    """Finds the checkpoints of one series in one directory.
-
-    Args:
-        directory: a local path, or the URL of one of any fsspec file system.
-        filename: template of the series.
-        keep: the retention policy, which says what "best" means.
-        storage_options: for the file system behind a URL.
-    """
+    """Finds the checkpoints of one series in one directory; the arguments are those of `Checkpointer`."""
 
     def __init__(
         self,
@@ -52,11 +49,11 @@ class Finder:
                 f"keep must be a policy such as LastN(3), or have its method keep(); it is {keep!r}"
             )
         self._store: Store = open_store(directory, storage_options)
-        self._series = Series(self._store, self.directory, self._names)
+        self._catalog = Catalog(self._store, self._names)
 
     def checkpoints(self) -> list[Checkpoint]:
         """Return the committed checkpoints of the series, in order of commit."""
-        return get_engine().call(self._series.look).checkpoints
+        return self._look().checkpoints
 
     def latest(self) -> Checkpoint | None:
         """Return the checkpoint committed last, if there is one."""
@@ -135,10 +132,10 @@ class Finder:
         except CheckpointNotFoundError as error:
             if not missing_ok:
                 raise
-            if get_engine().call(self._series.look).others:
+            if self._look().others:
                 warn_caller(f"nothing is restored: {error}")
             return None
-        apply_state(state, loaded.state, loaded.checkpoint.path, strict=strict, map_keys=map_keys)
+        restore(state, loaded.state, loaded.checkpoint.path, strict=strict, map_keys=map_keys)
         return loaded.checkpoint
 
     def verify(self, which: Which = "latest") -> None:
@@ -153,19 +150,65 @@ class Finder:
         if wanted is None:
             store, name = locate(os.fspath(which), self._store)  # type: ignore[arg-type] # it is a path
         else:
-            choice = get_engine().call(self._series.look).choose(wanted)
-            store, name = self._store, (*choice.damaged, *choice.entries)[0].file.name
+            store, name = self._store, self._look().find(wanted)[0].file.name
         get_engine().call(verify_file, store, name)
 
+    def _look(self) -> Series:
+        return get_engine().call(self._list)
+
+    async def _list(self) -> Series:
+        return Series(self.directory, self._names, await self._catalog.entries())
+
     def _load(self, which: Which, map_location: MapLocation, *, weights_only: bool, fallback: bool) -> Loaded:
+        def load(store: Store, name: str) -> Loaded:
+            image = get_engine().call(read_image, store, name)
+            return load_image(image, map_location, weights_only=weights_only)
+
         wait_for_pending()
         wanted = self._wanted(which)
         if fallback and (wanted is None or isinstance(wanted, int)):
             raise ValueError(f'fallback=True goes with "latest" and "best", not with {which!r}')
         if wanted is None:
-            store, name = locate(os.fspath(which), self._store)  # type: ignore[arg-type] # it is a path
-            return load_state(store, name, map_location, weights_only=weights_only)
-        return load_wanted(self._series, wanted, map_location, weights_only=weights_only, fallback=fallback)
+            return load(*locate(os.fspath(which), self._store))  # type: ignore[arg-type] # it is a path
+        for _ in range(ATTEMPTS):
+            found = self._look().find(wanted)
+            loaded = self._load_first(found, load, fallback=fallback, latest=wanted == "latest")
+            if loaded is not None:
+                return loaded
+        msg = f"checkpoints of {self.directory} were replaced or removed in each of {ATTEMPTS} attempts"
+        raise StoreError(errno.EAGAIN, msg, self.directory)
+
+    def _load_first(
+        self, found: Sequence[Entry], load: Load, *, fallback: bool, latest: bool
+    ) -> Loaded | None:
+        """Load the first file that is whole; None if the directory has to be listed again."""
+        errors: list[CorruptCheckpointError | StoreError] = []
+        for entry in found:
+            if errors and not fallback:
+                break
+            if entry.error is not None:
+                errors.append(entry.error)
+                continue
+            try:
+                loaded = load(self._store, entry.file.name)
+            except (CorruptCheckpointError, StoreError) as error:
+                errors.append(error)
+                continue
+            except CheckpointNotFoundError:  # evicted since it was listed
+                return None
+            if not latest and loaded.checkpoint != entry.checkpoint:  # replaced since then
+                return None
+            if errors:
+                problems = "; ".join(map(str, errors))
+                warn_caller(
+                    f"{loaded.checkpoint.path} is used, since what precedes it is damaged: {problems}"
+                )
+            return loaded
+        left = [entry.file.name for entry in found[len(errors) :] if entry.error is None]
+        if not isinstance(errors[0], CorruptCheckpointError):
+            raise errors[0]
+        hint = f"; fallback=True takes the next one that is whole, maybe {left[0]}" if left else ""
+        raise CorruptCheckpointError(f"{errors[0]}{hint}") from errors[0]
 
     def _wanted(self, which: Which) -> Wanted | None:
         """Return what of the series is asked for; None if it is a path."""
@@ -193,3 +236,14 @@ class Finder:
         if mode is None:
             mode = policy.mode if policy is not None and policy.metric == metric else "min"
         return metric, mode
+
+
+def locate(
+    path: str | os.PathLike[str], home: Store, options: Mapping[str, Any] | None = None
+) -> tuple[Store, str]:
+    """Return the store and the name of a path; a bare name is one of `home`, and so is what `home` lists."""
+    given = os.fspath(path)
+    directory, _, name = given.rpartition("/")
+    if "/" not in given or given == home.path_of(name):
+        return home, name
+    return open_store(directory or "/", options), name
