@@ -2,30 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from asyncckpt._inspection.comparing import ABSENT, compare
-from asyncckpt._inspection.comparing_values import Side, compare_values
-from asyncckpt._inspection.contents import read_contents
-from asyncckpt._inspection.tensor_values import dtype_of
-from asyncckpt._outline.texts import clean, path_text, short
+from asyncckpt._inspection.contents import decoded_tensor
+from asyncckpt._inspection.inert import clean, dtype_name, path_text
+from asyncckpt._inspection.isolation import look_at
 from asyncckpt._saving.engine import get_engine
-from asyncckpt._threads import in_thread
-from asyncckpt.cli.locations import StorageOptions, file_at, options_for
+from asyncckpt.cli.locations import StorageOptions, file_at, is_url, options_for
 from asyncckpt.cli.output import AsJson, bytes_progress, counted, line, new_table, number, print_json
-from asyncckpt.cli.states import ROWS, ShowAll, json_path, json_value, print_rest, print_rows
+from asyncckpt.cli.states import ROWS, ShowAll, print_rest, print_rows, value_text
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from asyncckpt._inspection.comparing import Comparison, Difference, TensorPair
-    from asyncckpt._inspection.value_differences import ValueDifference
-    from asyncckpt.stores.base import Store, StoredFile
-
-    _File = tuple[Store, StoredFile]
+    from asyncckpt._inspection.tensor_values import Side, ValueDifference
 
 A = Annotated[str, typer.Argument(metavar="A", show_default=False)]
 B = Annotated[str, typer.Argument(metavar="B", show_default=False)]
@@ -33,27 +26,28 @@ B = Annotated[str, typer.Argument(metavar="B", show_default=False)]
 _DIFFERENT = 1
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Result:
     """All differences.
 
     Attributes:
         paths: of the two files.
-        comparison: those that the outlines tell.
-        changed: the tensors whose values differ, and how much.
+        differences, sharing: as --json prints them.
+        changed: paths of the tensors whose values differ, and how much.
         equal: how many tensors have the same values.
         nans: how many elements are NaN in both.
     """
 
     paths: tuple[str, str]
-    comparison: Comparison
-    changed: Sequence[tuple[TensorPair, ValueDifference]]
-    equal: int
-    nans: int
+    differences: list[dict[str, Any]]
+    sharing: list[dict[str, Any]]
+    changed: list[tuple[list[Any], ValueDifference]] = field(default_factory=list)
+    equal: int = 0
+    nans: int = 0
 
     @property
     def same(self) -> bool:
-        return not (self.comparison.differences or self.comparison.sharing or self.changed)
+        return not (self.differences or self.sharing or self.changed)
 
 
 def diff(
@@ -69,8 +63,8 @@ def diff(
 
     Example: asyncckpt diff step-00000100.pt step-00000200.pt
     """
-    sides = [file_at(path, options_for(path, (a, b), option)) for path in (a, b)]
-    result = get_engine().call(_compared, *sides)
+    sides = [_side(path, options_for(path, (a, b), option)) for path in (a, b)]
+    result = _compared(*sides)
     if as_json:
         print_json(_document(result))
     else:
@@ -79,54 +73,60 @@ def diff(
         raise typer.Exit(_DIFFERENT)
 
 
-async def _compared(a: _File, b: _File) -> _Result:
-    async with a[0].open(a[1].name) as file_a, b[0].open(b[1].name) as file_b:
-        return await _compare(
-            Side(file_a, await read_contents(file_a)), Side(file_b, await read_contents(file_b))
-        )
+def _side(path: str, options: Sequence[str] | None) -> Side:
+    from asyncckpt._inspection.tensor_values import open_side  # noqa: PLC0415 - torch takes a second
+
+    store, file = file_at(path, options)
+    with bytes_progress(f"reading {path}", file.nbytes if is_url(path) else 0) as advance:
+        return get_engine().call(open_side, store, file.name, advance)
 
 
-async def _compare(a: Side, b: Side) -> _Result:
-    comparison = await in_thread(compare, a.contents.outline.root, b.contents.outline.root)
-    pairs = comparison.pairs
-    with bytes_progress("comparing", sum(map(_nbytes, pairs))) as advance:
-        values = await compare_values(a, b, pairs, advance)
-    told = [(pair, value) for pair, value in zip(pairs, values, strict=True) if value is not None]
-    changed = [(pair, value) for pair, value in told if value.differing]
-    paths = a.contents.summary.checkpoint.path, b.contents.summary.checkpoint.path
-    nans = sum(value.nans for _, value in told)
-    return _Result(paths, comparison, changed, len(told) - len(changed), nans)
+def _compared(a: Side, b: Side) -> _Result:
+    from asyncckpt._inspection.tensor_values import compare_values, dtype_of  # noqa: PLC0415
 
-
-def _nbytes(pair: TensorPair) -> int:
-    dtype = dtype_of(pair.a.dtype)
-    return pair.a.numel * dtype.itemsize if dtype else 0
+    paths = a.records.path, b.records.path
+    found = look_at("differences", [(side.records.path, side.records.pickle) for side in (a, b)])
+    result = _Result(paths, found["differences"], found["sharing"])
+    pairs = [(path, *map(decoded_tensor, tensors)) for path, *tensors in found["pairs"]]
+    dtypes = [dtype_of(dtype_name(tensor)) for _, tensor, _ in pairs]
+    sizes = [
+        dtype.itemsize * pair[1].numel if dtype else 0 for dtype, pair in zip(dtypes, pairs, strict=True)
+    ]
+    with bytes_progress("comparing", sum(sizes)) as advance:
+        for (path, in_a, in_b), nbytes in zip(pairs, sizes, strict=True):
+            value = compare_values(a, b, in_a, in_b)
+            if value is not None:
+                result.nans += value.nans
+                if value.differing:
+                    result.changed.append((path, value))
+                else:
+                    result.equal += 1
+            advance(nbytes)
+    return result
 
 
 def _print(result: _Result, limit: int | None) -> None:
-    differences = result.comparison.differences
-    if differences:
+    if result.differences:
         table = new_table("entry", "differs in", "A", "B")
-        for difference in differences[:limit]:
-            table.add_row(path_text(difference.path) or "(all)", difference.what, *_texts(difference))
-        print_rows(table, len(differences), limit)
+        for row in result.differences[:limit]:
+            table.add_row(path_text(row["path"]) or "(all)", row["what"], *_texts(row))
+        print_rows(table, len(result.differences), limit)
         line("")
     if result.changed:
         table = new_table(
             "tensor", "differing", "elements", "max |A-B|", "|A-B| / |A|",
             right=("differing", "elements", "max |A-B|", "|A-B| / |A|"),
         )  # fmt: skip
-        for pair, value in result.changed[:limit]:
+        for path, value in result.changed[:limit]:
             counts = f"{value.differing:,}", f"{value.numel:,}"
-            table.add_row(path_text(pair.path), *counts, _number(value.largest), _number(value.relative))
+            table.add_row(path_text(path), *counts, _number(value.largest), _number(value.relative))
         print_rows(table, len(result.changed), limit)
         line("")
-    sharing = result.comparison.sharing
-    for shared in sharing[:limit]:
-        names = [path_text(path) for path in shared.paths[:limit]]
-        more = f" and {len(shared.paths) - len(names)} more" if len(shared.paths) > len(names) else ""
-        line(f"share memory in {shared.shared_in} only: {', '.join(names)}{more}")
-    print_rest(len(sharing), limit)
+    for shared in result.sharing[:limit]:
+        names, left = map(path_text, shared["paths"][:limit]), len(shared["paths"][limit:] if limit else ())
+        more = f" and {left} more" if left else ""
+        line(f"share memory in {shared['shared_in']} only: {', '.join(names)}{more}")
+    print_rest(len(result.sharing), limit)
     _print_end(result)
 
 
@@ -137,15 +137,14 @@ def _print_end(result: _Result) -> None:
         line(f"{counted(result.nans, 'element')} NaN in both, which is equal here")
 
 
-def _texts(difference: Difference) -> tuple[str, str]:
+def _texts(row: dict[str, Any]) -> list[str]:
     """Return what stands in the columns of A and B."""
-    if difference.what in {"kind", "dtype"}:
-        return clean(difference.a), clean(difference.b)
-    return _text(difference.a), _text(difference.b)
-
-
-def _text(entry: Any) -> str:
-    return "-" if entry is ABSENT else short(entry)
+    sides = [row.get(side) for side in ("a", "b")]
+    if row["what"] in {"kind", "dtype"}:
+        return [clean(side["value"]) for side in sides if side]
+    if row["what"] == "shape":
+        return [str(tuple(side["value"])) for side in sides if side]
+    return ["-" if side is None else value_text(side) for side in sides]
 
 
 def _number(value: float | None) -> str:
@@ -158,30 +157,18 @@ def _document(result: _Result) -> dict[str, Any]:
         "a": result.paths[0],
         "b": result.paths[1],
         "same": result.same,
-        "differences": [_row(difference) for difference in result.comparison.differences],
+        "differences": result.differences,
         "tensors": [
             {
-                "path": json_path(pair.path),
+                "path": path,
                 "elements": value.numel,
                 "differing": value.differing,
                 "max_abs": value.largest,
                 "relative": value.relative,
             }
-            for pair, value in result.changed
+            for path, value in result.changed
         ],
         "equal_tensors": result.equal,
         "nans_in_both": result.nans,
-        "sharing": [
-            {"shared_in": shared.shared_in, "paths": [json_path(path) for path in shared.paths]}
-            for shared in result.comparison.sharing
-        ],
+        "sharing": result.sharing,
     }
-
-
-def _row(difference: Difference) -> dict[str, Any]:
-    sides = {
-        name: json_value(list(entry) if difference.what == "shape" else entry)
-        for name, entry in (("a", difference.a), ("b", difference.b))
-        if entry is not ABSENT
-    }
-    return {"path": json_path(difference.path), "what": difference.what, **sides}

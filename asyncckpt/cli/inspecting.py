@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from contextlib import suppress
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from asyncckpt._inspection.contents import read_contents
-from asyncckpt._inspection.inventory import sums_by_module, take_inventory
-from asyncckpt._inspection.tensor_values import is_native
-from asyncckpt._inspection.unsafe import refused_globals
+from asyncckpt._inspection.inert import clean, dtype_name, key_text, path_text
 from asyncckpt._loading.load import read_file
-from asyncckpt._outline.texts import clean, key_text, path_text, short
 from asyncckpt._saving.engine import get_engine
 from asyncckpt.cli.locations import StorageOptions, file_at
 from asyncckpt.cli.output import AsJson, counted, line, new_table, number, print_json, size
-from asyncckpt.cli.states import ROWS, ShowAll, json_path, json_value, print_rest, print_rows
+from asyncckpt.cli.states import ROWS, ShowAll, print_rest, print_rows, value_text
 from asyncckpt.errors import CorruptCheckpointError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from asyncckpt._inspection.contents import Contents
-    from asyncckpt._inspection.inventory import Inventory, TensorEntry
+    from asyncckpt._inspection.contents import Contents, Records
+    from asyncckpt._inspection.inert import Storage, Tensor
 
 File = Annotated[str, typer.Argument(metavar="FILE", show_default=False)]
 Depth = Annotated[int, typer.Option(min=0, help="Levels of modules to sum up, below the top-level entries.")]
@@ -47,13 +47,12 @@ def inspect(
 
     Example: asyncckpt inspect model.pt
     """
+    from asyncckpt._inspection.refusals import refused_globals  # noqa: PLC0415 - torch takes a second
+
     store, there = file_at(file, option)
     contents = get_engine().call(read_file, read_contents, store, there.name)
-    try:
-        inventory = take_inventory(contents.outline, contents.payloads)
-    except CorruptCheckpointError as error:
-        raise CorruptCheckpointError(f"{contents.summary.checkpoint.path}: {error}") from error
-    refused = refused_globals(contents.outline.globals)
+    inventory = _inventory(contents)
+    refused = refused_globals(contents.globals)
     if as_json:
         print_json(_document(contents, inventory, depth, refused))
         return
@@ -61,8 +60,98 @@ def inspect(
     _print_header(contents)
     _print_tensors(inventory, rows)
     _print_modules(inventory, depth, rows)
-    _print_values(inventory, rows)
+    _print_values(contents.values, rows)
     _print_refused(refused, rows)
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """A tensor of a state.
+
+    Attributes:
+        nbytes: of its elements; None if this torch does not have its dtype.
+        fits: whether all of its elements are in the file.
+    """
+
+    path: list[Any]
+    tensor: Tensor
+    nbytes: int | None
+    fits: bool
+
+
+@dataclass(slots=True)
+class _Sum:
+    """What the tensors under one prefix amount to: how many, their elements, and the bytes of those."""
+
+    tensors: int = 0
+    numel: int = 0
+    nbytes: int = 0
+
+    def add(self, entry: _Entry) -> None:
+        self.tensors += 1
+        self.numel += entry.tensor.numel
+        self.nbytes += entry.nbytes or 0
+
+
+@dataclass(slots=True)
+class _Inventory:
+    """What a state holds.
+
+    Attributes:
+        tensors: all, in order.
+        sharing: for each storage that several tensors view, these.
+        storages: those that are in the file, each once, with its size in bytes.
+        total: over all tensors.
+    """
+
+    tensors: list[_Entry] = field(default_factory=list)
+    sharing: dict[str, list[_Entry]] = field(default_factory=dict)
+    storages: list[tuple[Storage, int]] = field(default_factory=list)
+    total: _Sum = field(default_factory=_Sum)
+
+    @property
+    def stored(self) -> int:
+        return sum(nbytes for _, nbytes in self.storages)
+
+
+def _inventory(contents: Contents) -> _Inventory:
+    result, views = _Inventory(), defaultdict[str, list[_Entry]](list)
+    for path, tensor in contents.tensors:
+        entry = _entry(path, tensor, contents.records)
+        result.tensors.append(entry)
+        result.total.add(entry)
+        views[tensor.storage.key].append(entry)
+    result.sharing = {key: entries for key, entries in views.items() if len(entries) > 1}
+    sizes = {key: stop - start for key, (start, stop) in contents.records.payloads.items()}
+    result.storages = [(storage, sizes[storage.key]) for storage in contents.storages if storage.key in sizes]
+    return result
+
+
+def _entry(path: list[Any], tensor: Tensor, records: Records) -> _Entry:
+    from asyncckpt._inspection.tensor_values import dtype_of  # noqa: PLC0415
+
+    dtype, fits = dtype_of(dtype_name(tensor)), False
+    if dtype is not None:
+        with suppress(CorruptCheckpointError):
+            fits = records.place_of(tensor, dtype.itemsize) >= 0
+    return _Entry(path, tensor, None if dtype is None else tensor.numel * dtype.itemsize, fits)
+
+
+def _sums_by_module(entries: Sequence[_Entry], depth: int) -> dict[tuple[str, ...], _Sum]:
+    """Return sums for each prefix of names, such as ("model", "layers", "0"), in order.
+
+    Args:
+        entries: the tensors.
+        depth: how many levels below the entries of the state itself.
+    """
+    sums: dict[tuple[str, ...], _Sum] = {}
+    for entry in entries:
+        # A state dict has the names of modules in its keys, with dots between them.
+        keys = (clean(key) if isinstance(key, str) else key_text(key) for key in entry.path[: depth + 2])
+        names = [name for key in keys for name in key.split(".")]
+        for length in range(1, min(len(names) - 1, depth + 1) + 1):
+            sums.setdefault(tuple(names[:length]), _Sum()).add(entry)
+    return sums
 
 
 def _print_header(contents: Contents) -> None:
@@ -74,7 +163,7 @@ def _print_header(contents: Contents) -> None:
         "step": told.step,
         "epoch": summary.epoch,
         "metrics": ", ".join(f"{name} {number(value)}" for name, value in told.metrics.items()),
-        "byte order": None if is_native(contents.byteorder) else contents.byteorder,
+        "byte order": None if contents.records.is_native else contents.records.byteorder,
     }
     line(f"{told.path}  {size(told.nbytes)} ({told.nbytes:,} bytes)", "bold")
     for name, value in facts.items():
@@ -82,7 +171,7 @@ def _print_header(contents: Contents) -> None:
             line(f"  {name:<10}  {value}")
 
 
-def _print_tensors(inventory: Inventory, limit: int | None) -> None:
+def _print_tensors(inventory: _Inventory, limit: int | None) -> None:
     total, entries = inventory.total, inventory.tensors
     if entries:
         table = new_table("tensor", "dtype", "shape", "bytes", "notes", right=("bytes",))
@@ -91,16 +180,15 @@ def _print_tensors(inventory: Inventory, limit: int | None) -> None:
             shape = " x ".join(map(str, tensor.shape)) or "scalar"
             nbytes = "?" if entry.nbytes is None else size(entry.nbytes)
             notes = ", ".join(_notes(entry, inventory))
-            table.add_row(path_text(entry.path), clean(tensor.dtype), shape, nbytes, notes)
+            table.add_row(path_text(entry.path), clean(dtype_name(tensor)), shape, nbytes, notes)
         print_rows(table, len(entries), limit)
-    stored = sum(nbytes for _, nbytes in inventory.storages)
     line(
         f"{counted(total.tensors, 'tensor')} of {total.numel:,} elements, {size(total.nbytes)},"
-        f" on {counted(len(inventory.storages), 'storage')} of {size(stored)}"
+        f" on {counted(len(inventory.storages), 'storage')} of {size(inventory.stored)}"
     )
 
 
-def _notes(entry: TensorEntry, inventory: Inventory) -> Iterable[str]:
+def _notes(entry: _Entry, inventory: _Inventory) -> Iterable[str]:
     tensor, sharing = entry.tensor, inventory.sharing.get(entry.tensor.storage.key, ())
     if sharing:
         other = next((one for one in sharing if one.path != entry.path), sharing[0])
@@ -121,8 +209,8 @@ def _notes(entry: TensorEntry, inventory: Inventory) -> Iterable[str]:
         yield clean(tensor.storage.location)
 
 
-def _print_modules(inventory: Inventory, depth: int, limit: int | None) -> None:
-    sums = sums_by_module(inventory.tensors, depth)
+def _print_modules(inventory: _Inventory, depth: int, limit: int | None) -> None:
+    sums = _sums_by_module(inventory.tensors, depth)
     if not sums:
         return
     table = new_table("module", "tensors", "elements", "bytes", right=("tensors", "elements", "bytes"))
@@ -133,13 +221,13 @@ def _print_modules(inventory: Inventory, depth: int, limit: int | None) -> None:
     print_rows(table, len(sums), limit)
 
 
-def _print_values(inventory: Inventory, limit: int | None) -> None:
-    if inventory.values:
+def _print_values(values: Sequence[dict[str, Any]], limit: int | None) -> None:
+    if values:
         table = new_table("entry", "value")
-        for path, node in inventory.values[:limit]:
-            table.add_row(path_text(path) or "(all)", short(node, _VALUE_WIDTH))
+        for row in values[:limit]:
+            table.add_row(path_text(row["path"]) or "(all)", value_text(row, _VALUE_WIDTH))
         line("")
-        print_rows(table, len(inventory.values), limit)
+        print_rows(table, len(values), limit)
 
 
 def _print_refused(refused: Sequence[str], limit: int | None) -> None:
@@ -159,7 +247,9 @@ def _moment(seconds: float) -> str:
         return f"{seconds} seconds since the epoch"
 
 
-def _document(contents: Contents, inventory: Inventory, depth: int, refused: Sequence[str]) -> dict[str, Any]:
+def _document(
+    contents: Contents, inventory: _Inventory, depth: int, refused: Sequence[str]
+) -> dict[str, Any]:
     """Return all of it for --json."""
     summary, told, total = contents.summary, contents.summary.checkpoint, inventory.total
     return {
@@ -172,11 +262,11 @@ def _document(contents: Contents, inventory: Inventory, depth: int, refused: Seq
         "step": told.step,
         "epoch": summary.epoch,
         "metrics": dict(told.metrics),
-        "byteorder": contents.byteorder,
-        "records": contents.records,
+        "byteorder": contents.records.byteorder,
+        "records": contents.records.count,
         "tensors": [_tensor_row(entry) for entry in inventory.tensors],
         "storages": [
-            {"key": storage.key, "dtype": storage.dtype, "location": storage.location, "nbytes": nbytes}
+            {"key": storage.key, "dtype": dtype_name(storage), "location": storage.location, "nbytes": nbytes}
             for storage, nbytes in inventory.storages
         ],
         "total": {
@@ -184,23 +274,23 @@ def _document(contents: Contents, inventory: Inventory, depth: int, refused: Seq
             "elements": total.numel,
             "nbytes": total.nbytes,
             "storages": len(inventory.storages),
-            "storage_nbytes": sum(nbytes for _, nbytes in inventory.storages),
+            "storage_nbytes": inventory.stored,
         },
         "modules": [
             {"path": list(names), "tensors": sum_.tensors, "elements": sum_.numel, "nbytes": sum_.nbytes}
-            for names, sum_ in sums_by_module(inventory.tensors, depth).items()
+            for names, sum_ in _sums_by_module(inventory.tensors, depth).items()
         ],
-        "values": [{"path": json_path(path), **json_value(node)} for path, node in inventory.values],
-        "globals": list(contents.outline.globals),
+        "values": contents.values,
+        "globals": list(contents.globals),
         "refused_by_weights_only": list(refused),
     }
 
 
-def _tensor_row(entry: TensorEntry) -> dict[str, Any]:
+def _tensor_row(entry: _Entry) -> dict[str, Any]:
     tensor = entry.tensor
     return {
-        "path": json_path(entry.path),
-        "dtype": tensor.dtype,
+        "path": entry.path,
+        "dtype": dtype_name(tensor),
         "shape": list(tensor.shape),
         "nbytes": entry.nbytes,
         "kind": tensor.kind,
