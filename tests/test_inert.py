@@ -16,16 +16,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from asyncckpt._inspection.inert import (
-    Attribute,
-    Inert,
-    Tensor,
-    children,
-    dtype_name,
-    path_text,
-    read_pickle,
-    short,
-)
+from asyncckpt._inspection.inert import Attribute, Inert, Tensor, children, dtype_name, read_pickle
+from asyncckpt._inspection.texts import path_text, short
 from states import DTYPES
 from strangers import data_pickle, malicious, pickled_text, register_system
 

@@ -23,9 +23,9 @@ from asyncckpt._inspection.inert import (
     Tensor,
     children,
     is_leaf,
-    path_text,
     read_pickle,
 )
+from asyncckpt._inspection.texts import path_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -20,9 +20,8 @@ from asyncckpt._inspection.inert import (
     is_in_json,
     is_leaf,
     is_name,
-    key_text,
-    short,
 )
+from asyncckpt._inspection.texts import key_text, short
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

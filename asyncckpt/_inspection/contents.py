@@ -86,13 +86,17 @@ class Records:
             CorruptCheckpointError: not all of its elements are in the file.
         """
         start, stop = self.payloads.get(tensor.storage.key, (0, 0))
-        first = start + tensor.offset * itemsize
-        if tensor.numel and first + tensor.reach * itemsize > stop:
+        if not self.holds(tensor, itemsize):
             raise CorruptCheckpointError(
                 f"{self.path}: a tensor of it views more than its storage {tensor.storage.key} of"
                 f" {stop - start} bytes holds"
             )
-        return first
+        return start + tensor.offset * itemsize
+
+    def holds(self, tensor: Tensor, itemsize: int) -> bool:
+        """Whether all elements of a tensor are in the file."""
+        start, stop = self.payloads.get(tensor.storage.key, (0, 0))
+        return not tensor.numel or start + (tensor.offset + tensor.reach) * itemsize <= stop
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -128,28 +132,24 @@ async def read_contents(file: OpenFile) -> Contents:
     async with _recognized(file):
         description = await read_described(file)
         records = await _records(file, await answer(read_directory(file.file.nbytes), file))
-        told = await _look("contents", records)
+        found = await _look_at(records, "contents")
+        progress = found["progress"]
         versions = dict(description.versions) if description else {}
-        if told["progress"].get("lightning"):
-            versions["lightning"] = told["progress"]["lightning"]
+        if progress.get("lightning"):
+            versions["lightning"] = progress["lightning"]
         return Contents(
-            await _summary(file, description, told["progress"], records),
+            await _summary(file, description, progress, records),
             versions,
             records,
-            [(path, decoded_tensor(tensor)) for path, tensor in told["tensors"]],
-            told["values"],
-            [Storage(*storage) for storage in told["storages"]],
-            told["globals"],
+            [(path, decoded_tensor(tensor)) for path, tensor in found["tensors"]],
+            found["values"],
+            [Storage(*storage) for storage in found["storages"]],
+            found["globals"],
         )
 
 
 async def summarize(file: OpenFile) -> Summary:
-    """Return what a listing shows of a file, with a few small reads.
-
-    Raises:
-        CorruptCheckpointError: it is damaged or another format; the message says which.
-        StoreError: it could not be read.
-    """
+    """Return what a listing shows of a file, with a few small reads; raises as `read_contents` does."""
     async with _recognized(file):
         description = await read_described(file)
         # A Checkpointer's files say all that there is to say; only they have a sequence number.
@@ -160,8 +160,8 @@ async def summarize(file: OpenFile) -> Summary:
         if row is not None and directory.stops[row] - directory.starts[row] > MAX_SUMMARY:
             return await _summary(file, description, {})
         records = await _records(file, directory)
-        told = await _look("progress", records)
-        return await _summary(file, description, told["progress"], records)
+        found = await _look_at(records, "progress")
+        return await _summary(file, description, found["progress"], records)
 
 
 async def read_records(file: OpenFile) -> Records:
@@ -171,12 +171,12 @@ async def read_records(file: OpenFile) -> Records:
 
 
 def decoded_tensor(row: list[Any]) -> Tensor:
-    """Return a tensor as the child process tells it."""
+    """Return a tensor as the child process prints it."""
     storage, dtype, offset, shape, stride, *rest = row
     return Tensor(Storage(*storage), dtype, offset, tuple(shape), tuple(stride), *rest)
 
 
-async def _look(task: str, records: Records) -> dict[str, Any]:
+async def _look_at(records: Records, task: str) -> dict[str, Any]:
     def look() -> dict[str, Any]:
         with _looking:
             return look_at(task, [(records.path, records.pickle)])

@@ -11,7 +11,6 @@ import io
 import pickle
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections import OrderedDict
-from itertools import chain
 from math import prod
 from types import FunctionType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -26,19 +25,17 @@ SCALARS = frozenset({type(None), bool, int, float, complex, str, bytes, bytearra
 _IN_JSON = frozenset({type(None), bool, int, float, str})
 _SEQUENCES = frozenset({list, tuple, set, frozenset})
 _DICTS = frozenset({dict, OrderedDict})
+_DTYPES = {
+    "Float": "float32", "Double": "float64", "Half": "float16", "BFloat16": "bfloat16", "Long": "int64",
+    "Int": "int32", "Short": "int16", "Char": "int8", "Byte": "uint8", "Bool": "bool",
+    "ComplexFloat": "complex64", "ComplexDouble": "complex128", "QInt8": "qint8", "QUInt8": "quint8",
+    "QInt32": "qint32", "QUInt4x2": "quint4x2", "QUInt2x4": "quint2x4", "Untyped": "uint8",
+}  # fmt: skip
 _MAX_NAME = 1000
 _MAX_INTEGER = 1 << 64
-_MAX_BITS = 1 << 10  # of an integer that is written out
 _MAX_COUNT = 1 << 63
 _MAX_DIMS = 60
-_TEXT_DEPTH = 4
-_LONGEST_KEY = 80
 _MADE_UP = "must be a type"  # what the C unpickler says where a call has made a class
-_BRACKETS: dict[Any, tuple[str, str]] = {
-    **dict.fromkeys((set, frozenset, dict, OrderedDict), ("{", "}")),
-    list: ("[", "]"),
-    tuple: ("(", ")"),
-}
 
 
 class Inert:
@@ -199,10 +196,8 @@ class _Resolver:
     def persistent_load(self, identity: Any) -> Any:
         """Return the storage of a persistent id."""
         match identity:
-            case ("storage", kind, str() as key, str() as location, numel, *_) if is_name(kind) and _is_count(
-                numel
-            ):
-                storage = Storage(key, name_of(kind).rpartition(".")[2], location, numel)
+            case ("storage", type() as kind, str() as key, str() as place, numel, *_) if _is_count(numel):
+                storage = Storage(key, name_of(kind).rpartition(".")[2], place, numel)
                 self.storages[storage] = None
                 return storage
         return _named("(persistent id)")(identity)
@@ -229,31 +224,19 @@ def _named(name: str) -> type[Inert]:
     return type("Inert", (Inert,), {"__slots__": (), "name": name})
 
 
-def _rebuild_tensor(  # noqa: PLR0913, PLR0917 - the arguments of torch's own function
-    storage: Any,
-    offset: Any,
-    shape: Any,
-    stride: Any,
-    requires_grad: Any = False,  # noqa: FBT002
-    _hooks: Any = None,
-    metadata: Any = None,
-    dtype: Any = None,
-) -> Tensor:
-    sizes = (shape, stride)
-    if not all(
-        type(dims) is tuple and len(dims) <= _MAX_DIMS and all(map(_is_count, dims)) for dims in sizes
-    ):
+def _rebuild_tensor(*args: Any, dtype: str | None = None) -> Tensor:
+    filled: list[Any] = [*args, None, None, None]
+    storage, offset, shape, stride, requires_grad, _, metadata = filled[:7]
+    if not (isinstance(storage, Storage) and _is_shape(shape) and _is_shape(stride)):
         raise TypeError
-    if not isinstance(storage, Storage) or len(shape) != len(stride) or not _is_count(offset + prod(shape)):
-        raise TypeError
+    if len(shape) != len(stride) or not _is_count(offset) or not _is_count(prod(shape)):
+        raise ValueError
     conj, neg = (type(metadata) is dict and metadata.get(name) is True for name in ("conj", "neg"))
-    name = None if dtype is None else name_of(dtype)
-    return Tensor(storage, name, offset, shape, stride, requires_grad is True, conj, neg)
+    return Tensor(storage, dtype, offset, shape, stride, requires_grad is True, conj, neg)
 
 
 def _rebuild_tensor_v3(*args: Any) -> Tensor:
-    arguments = (*args[:6], args[7] if len(args) > 7 else None, args[6])  # noqa: PLR2004
-    return _rebuild_tensor(*list(arguments))
+    return _rebuild_tensor(*args[:6], *args[7:], dtype=name_of(args[6]))
 
 
 def _rebuild_parameter(data: Any, requires_grad: Any, _hooks: Any, state: Any = None) -> Tensor:
@@ -275,21 +258,29 @@ def _encode(text: str, encoding: str) -> bytes:
     return text.encode("latin-1")
 
 
-def _bytes() -> bytes:
-    return b""
-
-
 def _bytearray(data: bytes | str = b"", encoding: str | None = None) -> bytearray:
     return bytearray(_encode(data, encoding or "") if isinstance(data, str) else memoryview(data))
 
 
-# What may be made: plain values and containers, and what stands for tensors.
+def _lenient(name: str, make: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that makes a value, or an Inert where the arguments are not those of one."""
+
+    def call(*args: Any) -> Any:
+        try:
+            return make(*args)
+        except (TypeError, ValueError, AttributeError, IndexError):
+            return _named(name)(*args)
+
+    return call
+
+
+# What is made: plain values and containers, and what stands for tensors.
 _MAKERS: dict[str, Callable[..., Any]] = {
     "collections.OrderedDict": OrderedDict,
     "builtins.set": set,
     "builtins.frozenset": frozenset,
     "builtins.complex": complex,
-    "builtins.bytes": _bytes,
+    "builtins.bytes": lambda: b"",
     "builtins.bytearray": _bytearray,
     "_codecs.encode": _encode,
     "torch._utils._rebuild_tensor": _rebuild_tensor,
@@ -300,26 +291,16 @@ _MAKERS: dict[str, Callable[..., Any]] = {
     "torch._tensor._rebuild_from_type": _rebuild_from_type,
     "torch._tensor._rebuild_from_type_v2": _rebuild_from_type,
 }
-
-
-def _lenient(name: str, make: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a function that makes a value, or an Inert where the arguments are not those of one."""
-
-    def call(*args: Any) -> Any:
-        try:
-            return make(*args)
-        except (TypeError, ValueError):
-            return _named(name)(*args)
-
-    return call
-
-
 _MAKERS = {name: _lenient(name, make) for name, make in _MAKERS.items()}
 _NAMES = {make: name for name, make in _MAKERS.items()}
 
 
 def _is_count(value: Any) -> bool:
     return type(value) is int and 0 <= value < _MAX_COUNT
+
+
+def _is_shape(value: Any) -> bool:
+    return type(value) is tuple and len(value) <= _MAX_DIMS and all(map(_is_count, value))
 
 
 def is_name(node: Any) -> bool:
@@ -336,29 +317,33 @@ def is_leaf(node: Any) -> bool:
     """Whether nothing is in it, or plain values only."""
     if type(node) in _SEQUENCES:
         return all(type(item) in SCALARS for item in node)
-    return next(iter(children(node)), None) is None
+    return next(children(node), None) is None
 
 
-def children(node: Any) -> Iterable[tuple[Any, Any]]:
-    """Return what something holds, each part with the last key of its path."""
+def children(node: Any, *, call: bool = True) -> Iterator[tuple[Any, Any]]:
+    """Yield what something holds, each part with the last key of its path.
+
+    Args:
+        node: anything in a state.
+        call: whether what an object would be made with is a part of it.
+    """
     kind = type(node)
-    if kind in _DICTS:
-        return chain(dict.items(node), _attributes(vars(node) if kind is OrderedDict else None))
     if kind in _SEQUENCES:
         # A set has no order, but its paths should be the same each time.
-        return enumerate(sorted(node, key=repr) if kind in {set, frozenset} else node)
-    if kind is Tensor:
-        return _attributes(node.state)
-    if isinstance(node, Inert):
-        call = {"args": node.args, "kwargs": node.kwargs}
-        return chain(((Attribute(name), part) for name, part in call.items() if part), _parts(node))
-    return ()
-
-
-def _parts(node: Inert) -> Iterator[tuple[Any, Any]]:
-    yield from _attributes(node.state)
-    yield from enumerate(node.items)
-    yield from node.entries
+        yield from enumerate(sorted(node, key=repr) if kind in {set, frozenset} else node)
+    elif kind in _DICTS:
+        yield from dict.items(node)
+        yield from _attributes(vars(node) if kind is OrderedDict else None)
+    elif kind is Tensor:
+        yield from _attributes(node.state)
+    elif isinstance(node, Inert):
+        if node.args and call:
+            yield Attribute("args"), node.args
+        if node.kwargs and call:
+            yield Attribute("kwargs"), node.kwargs
+        yield from _attributes(node.state)
+        yield from enumerate(node.items)
+        yield from node.entries
 
 
 def _attributes(state: Any) -> Iterator[tuple[Any, Any]]:
@@ -373,82 +358,6 @@ def _attributes(state: Any) -> Iterator[tuple[Any, Any]]:
 def is_in_json(value: Any) -> bool:
     """Whether a plain value is one that JSON has."""
     return type(value) in _IN_JSON and (type(value) is not int or -_MAX_INTEGER < value < _MAX_INTEGER)
-
-
-def clean(text: str) -> str:
-    """Return a text that can be printed: what is not printable is escaped."""
-    return text if text.isprintable() else repr(text)[1:-1]
-
-
-def path_text(path: Iterable[Any]) -> str:
-    """Return a path with dots between its keys."""
-    return ".".join(map(key_text, path))
-
-
-def key_text(key: Any) -> str:
-    """Return a key as it is read, quoted only if it has to be, and shortened in its middle if it is long."""
-    text = clean(key) if isinstance(key, str) else short(key)
-    return text if len(text) <= _LONGEST_KEY else f"{text[: _LONGEST_KEY - 20]}…{text[-19:]}"
-
-
-def short(node: Any, room: int = 60) -> str:
-    """Return what something is, in at most `room` characters."""
-    text = ""
-    for piece in _pieces(node, 0, room):
-        text += piece
-        if len(text) > room:
-            return text[: room - 1] + "…"
-    return text
-
-
-def _pieces(node: Any, depth: int, room: int) -> Iterator[str]:
-    kind = type(node)
-    if depth > _TEXT_DEPTH:
-        yield "…"
-    elif kind in _BRACKETS or isinstance(node, Inert):
-        opening, closing = _BRACKETS.get(kind, ("(", ")"))
-        yield (_plain_name(node.name) if isinstance(node, Inert) else "") + opening
-        count = 0
-        for label, part in _labelled(node):
-            yield (", " if count else "") + label
-            yield from _pieces(part, depth + 1, room)
-            count += 1
-        yield ",)" if kind is tuple and count == 1 else closing
-    elif kind is Tensor:
-        yield f"{_plain_name(node.kind)}({clean(dtype_name(node))}, {list(node.shape)})"
-    elif kind is Storage:
-        yield f"storage({clean(dtype_name(node))}, {node.numel})"
-    elif is_name(node):
-        yield _plain_name(name_of(node))
-    elif kind is int and node.bit_length() > _MAX_BITS:
-        yield f"(integer of {node.bit_length()} bits)"
-    else:
-        yield repr(node[: room + 1] if kind in {str, bytes, bytearray} else node)
-
-
-def _labelled(node: Any) -> Iterator[tuple[str, Any]]:
-    """Yield what is in a container or an object, each part with the text before it."""
-    is_object = isinstance(node, Inert)
-    if is_object:
-        yield from (("", argument) for argument in node.args)
-        yield from ((f"{clean(name)}=", value) for name, value in node.kwargs.items())
-    for key, part in _parts(node) if is_object else children(node):
-        if type(key) is not Attribute:
-            yield "" if type(key) is int and type(node) not in _DICTS else f"{short(key)}: ", part
-        elif is_object:
-            yield f"{clean(key)}=", part
-
-
-def _plain_name(name: str) -> str:
-    return clean(name.removeprefix("builtins."))
-
-
-_DTYPES = {
-    "Float": "float32", "Double": "float64", "Half": "float16", "BFloat16": "bfloat16", "Long": "int64",
-    "Int": "int32", "Short": "int16", "Char": "int8", "Byte": "uint8", "Bool": "bool",
-    "ComplexFloat": "complex64", "ComplexDouble": "complex128", "QInt8": "qint8", "QUInt8": "quint8",
-    "QInt32": "qint32", "QUInt4x2": "quint4x2", "QUInt2x4": "quint2x4", "Untyped": "uint8",
-}  # fmt: skip
 
 
 def dtype_name(node: Tensor | Storage) -> str:

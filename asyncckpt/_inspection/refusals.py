@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch._weights_only_unpickler import _get_allowed_globals, _get_user_allowed_globals
 
-from asyncckpt._inspection.inert import SCALARS, Attribute, Inert, Tensor, children, is_name, name_of, short
+from asyncckpt._inspection.inert import SCALARS, Attribute, Inert, Tensor, children, is_name, name_of
+from asyncckpt._inspection.texts import short
 from asyncckpt._snapshot.culprit import subscript
 
 if TYPE_CHECKING:

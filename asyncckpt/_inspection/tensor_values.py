@@ -120,6 +120,12 @@ def dtype_of(name: str) -> torch.dtype | None:
     return dtype if isinstance(dtype, torch.dtype) else None
 
 
+def nbytes_of(tensor: Tensor) -> int | None:
+    """Return the bytes of the elements of a tensor, None if this torch does not have its dtype."""
+    dtype = dtype_of(dtype_name(tensor))
+    return None if dtype is None else tensor.numel * dtype.itemsize
+
+
 def compare_values(a: Side, b: Side, in_a: Tensor, in_b: Tensor) -> ValueDifference | None:
     """Compare two tensors of one shape; returns None if they have two dtypes, and not both hold numbers.
 

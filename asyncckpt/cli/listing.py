@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from asyncckpt._inspection.contents import summarize
-from asyncckpt._inspection.inert import clean
+from asyncckpt._inspection.texts import clean
 from asyncckpt._loading.catalog import READERS
 from asyncckpt._saving.engine import get_engine
 from asyncckpt._threads import for_each

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from asyncckpt._inspection.inert import short
+from asyncckpt._inspection.texts import short
 from asyncckpt.cli.output import line, print_table
 
 if TYPE_CHECKING:
