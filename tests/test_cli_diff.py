@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import struct
 from collections import OrderedDict
 from itertools import count
 from typing import TYPE_CHECKING, Any
@@ -18,15 +19,18 @@ from typer.testing import CliRunner
 
 import asyncckpt
 from asyncckpt._inspection import isolation, tensor_values
+from asyncckpt._inspection.contents import read_records
 from asyncckpt._inspection.tensor_values import difference
 from asyncckpt.cli.app import app
 from states import DTYPES
-from strangers import write_file
+from strangers import pickled_text, write_file
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from typer.testing import Result
+
+    from asyncckpt.stores.base import OpenFile
 
 places = count()
 nan, inf = math.nan, math.inf
@@ -478,3 +482,35 @@ def test_only_in_one_is_never_read(tmp_path: Path) -> None:
         "only in A",
         "only in B",
     ]
+
+
+def test_a_file_that_is_replaced_while_it_is_read_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def replaced(file: OpenFile) -> Any:
+        records = await read_records(file)
+        torch.save({"n": 2}, tmp_path / "new.pt")
+        (tmp_path / "new.pt").replace(file.path)
+        return records
+
+    monkeypatch.setattr(tensor_values, "read_records", replaced)
+    torch.save({"n": 1}, tmp_path / "a.pt")
+    assert "a.pt was replaced while it was read" in trouble(tmp_path / "a.pt", tmp_path / "a.pt")
+
+
+def test_a_tensor_that_repeats_its_elements_beyond_all_memory_is_compared(tmp_path: Path) -> None:
+    storage = (
+        b"((" + pickled_text("storage") + b"ctorch\nDoubleStorage\n" + pickled_text("0") + pickled_text("cpu")
+    )
+    data = (
+        b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n"
+        + storage
+        + b"K\x01tQK\x00\x8a\x08"
+        + (1 << 62).to_bytes(8, "little")
+        + b"\x85K\x00\x85\x89}tR."
+    )
+    a = write_file(tmp_path / "a.pt", data, struct.pack("<d", 1.0))
+    b = write_file(tmp_path / "b.pt", data, struct.pack("<d", 3.0))
+    assert document(a, a)["same"]
+    (row,) = document(a, b)["tensors"]
+    assert (row["differing"], row["max_abs"], row["relative"]) == (1 << 62, 2.0, 2.0)

@@ -1,7 +1,8 @@
-"""Pickles of strangers: whatever they would fill or keep busy, a child process ends with a clear error."""
+"""Foreign pickles: whatever memory or time they would take, the child process ends with a clear error."""
 
 from __future__ import annotations
 
+import pickle
 import struct
 import subprocess
 import sys
@@ -26,13 +27,13 @@ TOO_MUCH = r"x\.pt: its data\.pkl of [\d,]+ bytes cannot be looked at in 2\d\d M
 TOO_DEEP = r"x\.pt: its state is nested too deep to be looked at"
 
 
-def contents(pickle: bytes) -> dict[str, Any]:
-    return look_at("contents", [("x.pt", pickle)])
+def contents(data: bytes) -> dict[str, Any]:
+    return look_at("contents", [("x.pt", data)])
 
 
 @pytest.fixture(autouse=True)
 def tight(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the child have little."""
+    """Lower the limits, so that they are reached in moments."""
     monkeypatch.setattr(isolation, "MEMORY", 256 << 20)
     monkeypatch.setattr(isolation, "SECONDS", 1)
     monkeypatch.setattr(isolation, "OUTPUT", 1 << 20)
@@ -129,3 +130,15 @@ def test_the_child_process_opens_and_writes_no_file(tmp_path: Path) -> None:
     command = [sys.executable, "-I", "-S", "-c", program, package, str(tmp_path / "x")]
     assert subprocess.run(command, check=False).returncode == 0
     assert (tmp_path / "x").stat().st_size == 0
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_every_protocol_is_read_within_the_limits(protocol: int) -> None:
+    state = {
+        "ü": [1, -(1 << 200), 1.5, 1j, "ü\ud800", b"\xff", bytearray(b"\xff"), None, True],
+        "s": {1},
+        "f": Path,
+    }
+    values = contents(pickle.dumps(state, protocol))["values"]
+    assert [row["path"][0] for row in values] == ["ü", "s", "f"]
+    assert values[0]["text"].endswith(r"1.5, 1j, 'ü\ud800', b'\xff', bytearray(b'\xff'), None, True]")

@@ -1,6 +1,6 @@
-"""The child process that looks at pickles of strangers: no torch, and limits that the system enforces.
+"""The child process that reads foreign pickles: no torch, and limits that the system enforces.
 
-It is started by `isolation`. Pickles come on stdin, and one JSON document goes to stdout.
+`isolation` starts it. Pickles come on stdin, one JSON document goes to stdout.
 """
 
 from __future__ import annotations
@@ -16,15 +16,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from asyncckpt._inspection.comparing import compare, json_path, json_tensor, json_value
-from asyncckpt._inspection.inert import (
-    Attribute,
-    Inert,
-    Pickled,
-    Tensor,
-    children,
-    is_leaf,
-    read_pickle,
-)
+from asyncckpt._inspection.inert import Attribute, Inert, Pickled, Tensor, children, is_leaf, read_pickle
 from asyncckpt._inspection.texts import path_text
 
 if TYPE_CHECKING:
@@ -96,10 +88,10 @@ def _contents(pickled: Pickled) -> dict[str, Any]:
             tensors.append([json_path(path), json_tensor(node)])
         elif Attribute not in map(type, path):
             is_repeated = type(node) is _Repeated
-            told = {"text": f"same as {path_text(node)}"} if is_repeated else json_value(node)
-            values.append({"path": json_path(path), **told})
-    result = {"tensors": tensors, "values": values}
-    return {**result, "storages": pickled.storages, "globals": pickled.globals}
+            value = {"text": f"same as {path_text(node)}"} if is_repeated else json_value(node)
+            values.append({"path": json_path(path), **value})
+    named = {"storages": pickled.storages, "globals": pickled.globals}
+    return {"tensors": tensors, "values": values, **named}
 
 
 class _Repeated(tuple[Any, ...]):

@@ -6,7 +6,7 @@ import struct
 import sys
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
-from threading import Lock
+from threading import BoundedSemaphore
 from typing import TYPE_CHECKING, Any
 
 from asyncckpt._inspection.inert import Storage, Tensor, dtype_name
@@ -33,8 +33,7 @@ MAX_SUMMARY = 16 << 20
 MAX_PICKLE = 2 << 30
 _MAX_BYTEORDER = 16
 _UNDESCRIBED = Description(0, None, {}, 0.0)
-# Pickles are looked at one at a time, so that the memory of several does not add up.
-_looking = Lock()
+_children = BoundedSemaphore(4)  # a listing asks for as many as it reads files
 _DEFAULT_BYTEORDER = "little"  # of old files, which do not tell
 _CONSTANTS = b"/constants.pkl"  # the record that only TorchScript archives have
 _TORCHSCRIPT = "a TorchScript archive, a program rather than a checkpoint: read it with torch.jit.load"
@@ -178,7 +177,7 @@ def decoded_tensor(row: list[Any]) -> Tensor:
 
 async def _look_at(records: Records, task: str) -> dict[str, Any]:
     def look() -> dict[str, Any]:
-        with _looking:
+        with _children:
             return look_at(task, [(records.path, records.pickle)])
 
     return await in_thread(look)

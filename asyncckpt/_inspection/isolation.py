@@ -1,4 +1,4 @@
-"""Look at pickles of strangers in a child process that has no torch, and little memory, time and rights."""
+"""Read foreign pickles in a child process without torch, with limits on its memory, time and rights."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from asyncckpt.errors import CorruptCheckpointError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-# What the child may take, and beyond that for each byte of the pickles. One of a hundred thousand tensors has
-# 10 MB; it takes 150 MB and a second, and is told in 20 MB.
+# What the child may use, and beyond that for each byte of the pickles. One of a hundred thousand tensors has
+# 10 MB; it takes 150 MB and a second, and the result 14 MB.
 MEMORY, MEMORY_PER_BYTE = 1 << 30, 4
 SECONDS, BYTES_PER_SECOND = 20, 1 << 20
 OUTPUT, OUTPUT_PER_BYTE = 64 << 20, 8
@@ -31,7 +31,7 @@ main(sys.argv[2], *map(int, sys.argv[3:]))
 
 
 def look_at(task: str, pickles: Sequence[tuple[str, bytes]]) -> dict[str, Any]:
-    """Return the result of a task of `child.main`; nothing in the pickles is run, and their cost is bounded.
+    """Return the result of a task of `child.main`. Nothing in the pickles is run; their cost is bounded.
 
     Args:
         task: which one.

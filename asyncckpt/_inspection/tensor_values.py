@@ -143,14 +143,15 @@ def compare_values(a: Side, b: Side, in_a: Tensor, in_b: Tensor) -> ValueDiffere
     if opaque and not same_dtype:
         return None
     result = ValueDifference(in_a.numel, largest=None if opaque else 0.0)
-    view_a, view_b = _view(a, in_a, opaque=opaque), _view(b, in_b, opaque=opaque)
     if not result.numel:
         return result
-    # Along these dimensions both repeat their elements.
-    strides = zip(in_a.stride, in_b.stride, strict=True)
-    repeated = [dim for dim, steps in enumerate(strides) if not any(steps)]
-    for dim in repeated:
-        view_a, view_b = view_a.narrow(dim, 0, 1), view_b.narrow(dim, 0, 1)
+    rows = list(zip(in_a.shape, in_a.stride, in_b.stride, strict=True))
+    kept = [row for row in rows if row[1] or row[2]]  # along the other dimensions both repeat their elements
+    shape, *strides = zip(*kept, strict=True) if kept else ((), (), ())
+    view_a, view_b = (
+        _view(side, tensor._replace(shape=shape, stride=stride), opaque=opaque)
+        for side, tensor, stride in zip((a, b), (in_a, in_b), strides, strict=True)
+    )
     conj, neg = in_a.conj != in_b.conj, in_a.neg != in_b.neg
     may_be_same = same_dtype and not (conj or neg)
     for piece_a, piece_b in _pieces(view_a, view_b):
@@ -159,7 +160,7 @@ def compare_values(a: Side, b: Side, in_a: Tensor, in_b: Tensor) -> ValueDiffere
         else:
             same = may_be_same and torch.equal(_bits(piece_a), _bits(piece_b))
             result.add(difference(piece_a, piece_a if same else piece_b, conj=conj, neg=neg))
-    times = math.prod(in_a.shape[dim] for dim in repeated)
+    times = math.prod(size for size, *steps in rows if not any(steps))
     result.differing *= times
     result.nans *= times
     return result
@@ -181,8 +182,6 @@ def _view(side: Side, tensor: Tensor, *, opaque: bool) -> torch.Tensor:
         )
     nbytes = dtype.itemsize
     first = side.records.place_of(tensor, nbytes)
-    if not reach:
-        return torch.empty(0)
     data = torch.frombuffer(side.data, dtype=torch.uint8, offset=first, count=reach * nbytes)
     if opaque:
         return data.as_strided((*tensor.shape, nbytes), (*(step * nbytes for step in tensor.stride), 1))

@@ -33,8 +33,9 @@ def diff(
     This compares the entries of the states, plain values, shapes, dtypes, every element of the tensors, and
     which tensors share memory; not where tensors were, their strides, whether they require gradients, nor
     whether a dict is an OrderedDict. NaN is equal to NaN, and keys that are objects are the same if they
-    print alike. Tensors of any size are compared in little memory. The exit status is 0 if the files hold
-    the same, 1 if they differ, 2 if they could not be compared.
+    print alike. Tensors of any size are compared in little memory; a remote file is copied to a temporary
+    one first. The exit status is 0 if the files hold the same, 1 if they differ, 2 if they could not be
+    compared.
 
     Example: asyncckpt diff step-00000100.pt step-00000200.pt
     """
