@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import tracemalloc
+import re
+import struct
 from collections import OrderedDict
 from itertools import count
 from typing import TYPE_CHECKING, Any
@@ -17,18 +18,19 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 import asyncckpt
-from asyncckpt._inspection import comparing, comparing_values
-from asyncckpt._inspection.tensor_values import pieces, span
-from asyncckpt._inspection.value_differences import difference
+from asyncckpt._inspection import isolation, tensor_values
+from asyncckpt._inspection.contents import read_records
+from asyncckpt._inspection.tensor_values import difference
 from asyncckpt.cli.app import app
-from asyncckpt.stores.local import LocalStore
 from states import DTYPES
-from strangers import write_file
+from strangers import pickled_text, write_file
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from typer.testing import Result
+
+    from asyncckpt.stores.base import OpenFile
 
 places = count()
 nan, inf = math.nan, math.inf
@@ -317,12 +319,20 @@ def test_attributes_that_tensors_share_are_compared_once(tmp_path: Path) -> None
     assert [row["what"] for row in differing(made(1), made(2), tmp_path)["differences"]] == ["value"]
 
 
-def test_states_that_share_too_much_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(comparing, "MAX_PAIRS", 10)
-    torch.save([[[1]] for _ in range(10)], tmp_path / "a.pt")
-    result = diff(tmp_path / "a.pt", tmp_path / "a.pt")
+def test_states_whose_parts_would_take_too_long_to_pair_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def made(turn: int, n: int = 300) -> list[Any]:
+        """Return lists that hold n lists in other orders, so that each of those meets each of theirs."""
+        parts = [[[[0], None] for _ in range(n)] for _ in range(n)]
+        return [[parts[(row * turn + at) % n] for at in range(n)] for row in range(n)]
+
+    monkeypatch.setattr(isolation, "SECONDS", 1)
+    torch.save(made(0), tmp_path / "a.pt")
+    torch.save(made(1), tmp_path / "b.pt")
+    result = diff(tmp_path / "a.pt", tmp_path / "b.pt")
     assert result.exit_code == 2
-    assert "more than 10 parts" in result.stderr
+    assert re.search(r"a\.pt or .*b\.pt: its data\.pkl .* cannot be looked at in .* and \d s", result.stderr)
 
 
 def test_shared_parts_and_cycles_are_compared_once(tmp_path: Path) -> None:
@@ -338,79 +348,32 @@ def test_shared_parts_and_cycles_are_compared_once(tmp_path: Path) -> None:
     assert [row["what"] for row in found["differences"]] == ["value"] * 2  # both places of the innermost one
 
 
-def test_large_tensors_are_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(comparing_values, "MAX_BYTES", 64 << 10)
-    a = torch.zeros(1500, 1000)
-    b = a.clone()
-    b[0, 0], b[750, 7], b[-1, -1] = 1, 2, 3
-    tracemalloc.start()
-    found = differing({"x": a, "y": a[::2]}, {"x": b, "y": b[::2]}, tmp_path)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert {name: row[:2] for name, row in values(found).items()} == {"x": (3, 3), "y": (2, 2)}
-    assert peak < a.nbytes / 2  # the memory that files are read into is Python's
-
-
-def test_tensors_of_different_layout_are_read_in_pieces(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("piece", [1 << 18, 1000, 7])
+def test_large_tensors_are_compared_in_pieces(
+    piece: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(comparing_values, "MAX_BYTES", 16 << 10)
-    a = torch.rand(200, 100)
+    monkeypatch.setattr(tensor_values, "PIECE", piece)
+    numels = []
+
+    def noted(a: torch.Tensor, *rest: Any, **options: Any) -> Any:
+        numels.append(a.numel())
+        return difference(a, *rest, **options)
+
+    monkeypatch.setattr(tensor_values, "difference", noted)
+    a = torch.rand(150, 100)
     b = a.clone()
-    b[0, 0], b[150, 7], b[-1, -1] = 2, 3, 4
-    assert differing([a], [a.t().contiguous().t()], tmp_path)["same"]
-    (row,) = differing([a], [b.t().contiguous().t()], tmp_path)["tensors"]
-    assert (row["differing"], row["max_abs"]) == (3, pytest.approx(float((a - b).abs().max())))
-
-
-def test_small_tensors_are_read_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    state = {f"w{n}": torch.full((n % 7,), n) for n in range(500)}
-    torch.save(state, tmp_path / "a.pt")
-    asyncckpt.save({**state, "w499": torch.zeros(2, dtype=torch.int64)}, tmp_path / "b.pt")
-    asyncckpt.wait()
-    reads = []
-    read = LocalStore.read
-
-    async def counted(self: LocalStore, name: str, offset: int, into: memoryview) -> None:
-        reads.append(name)
-        await read(self, name, offset, into)
-
-    monkeypatch.setattr(LocalStore, "read", counted)
-    found = document(tmp_path / "a.pt", tmp_path / "b.pt")
-    assert values(found) == {"w499": (2, 499, 1)}
-    assert len(reads) < 40
-
-
-shapes = st.lists(st.integers(1, 6), min_size=0, max_size=4).map(tuple)
-
-
-@settings(max_examples=100, deadline=None)
-@given(
-    shape=shapes,
-    data=st.data(),
-    max_numel=st.integers(1, 20),
-    max_bytes=st.integers(8, 200),
-)
-def test_pieces_are_small_and_make_up_the_whole(
-    shape: tuple[int, ...], data: Any, max_numel: int, max_bytes: int
-) -> None:
-    steps = st.tuples(*(st.integers(0, 30) for _ in shape))
-    strides = data.draw(steps), data.draw(steps)
-    wholes = [torch.arange(span(shape, stride)).as_strided(shape, stride) for stride in strides]
-    pairs: set[tuple[int, int]] = set()
-    for piece in pieces(shape, strides, (4, 8), max_numel, max_bytes):
-        assert math.prod(piece.shape) <= max_numel
-        for stride, size in zip(strides, (4, 8), strict=True):
-            assert span(piece.shape, stride) * size <= max_bytes
-        parts = [
-            torch.arange(at, at + span(piece.shape, stride))
-            .as_strided(piece.shape, stride)
-            .flatten()
-            .tolist()
-            for at, stride in zip((piece.a, piece.b), strides, strict=True)
-        ]
-        pairs.update(zip(*parts, strict=True))
-    assert pairs == set(zip(*(whole.flatten().tolist() for whole in wholes), strict=True))
+    b[0, 0], b[75, 7], b[-1, -1] = 2, 3, 4
+    found = differing(
+        {"x": a, "y": a[::2], "t": a}, {"x": b, "y": b[::2], "t": b.t().contiguous().t()}, tmp_path
+    )
+    most = pytest.approx(float((a - b).abs().max()))
+    assert {name: row[:2] for name, row in values(found).items()} == {
+        "x": (3, most),
+        "y": (1, pytest.approx(float((a - b)[::2].abs().max()))),
+        "t": (3, most),
+    }
+    assert max(numels) <= piece
+    assert sum(numels) == 2 * a.numel() + a[::2].numel()
 
 
 @settings(max_examples=60, deadline=None)
@@ -519,3 +482,35 @@ def test_only_in_one_is_never_read(tmp_path: Path) -> None:
         "only in A",
         "only in B",
     ]
+
+
+def test_a_file_that_is_replaced_while_it_is_read_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def replaced(file: OpenFile) -> Any:
+        records = await read_records(file)
+        torch.save({"n": 2}, tmp_path / "new.pt")
+        (tmp_path / "new.pt").replace(file.path)
+        return records
+
+    monkeypatch.setattr(tensor_values, "read_records", replaced)
+    torch.save({"n": 1}, tmp_path / "a.pt")
+    assert "a.pt was replaced while it was read" in trouble(tmp_path / "a.pt", tmp_path / "a.pt")
+
+
+def test_a_tensor_that_repeats_its_elements_beyond_all_memory_is_compared(tmp_path: Path) -> None:
+    storage = (
+        b"((" + pickled_text("storage") + b"ctorch\nDoubleStorage\n" + pickled_text("0") + pickled_text("cpu")
+    )
+    data = (
+        b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n"
+        + storage
+        + b"K\x01tQK\x00\x8a\x08"
+        + (1 << 62).to_bytes(8, "little")
+        + b"\x85K\x00\x85\x89}tR."
+    )
+    a = write_file(tmp_path / "a.pt", data, struct.pack("<d", 1.0))
+    b = write_file(tmp_path / "b.pt", data, struct.pack("<d", 3.0))
+    assert document(a, a)["same"]
+    (row,) = document(a, b)["tensors"]
+    assert (row["differing"], row["max_abs"], row["relative"]) == (1 << 62, 2.0, 2.0)

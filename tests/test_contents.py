@@ -20,8 +20,6 @@ import torch
 import asyncckpt
 from asyncckpt import Checkpoint, Checkpointer, CorruptCheckpointError
 from asyncckpt._inspection.contents import Contents, Summary, read_contents, summarize
-from asyncckpt._outline.nodes import TensorOutline
-from asyncckpt._outline.walk import walk
 from asyncckpt._saving.engine import get_engine
 from asyncckpt.layout.torch_zip import CENTRAL, lay_out, plan
 from asyncckpt.stores import open_store
@@ -79,7 +77,7 @@ def test_a_checkpoint_tells_what_was_given_to_save(tmp_path: Path) -> None:
     )
     assert contents.summary.epoch == 2  # which a listing does not read the state for
     assert contents.versions.keys() == {"asyncckpt", "torch", "python"}
-    assert contents.byteorder == "little"
+    assert contents.records.byteorder == "little"
 
 
 @pytest.mark.parametrize("save", [torch.save, asyncckpt.save])
@@ -97,11 +95,11 @@ def test_payloads_are_where_they_are_told_to_be(
     brief, contents = told(local, store)
     assert brief.writer == contents.summary.writer == ("torch" if save is torch.save else "asyncckpt")
     assert brief.checkpoint.path == store.path_of("x.pt")
-    tensors = {path[-1]: node for path, node in walk(contents.outline.root)}
+    tensors = {path[-1]: tensor for path, tensor in contents.tensors}
     for name, tensor in (STATE["model"] | {"empty": STATE["empty"], "half": STATE["half"]}).items():
-        start, stop = contents.payloads[tensors[name].storage.key]
+        start, stop = contents.records.payloads[tensors[name].storage.key]
         assert data[start:stop] == tensor.view(torch.uint8).numpy().tobytes()
-    assert len(contents.payloads) == 4
+    assert len(contents.records.payloads) == 4
 
 
 class CountingStore(LocalStore):
@@ -223,7 +221,7 @@ def test_values_of_another_byte_order_are_not_told(tmp_path: Path) -> None:
     write_file(tmp_path / "big.pt", pickled, b"\x3f\x80\0\0", byteorder="big")
     brief, contents = told(tmp_path / "big.pt")
     assert brief.checkpoint.metrics == {"acc": 0.5}
-    assert contents.byteorder == "big"
+    assert contents.records.byteorder == "big"
 
 
 def _record(path: Path, name: str) -> bytes:
@@ -361,11 +359,13 @@ def test_a_metric_outside_of_the_file_is_damage(tmp_path: Path) -> None:
         told(tmp_path / "y.pt")
 
 
-def test_the_outline_is_that_of_the_state(tmp_path: Path) -> None:
+def test_the_tensors_are_those_of_the_state(tmp_path: Path) -> None:
     torch.save(STATE, tmp_path / "x.pt")
     contents = told(tmp_path / "x.pt")[1]
-    shapes = {
-        path: node.shape for path, node in walk(contents.outline.root) if isinstance(node, TensorOutline)
-    }
-    assert shapes == {("model", "w"): (6,), ("model", "b"): (3,), ("empty",): (0,), ("half",): (5,)}
-    assert contents.records == 10
+    assert [(path, tensor.shape) for path, tensor in contents.tensors] == [
+        (["model", "w"], (6,)),
+        (["model", "b"], (3,)),
+        (["empty"], (0,)),
+        (["half"], (5,)),
+    ]
+    assert contents.records.count == 10

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copyreg
 import pickle
 import re
 import sys
@@ -18,9 +19,9 @@ from torch.serialization import safe_globals
 
 import asyncckpt
 from asyncckpt import Checkpointer, UnsafeStateError
-from asyncckpt._outline import machine
+from asyncckpt._inspection.refusals import Refused, listing
 from asyncckpt._saving import weights_only
-from asyncckpt._saving.weights_only import Refused, WeightsOnlyCheck, listing
+from asyncckpt._saving.weights_only import WeightsOnlyCheck
 from asyncckpt._snapshot.freeze import Freezer
 
 if TYPE_CHECKING:
@@ -42,6 +43,10 @@ class OnlyHere:
 
 class Tensor(torch.Tensor):
     """A subclass that torch's unpickler does not know."""
+
+
+class MadeUp(type):
+    """Makes classes that are pickled as calls of it."""
 
 
 class Singleton:
@@ -205,15 +210,12 @@ def test_a_warning_that_is_an_error_leaves_nothing_behind(checkpointer: Checkpoi
     assert len(list(tmp_path.iterdir())) == 1
 
 
-def test_a_pickle_too_large_to_be_looked_at_is_warned_of_by_its_names(
-    monkeypatch: pytest.MonkeyPatch,
+def test_objects_of_a_class_that_a_call_makes_are_warned_of(
+    checkpointer: Checkpointer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(machine, "MAX_OPERATIONS", 10)
-    freezer = Freezer()
-    frozen, _ = freezer.freeze({"a": [1, 2, 3], "b": Config()})
-    message = WeightsOnlyCheck().warning(frozen, freezer.kinds)
-    assert message is not None
-    assert "refuse state (test_weights_only.Config);" in message
+    monkeypatch.setitem(copyreg.dispatch_table, MadeUp, lambda kind: (MadeUp, (kind.__name__, (), {})))
+    (message,) = warned(checkpointer, 1, {"x": MadeUp("X", (), {})()})
+    assert re.match(START + r'state\["x"\] \(.*test_weights_only\.MadeUp\)', message)
 
 
 def test_nothing_is_looked_at_while_no_new_kind_of_object_comes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,7 +223,7 @@ def test_nothing_is_looked_at_while_no_new_kind_of_object_comes(monkeypatch: pyt
     state = {"w": torch.ones(3), "o": OrderedDict(a=torch.ones(3)), "c": Config(), "b": b"bytes"}
     assert check.warning(freezer.freeze(state)[0], freezer.kinds)
     monkeypatch.setattr(weights_only, "refused_globals", None)
-    monkeypatch.setattr(weights_only, "outline", None)
+    monkeypatch.setattr(weights_only, "read_pickle", None)
     state["more"] = [torch.ones(5), Config({"a": 1}), "text", b"bytes"]
     assert check.warning(freezer.freeze(state)[0], freezer.kinds) is None
 

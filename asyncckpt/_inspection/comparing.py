@@ -1,231 +1,169 @@
-"""Compare what two files hold: which entries there are, of which kind, and which of them share memory."""
+"""Compare what two pickles hold: which entries there are, of which kind, and which of them share memory.
+
+Part of the child process: only the standard library.
+"""
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from dataclasses import dataclass, field
+from collections import Counter, OrderedDict, defaultdict
 from typing import TYPE_CHECKING, Any
 
-from asyncckpt._outline.nodes import (
+from asyncckpt._inspection.inert import (
+    PARAMETER,
     SCALARS,
     Attribute,
-    GlobalOutline,
-    KeyOutline,
-    ObjectOutline,
-    OrderedDictOutline,
-    StorageOutline,
-    TensorOutline,
+    Inert,
+    Storage,
+    Tensor,
+    children,
+    dtype_name,
+    is_in_json,
+    is_leaf,
+    is_name,
 )
-from asyncckpt._outline.texts import short
-from asyncckpt._outline.walk import MAX_DEPTH, children, is_leaf, joined
-from asyncckpt.errors import CorruptCheckpointError
+from asyncckpt._inspection.texts import key_text, short
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
-    from asyncckpt._outline.walk import Path
+    from asyncckpt._inspection.inert import Path
 
-# Of containers. States that share theirs may ask for the product of the numbers that they have.
-MAX_PAIRS = 5_000_000
-ABSENT = object()
-# Of longer lists only the items that differ are told.
+# Of longer lists only the items that differ are shown.
 _SHOWN_WHOLE = 8
 _KEY_WIDTH = 10_000
+_TEXT_WIDTH = 200
+_ABSENT = object()
+_HASHED = SCALARS - {bytearray} | {Attribute}
+_KINDS: dict[Any, str] = {OrderedDict: "dict", Storage: "storage", type(None): "None"}
 
 
-@dataclass(frozen=True, slots=True)
-class Difference:
-    """One thing in which two states differ.
-
-    Attributes:
-        path: of the entry.
-        what: `only in A`, `only in B`, `kind`, `shape`, `dtype` or `value`.
-        a, b: the kind, shape or dtype in each; the entry itself for the others, ABSENT where there is none.
-    """
-
-    path: Path
-    what: str
-    a: Any
-    b: Any
-
-
-@dataclass(frozen=True, slots=True)
-class TensorPair:
-    """Two tensors of one shape whose values are to be compared."""
-
-    path: Path
-    a: TensorOutline
-    b: TensorOutline
-
-
-@dataclass(frozen=True, slots=True)
-class SharingDifference:
-    """Tensors that view the same memory in one file only.
-
-    Attributes:
-        paths: of the tensors.
-        shared_in: `A` or `B`.
-    """
-
-    paths: tuple[Path, ...]
-    shared_in: str
-
-
-@dataclass(slots=True)
-class Comparison:
-    """What two states tell without the values of their tensors."""
-
-    differences: list[Difference] = field(default_factory=list)
-    pairs: list[TensorPair] = field(default_factory=list)
-    sharing: list[SharingDifference] = field(default_factory=list)
-
-
-def compare(a: Any, b: Any) -> Comparison:
+def compare(a: Any, b: Any) -> dict[str, Any]:
     """Compare two states.
 
     An OrderedDict is a dict here. Where tensors were, their strides, and whether they require gradients does
     not count. NaN is equal to NaN.
 
-    Raises:
-        CorruptCheckpointError: they are nested too deep, or have more than MAX_PAIRS pairs of containers.
+    Returns:
+        "differences" and "sharing" as `asyncckpt diff --json` prints them, and "pairs" of tensors of one
+        shape, whose values are to be compared, as [path, A, B].
     """
-    comparer = _Comparer()
-    entered: list[Iterator[tuple[Path, Any, Any]]] = [iter([((), a, b)])]
-    while entered:
-        found = next(entered[-1], None)
-        if found is None:
-            entered.pop()
-        elif comparer.enters(*found):
-            entered.append(_matched(*found))
-            if len(entered) > MAX_DEPTH:
-                raise CorruptCheckpointError(f"their states are nested more than {MAX_DEPTH:,} levels deep")
-    comparer.result.sharing = comparer.sharing.differences()
-    return comparer.result
+    comparison = _Comparison()
+    comparison.enter((), a, b)
+    views = comparison.views
+    sharing = [*_torn(views, "A"), *_torn([(path, there, here) for path, here, there in views], "B")]
+    return {"differences": comparison.differences, "pairs": comparison.pairs, "sharing": sharing}
 
 
-class _Comparer:
+class _Comparison:
     """Compares entry by entry; each pair of containers once."""
 
     def __init__(self) -> None:
-        self.result = Comparison()
-        self.sharing = _Sharing()
+        self.differences: list[dict[str, Any]] = []
+        self.pairs: list[Any] = []
+        self.views: list[tuple[Path, Storage, Storage]] = []
         self._met: set[tuple[int, int]] = set()
-        self._flat: dict[int, bool] = {}
 
-    def enters(self, path: Path, a: Any, b: Any) -> bool:
+    def enter(self, path: Path, a: Any, b: Any) -> None:
+        """Compare two entries and what is in them."""
+        if not self._has_more(path, a, b) or (id(a), id(b)) in self._met:
+            return
+        self._met.add((id(a), id(b)))
+        rest = dict(_identified(b))
+        for identity, (key, part) in _identified(a):
+            self.enter((*path, key), part, rest.pop(identity, (None, _ABSENT))[1])
+        for key, part in rest.values():
+            self.enter((*path, key), _ABSENT, part)
+
+    def _has_more(self, path: Path, a: Any, b: Any) -> bool:
         """Compare two entries; returns whether what is in them is to be compared, too."""
-        if a is ABSENT or b is ABSENT:
-            self._note(path, "only in B" if a is ABSENT else "only in A", a, b)
+        if a is _ABSENT or b is _ABSENT:
+            self._note(path, "only in B" if a is _ABSENT else "only in A", a, b)
             return False
-        if type(a) is type(b) is TensorOutline:
-            self.sharing.add(path, a, b)
-            self._tensors(path, a, b)
-            return (a.state is not None or b.state is not None) and self._is_new(a, b)
-        kind = kind_of(a)
-        if kind != kind_of(b):
-            both_plain = type(a) in SCALARS and type(b) in SCALARS
-            self._note(path, *(("value", a, b) if both_plain else ("kind", kind, kind_of(b))))
-            return False
-        if is_leaf(a, self._flat) and is_leaf(b, self._flat):
-            return self._leaves(path, kind, a, b)
-        return self._is_new(a, b)
-
-    def _is_new(self, a: Any, b: Any) -> bool:
-        """Whether these two have not been compared yet: what stands in several places is entered once."""
-        pair = id(a), id(b)
-        is_new = pair not in self._met
-        self._met.add(pair)
-        if len(self._met) > MAX_PAIRS:
-            raise CorruptCheckpointError(f"more than {MAX_PAIRS:,} parts of their states would be compared")
-        return is_new
-
-    def _leaves(self, path: Path, kind: str, a: Any, b: Any) -> bool:
-        if type(a) is StorageOutline:
+        kind, other_kind = _kind_of(a), _kind_of(b)
+        if type(a) is type(b) and isinstance(a, (Tensor, Storage)):
             self._tensors(path, _whole(a), _whole(b))
+            return isinstance(a, Tensor) and (a.state is not None or b.state is not None)
+        if kind != other_kind:
+            is_plain = type(a) in SCALARS and type(b) in SCALARS
+            self._note(path, *(("value", a, b) if is_plain else ("kind", kind, other_kind)))
+        elif not (is_leaf(a) and is_leaf(b)):
+            return True
         elif not _same(a, b):
-            if kind in _LISTS and max(len(a), len(b)) > _SHOWN_WHOLE:
+            if kind in {"list", "tuple"} and max(len(a), len(b)) > _SHOWN_WHOLE:
                 return True
             self._note(path, "value", a, b)
         return False
 
-    def _tensors(self, path: Path, a: TensorOutline, b: TensorOutline) -> None:
+    def _tensors(self, path: Path, a: Tensor, b: Tensor) -> None:
+        if a.numel and b.numel:
+            self.views.append((path, a.storage, b.storage))
         if a.kind != b.kind:
-            self._note(path, "kind", kind_of(a), kind_of(b))
-        if a.dtype != b.dtype:
-            self._note(path, "dtype", a.dtype, b.dtype)
+            self._note(path, "kind", _kind_of(a), _kind_of(b))
+        if dtype_name(a) != dtype_name(b):
+            self._note(path, "dtype", dtype_name(a), dtype_name(b))
         if a.shape != b.shape:
-            self._note(path, "shape", a.shape, b.shape)
+            self._note(path, "shape", list(a.shape), list(b.shape))
         else:
-            self.result.pairs.append(TensorPair(path, a, b))
+            self.pairs.append([json_path(path), json_tensor(a), json_tensor(b)])
 
     def _note(self, path: Path, what: str, a: Any, b: Any) -> None:
-        self.result.differences.append(Difference(path, what, a, b))
+        sides = {name: json_value(side) for name, side in (("a", a), ("b", b)) if side is not _ABSENT}
+        self.differences.append({"path": json_path(path), "what": what, **sides})
 
 
-class _Sharing:
-    """Finds tensors that share memory in one file and not in the other."""
-
-    def __init__(self) -> None:
-        self._storages: list[tuple[Path, str, str]] = []
-
-    def add(self, path: Path, a: TensorOutline, b: TensorOutline) -> None:
-        if a.numel and b.numel:
-            self._storages.append((path, a.storage.key, b.storage.key))
-
-    def differences(self) -> list[SharingDifference]:
-        rows = self._storages
-        flipped = [(path, b, a) for path, a, b in rows]
-        return [*_torn(rows, "A"), *_torn(flipped, "B")]
+def json_path(path: Path) -> list[Any]:
+    """Return the keys of a path; those that JSON does not have, as text."""
+    return [key if isinstance(key, str) or is_in_json(key) else key_text(key) for key in path]
 
 
-def _torn(rows: list[tuple[Path, str, str]], where: str) -> Iterator[SharingDifference]:
+def json_value(node: Any) -> dict[str, Any]:
+    """Return {"value": …} for what JSON has, and {"text": …}, shortened, for what it does not."""
+    is_plain = all(map(is_in_json, node)) if type(node) is list else is_in_json(node)
+    return {"value": node} if is_plain else {"text": short(node, _TEXT_WIDTH)}
+
+
+def json_tensor(tensor: Tensor) -> list[Any]:
+    """Return the arguments of a Tensor without its attributes."""
+    return list(tensor._replace(state=None))
+
+
+def _torn(views: Iterable[tuple[Path, Storage, Storage]], where: str) -> Iterator[dict[str, Any]]:
     """Yield the groups of entries that have one storage here, and several there."""
-    groups: dict[str, list[tuple[Path, str]]] = defaultdict(list)
-    for path, here, there in rows:
-        groups[here].append((path, there))
+    groups: defaultdict[str, list[tuple[Path, str]]] = defaultdict(list)
+    for path, here, there in views:
+        groups[here.key].append((path, there.key))
     for group in groups.values():
         if len({there for _, there in group}) > 1:
-            yield SharingDifference(tuple(path for path, _ in group), where)
+            yield {"shared_in": where, "paths": [json_path(path) for path, _ in group]}
 
 
-def kind_of(node: Any) -> str:
-    """Return what a node is: `dict`, `tensor`, or the name of a class."""
-    kind = type(node)
-    if kind is TensorOutline:
-        return node.kind.rpartition(".")[2].lower() if node.kind in _TENSORS else str(node.kind)
-    if kind is ObjectOutline:
-        return str(node.name)
-    return _KINDS.get(kind) or kind.__name__
-
-
-def _matched(path: Path, a: Any, b: Any) -> Iterator[tuple[Path, Any, Any]]:
-    """Yield what either of two containers holds, with its counterpart, or with ABSENT."""
-    rest = dict(_identified(b))
-    for identity, (key, child) in _identified(a):
-        _, other = rest.pop(identity, (None, ABSENT))
-        yield joined(path, key), child, other
-    for key, child in rest.values():
-        yield joined(path, key), ABSENT, child
+def _kind_of(node: Any) -> str:
+    """Return what something is: `dict`, `tensor`, or the name of a class."""
+    if isinstance(node, Tensor):
+        return {"torch.Tensor": "tensor", PARAMETER: "parameter"}.get(node.kind, node.kind)
+    if isinstance(node, Inert):
+        return node.name
+    return "name" if is_name(node) else _KINDS.get(type(node)) or type(node).__name__
 
 
 def _identified(node: Any) -> Iterator[tuple[Any, tuple[Any, Any]]]:
-    """Yield the children of a node by what is equal for the same key in two files, and for no others.
+    """Yield what is in a node by what is equal for the same key in two files, and for no others.
 
-    True and 1 are not, unlike in Python. Keys that cannot be hashed are told by their texts, and those of the
-    same text by their order.
+    True and 1 are not, unlike in Python. Keys that are no plain values are identified by their texts, and
+    those of the same text by their order.
     """
     texts: Counter[str] = Counter()
-    for key, child in children(node):
+    for key, part in children(node):
         if type(key) in _HASHED:
-            yield (type(key), key), (key, child)
+            yield (type(key), key), (key, part)
         else:
             text = short(key, _KEY_WIDTH)
             texts[text] += 1
-            yield (text, texts[text]), (key, child)
+            yield (text, texts[text]), (key, part)
 
 
-def _whole(storage: StorageOutline) -> TensorOutline:
-    return TensorOutline(storage, storage.dtype, 0, (storage.numel,), (1,))
+def _whole(node: Tensor | Storage) -> Tensor:
+    return node if isinstance(node, Tensor) else Tensor(node, None, 0, (node.numel,), (1,))
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -236,20 +174,7 @@ def _same(a: Any, b: Any) -> bool:
             type(one) is type(other) and _same(one, other) for one, other in zip(a, b, strict=True)
         )
     if kind in {float, complex}:
-        return a == b or repr(a) == repr(b)  # NaN
+        return bool(a == b) or repr(a) == repr(b)  # NaN
     if kind in {set, frozenset}:
         return sorted(map(repr, a)) == sorted(map(repr, b))
-    if kind in {GlobalOutline, KeyOutline}:
-        return short(a, _KEY_WIDTH) == short(b, _KEY_WIDTH)
-    return bool(a == b)
-
-
-_HASHED = frozenset({*SCALARS, Attribute})
-_LISTS = frozenset({"list", "tuple"})
-_TENSORS = frozenset({"torch.Tensor", "torch.nn.parameter.Parameter"})
-_KINDS: dict[Any, str] = {
-    OrderedDictOutline: "dict",
-    StorageOutline: "storage",
-    GlobalOutline: "name",
-    type(None): "None",
-}
+    return short(a, _KEY_WIDTH) == short(b, _KEY_WIDTH) if is_name(a) else bool(a == b)

@@ -5,15 +5,16 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
+from asyncckpt._inspection.inert import read_pickle
+from asyncckpt._inspection.refusals import foreign_globals, listing, refused_entries
 from asyncckpt._loading.unpickle import is_device
-from asyncckpt._outline.machine import outline
-from asyncckpt._saving.weights_only import foreign_names, listing, refused_entries
 from asyncckpt.errors import AsyncCkptError, CorruptCheckpointError, UnloadableStateError, UnsafeStateError
 
 if TYPE_CHECKING:
     from collections.abc import Collection
 
-    from asyncckpt._outline.machine import Outline
+    from asyncckpt._inspection.inert import Pickled
+
 
 _REFUSAL = "Weights only load failed"  # how torch begins what its weights-only unpickler says
 _NEEDS_IMPORT = "must be imported"
@@ -35,19 +36,19 @@ def load_failure(
     if isinstance(error, Warning):  # that the user's filters turn into errors
         return None
     try:
-        told = outline(data_pickle)
-    except CorruptCheckpointError as damage:
-        return CorruptCheckpointError(f"{where}: {damage}; use another checkpoint")
+        pickled = read_pickle(data_pickle, slow=True)
+    except Exception as damage:  # noqa: BLE001 - whatever a damaged pickle comes to
+        return CorruptCheckpointError(f"{where}: its data.pkl is damaged: {damage}; use another checkpoint")
     if str(error).startswith(_REFUSAL):
-        return _refused(error, where, told)
+        return _refused(error, where, pickled)
     allocation = _ALLOCATION.search(str(error))
     if allocation and int(allocation[1]) in sizes:
         return None
-    return _broken(error, where, told)
+    return _broken(error, where, pickled)
 
 
-def _refused(error: Exception, where: str, told: Outline) -> UnsafeStateError:
-    entries, text = refused_entries(told), str(error)
+def _refused(error: Exception, where: str, pickled: Pickled) -> UnsafeStateError:
+    entries, text = refused_entries(pickled), str(error)
     what = f"weights_only=True refuses {listing(entries)}" if entries else "weights_only=True refuses it"
     if not entries or _NEEDS_IMPORT in text:
         what += f": {_reason(text)}"
@@ -57,15 +58,15 @@ def _refused(error: Exception, where: str, told: Outline) -> UnsafeStateError:
     )
 
 
-def _broken(error: Exception, where: str, told: Outline) -> AsyncCkptError:
+def _broken(error: Exception, where: str, pickled: Pickled) -> AsyncCkptError:
     """Return the error for a state that torch allows, but cannot build."""
-    if unknown := [storage.location for storage in told.storages if not is_device(storage.location)]:
+    if unknown := [storage.location for storage in pickled.storages if not is_device(storage.location)]:
         return UnloadableStateError(
             f'{where}: it has tensors on "{unknown[0]}", a device that torch does not know here; load it with'
             ' map_location="cpu", or import the package that adds the device'
         )
     reason = f"{type(error).__name__}: {error}"
-    if names := foreign_names(told.globals):
+    if names := foreign_globals(pickled.globals):
         shown = ", ".join(names[:_SHOWN_NAMES]) + (", …" if len(names) > _SHOWN_NAMES else "")
         return UnloadableStateError(
             f"{where}: its objects cannot be rebuilt ({reason}); they need {shown} as it was when they were"

@@ -2,58 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from asyncckpt._inspection.comparing import ABSENT, compare
-from asyncckpt._inspection.comparing_values import Side, compare_values
-from asyncckpt._inspection.contents import read_contents
-from asyncckpt._inspection.tensor_values import dtype_of
-from asyncckpt._outline.texts import clean, path_text, short
+from asyncckpt._inspection.contents import decoded_tensor
+from asyncckpt._inspection.isolation import look_at
+from asyncckpt._inspection.texts import clean, path_text
 from asyncckpt._saving.engine import get_engine
-from asyncckpt._threads import in_thread
-from asyncckpt.cli.locations import StorageOptions, file_at, options_for
+from asyncckpt.cli.locations import StorageOptions, file_at, is_url, options_for
 from asyncckpt.cli.output import AsJson, bytes_progress, counted, line, new_table, number, print_json
-from asyncckpt.cli.states import ROWS, ShowAll, json_path, json_value, print_rest, print_rows
+from asyncckpt.cli.states import ROWS, ShowAll, print_rest, print_rows, value_text
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from asyncckpt._inspection.comparing import Comparison, Difference, TensorPair
-    from asyncckpt._inspection.value_differences import ValueDifference
-    from asyncckpt.stores.base import Store, StoredFile
-
-    _File = tuple[Store, StoredFile]
+    from asyncckpt._inspection.tensor_values import Side
 
 A = Annotated[str, typer.Argument(metavar="A", show_default=False)]
 B = Annotated[str, typer.Argument(metavar="B", show_default=False)]
 
 _DIFFERENT = 1
-
-
-@dataclass(frozen=True, slots=True)
-class _Result:
-    """All differences.
-
-    Attributes:
-        paths: of the two files.
-        comparison: those that the outlines tell.
-        changed: the tensors whose values differ, and how much.
-        equal: how many tensors have the same values.
-        nans: how many elements are NaN in both.
-    """
-
-    paths: tuple[str, str]
-    comparison: Comparison
-    changed: Sequence[tuple[TensorPair, ValueDifference]]
-    equal: int
-    nans: int
-
-    @property
-    def same(self) -> bool:
-        return not (self.comparison.differences or self.comparison.sharing or self.changed)
 
 
 def diff(
@@ -64,124 +33,97 @@ def diff(
     This compares the entries of the states, plain values, shapes, dtypes, every element of the tensors, and
     which tensors share memory; not where tensors were, their strides, whether they require gradients, nor
     whether a dict is an OrderedDict. NaN is equal to NaN, and keys that are objects are the same if they
-    print alike. Tensors of any size are compared in little memory. The exit status is 0 if the files hold
-    the same, 1 if they differ, 2 if they could not be compared.
+    print alike. Tensors of any size are compared in little memory; a remote file is copied to a temporary
+    one first. The exit status is 0 if the files hold the same, 1 if they differ, 2 if they could not be
+    compared.
 
     Example: asyncckpt diff step-00000100.pt step-00000200.pt
     """
-    sides = [file_at(path, options_for(path, (a, b), option)) for path in (a, b)]
-    result = get_engine().call(_compared, *sides)
+    sides = [_side(path, options_for(path, (a, b), option)) for path in (a, b)]
+    found = _document(*sides)
     if as_json:
-        print_json(_document(result))
+        print_json(found)
     else:
-        _print(result, None if show_all else ROWS)
-    if not result.same:
+        _print(found, None if show_all else ROWS)
+    if not found["same"]:
         raise typer.Exit(_DIFFERENT)
 
 
-async def _compared(a: _File, b: _File) -> _Result:
-    async with a[0].open(a[1].name) as file_a, b[0].open(b[1].name) as file_b:
-        return await _compare(
-            Side(file_a, await read_contents(file_a)), Side(file_b, await read_contents(file_b))
-        )
+def _side(path: str, options: Sequence[str] | None) -> Side:
+    from asyncckpt._inspection.tensor_values import open_side  # noqa: PLC0415 - torch takes a second
+
+    store, file = file_at(path, options)
+    with bytes_progress(f"reading {path}", file.nbytes if is_url(path) else 0) as advance:
+        return get_engine().call(open_side, store, file.name, advance)
 
 
-async def _compare(a: Side, b: Side) -> _Result:
-    comparison = await in_thread(compare, a.contents.outline.root, b.contents.outline.root)
-    pairs = comparison.pairs
-    with bytes_progress("comparing", sum(map(_nbytes, pairs))) as advance:
-        values = await compare_values(a, b, pairs, advance)
-    told = [(pair, value) for pair, value in zip(pairs, values, strict=True) if value is not None]
-    changed = [(pair, value) for pair, value in told if value.differing]
-    paths = a.contents.summary.checkpoint.path, b.contents.summary.checkpoint.path
-    nans = sum(value.nans for _, value in told)
-    return _Result(paths, comparison, changed, len(told) - len(changed), nans)
+def _document(a: Side, b: Side) -> dict[str, Any]:
+    """Return all that is printed; --json prints it as it is."""
+    from asyncckpt._inspection.tensor_values import compare_values, nbytes_of  # noqa: PLC0415
+
+    found = look_at("differences", [(side.records.path, side.records.pickle) for side in (a, b)])
+    pairs = [(path, decoded_tensor(in_a), decoded_tensor(in_b)) for path, in_a, in_b in found["pairs"]]
+    values = []
+    with bytes_progress("comparing", sum(nbytes_of(tensor) or 0 for _, tensor, _ in pairs)) as advance:
+        for path, in_a, in_b in pairs:
+            values.append((path, compare_values(a, b, in_a, in_b)))
+            advance(nbytes_of(in_a) or 0)
+    known = [(path, value) for path, value in values if value is not None]
+    changed = [
+        {
+            "path": path,
+            "elements": value.numel,
+            "differing": value.differing,
+            "max_abs": value.largest,
+            "relative": value.relative,
+        }
+        for path, value in known
+        if value.differing
+    ]
+    return {
+        "a": a.records.path,
+        "b": b.records.path,
+        "same": not (found["differences"] or found["sharing"] or changed),
+        "differences": found["differences"],
+        "tensors": changed,
+        "equal_tensors": len(known) - len(changed),
+        "nans_in_both": sum(value.nans for _, value in known),
+        "sharing": found["sharing"],
+    }
 
 
-def _nbytes(pair: TensorPair) -> int:
-    dtype = dtype_of(pair.a.dtype)
-    return pair.a.numel * dtype.itemsize if dtype else 0
-
-
-def _print(result: _Result, limit: int | None) -> None:
-    differences = result.comparison.differences
+def _print(found: dict[str, Any], limit: int | None) -> None:
+    differences, changed, sharing = found["differences"], found["tensors"], found["sharing"]
     if differences:
         table = new_table("entry", "differs in", "A", "B")
-        for difference in differences[:limit]:
-            table.add_row(path_text(difference.path) or "(all)", difference.what, *_texts(difference))
+        for row in differences[:limit]:
+            table.add_row(path_text(row["path"]) or "(all)", row["what"], *_texts(row))
         print_rows(table, len(differences), limit)
         line("")
-    if result.changed:
-        table = new_table(
-            "tensor", "differing", "elements", "max |A-B|", "|A-B| / |A|",
-            right=("differing", "elements", "max |A-B|", "|A-B| / |A|"),
-        )  # fmt: skip
-        for pair, value in result.changed[:limit]:
-            counts = f"{value.differing:,}", f"{value.numel:,}"
-            table.add_row(path_text(pair.path), *counts, _number(value.largest), _number(value.relative))
-        print_rows(table, len(result.changed), limit)
+    if changed:
+        numbers = ("differing", "elements", "max |A-B|", "|A-B| / |A|")
+        table = new_table("tensor", *numbers, right=numbers)
+        for row in changed[:limit]:
+            sizes = ("-" if row[name] is None else number(row[name]) for name in ("max_abs", "relative"))
+            table.add_row(path_text(row["path"]), f"{row['differing']:,}", f"{row['elements']:,}", *sizes)
+        print_rows(table, len(changed), limit)
         line("")
-    sharing = result.comparison.sharing
-    for shared in sharing[:limit]:
-        names = [path_text(path) for path in shared.paths[:limit]]
-        more = f" and {len(shared.paths) - len(names)} more" if len(shared.paths) > len(names) else ""
-        line(f"share memory in {shared.shared_in} only: {', '.join(names)}{more}")
+    for row in sharing[:limit]:
+        names, left = map(path_text, row["paths"][:limit]), len(row["paths"][limit:] if limit else ())
+        more = f" and {left} more" if left else ""
+        line(f"share memory in {row['shared_in']} only: {', '.join(names)}{more}")
     print_rest(len(sharing), limit)
-    _print_end(result)
+    line("the same" if found["same"] else "different", "green" if found["same"] else "red")
+    line(f"{counted(found['equal_tensors'], 'tensor')} equal, {len(changed)} with other values")
+    if found["nans_in_both"]:
+        line(f"{counted(found['nans_in_both'], 'element')} NaN in both, which is equal here")
 
 
-def _print_end(result: _Result) -> None:
-    line("the same" if result.same else "different", "green" if result.same else "red")
-    line(f"{counted(result.equal, 'tensor')} equal, {len(result.changed)} with other values")
-    if result.nans:
-        line(f"{counted(result.nans, 'element')} NaN in both, which is equal here")
-
-
-def _texts(difference: Difference) -> tuple[str, str]:
+def _texts(row: dict[str, Any]) -> list[str]:
     """Return what stands in the columns of A and B."""
-    if difference.what in {"kind", "dtype"}:
-        return clean(difference.a), clean(difference.b)
-    return _text(difference.a), _text(difference.b)
-
-
-def _text(entry: Any) -> str:
-    return "-" if entry is ABSENT else short(entry)
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else number(value)
-
-
-def _document(result: _Result) -> dict[str, Any]:
-    """Return all of it for --json."""
-    return {
-        "a": result.paths[0],
-        "b": result.paths[1],
-        "same": result.same,
-        "differences": [_row(difference) for difference in result.comparison.differences],
-        "tensors": [
-            {
-                "path": json_path(pair.path),
-                "elements": value.numel,
-                "differing": value.differing,
-                "max_abs": value.largest,
-                "relative": value.relative,
-            }
-            for pair, value in result.changed
-        ],
-        "equal_tensors": result.equal,
-        "nans_in_both": result.nans,
-        "sharing": [
-            {"shared_in": shared.shared_in, "paths": [json_path(path) for path in shared.paths]}
-            for shared in result.comparison.sharing
-        ],
-    }
-
-
-def _row(difference: Difference) -> dict[str, Any]:
-    sides = {
-        name: json_value(list(entry) if difference.what == "shape" else entry)
-        for name, entry in (("a", difference.a), ("b", difference.b))
-        if entry is not ABSENT
-    }
-    return {"path": json_path(difference.path), "what": difference.what, **sides}
+    sides = [row.get(side) for side in ("a", "b")]
+    if row["what"] in {"kind", "dtype"}:
+        return [clean(side["value"]) for side in sides if side]
+    if row["what"] == "shape":
+        return [str(tuple(side["value"])) for side in sides if side]
+    return ["-" if side is None else value_text(side) for side in sides]

@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
+import sys
+from collections import defaultdict
 from datetime import datetime
+from math import prod
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from asyncckpt._inspection.contents import read_contents
-from asyncckpt._inspection.inventory import sums_by_module, take_inventory
-from asyncckpt._inspection.tensor_values import is_native
-from asyncckpt._inspection.unsafe import refused_globals
+from asyncckpt._inspection.inert import dtype_name
+from asyncckpt._inspection.texts import clean, key_text, path_text
 from asyncckpt._loading.reader import read_file
-from asyncckpt._outline.texts import clean, key_text, path_text, short
 from asyncckpt._saving.engine import get_engine
 from asyncckpt.cli.locations import StorageOptions, file_at
 from asyncckpt.cli.output import AsJson, counted, line, new_table, number, print_json, size
-from asyncckpt.cli.states import ROWS, ShowAll, json_path, json_value, print_rest, print_rows
-from asyncckpt.errors import CorruptCheckpointError
+from asyncckpt.cli.states import ROWS, ShowAll, print_rest, print_rows, value_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from asyncckpt._inspection.contents import Contents
-    from asyncckpt._inspection.inventory import Inventory, TensorEntry
+    from asyncckpt._inspection.contents import Contents, Records
+    from asyncckpt._inspection.inert import Tensor
 
 File = Annotated[str, typer.Argument(metavar="FILE", show_default=False)]
 Depth = Annotated[int, typer.Option(min=0, help="Levels of modules to sum up, below the top-level entries.")]
@@ -49,64 +49,139 @@ def inspect(
     """
     store, there = file_at(file, option)
     contents = get_engine().call(read_file, read_contents, store, there.name)
-    try:
-        inventory = take_inventory(contents.outline, contents.payloads)
-    except CorruptCheckpointError as error:
-        raise CorruptCheckpointError(f"{contents.summary.checkpoint.path}: {error}") from error
-    refused = refused_globals(contents.outline.globals)
+    found = _document(contents, depth)
     if as_json:
-        print_json(_document(contents, inventory, depth, refused))
+        print_json(found)
         return
     rows = None if show_all else ROWS
-    _print_header(contents)
-    _print_tensors(inventory, rows)
-    _print_modules(inventory, depth, rows)
-    _print_values(inventory, rows)
-    _print_refused(refused, rows)
+    _print_header(found)
+    _print_tensors(contents, found, rows)
+    _print_modules(found["modules"], rows)
+    _print_values(found["values"], rows)
+    _print_refused(found["refused_by_weights_only"], rows)
 
 
-def _print_header(contents: Contents) -> None:
-    summary, told = contents.summary, contents.summary.checkpoint
-    versions = ", ".join(f"{name} {version}" for name, version in contents.versions.items())
-    facts = {
-        "written by": summary.writer + (f" ({versions})" if versions else ""),
-        "created": _moment(told.created) if told.created else None,
-        "step": told.step,
+def _document(contents: Contents, depth: int) -> dict[str, Any]:
+    """Return all that is printed; --json prints it as it is."""
+    from asyncckpt._inspection.refusals import refused_globals  # noqa: PLC0415 - torch takes a second
+
+    summary, checkpoint, records = contents.summary, contents.summary.checkpoint, contents.records
+    tensors = [_tensor_row(path, tensor, records) for path, tensor in contents.tensors]
+    sizes = {key: stop - start for key, (start, stop) in records.payloads.items()}
+    storages: list[dict[str, Any]] = [
+        {"key": key, "dtype": dtype_name(storage), "location": storage.location, "nbytes": sizes[key]}
+        for storage in contents.storages
+        if (key := storage.key) in sizes
+    ]
+    stored = {"storages": len(storages), "storage_nbytes": sum(row["nbytes"] for row in storages)}
+    return {
+        "path": checkpoint.path,
+        "nbytes": checkpoint.nbytes,
+        "written_by": summary.writer,
+        "versions": dict(contents.versions),
+        "created": checkpoint.created or None,
+        "sequence": checkpoint.sequence or None,
+        "step": checkpoint.step,
         "epoch": summary.epoch,
-        "metrics": ", ".join(f"{name} {number(value)}" for name, value in told.metrics.items()),
-        "byte order": None if is_native(contents.byteorder) else contents.byteorder,
+        "metrics": dict(checkpoint.metrics),
+        "byteorder": records.byteorder,
+        "records": records.count,
+        "tensors": tensors,
+        "storages": storages,
+        "total": _sum(tensors) | stored,
+        "modules": _modules(tensors, depth),
+        "values": contents.values,
+        "globals": contents.globals,
+        "refused_by_weights_only": refused_globals(contents.globals),
     }
-    line(f"{told.path}  {size(told.nbytes)} ({told.nbytes:,} bytes)", "bold")
+
+
+def _tensor_row(path: list[Any], tensor: Tensor, records: Records) -> dict[str, Any]:
+    from asyncckpt._inspection.tensor_values import nbytes_of  # noqa: PLC0415
+
+    nbytes = nbytes_of(tensor)
+    return {
+        "path": path,
+        "dtype": dtype_name(tensor),
+        "shape": list(tensor.shape),
+        "nbytes": nbytes,
+        "kind": tensor.kind,
+        "requires_grad": tensor.requires_grad,
+        "storage": tensor.storage.key,
+        "location": tensor.storage.location,
+        "offset": tensor.offset,
+        "stride": list(tensor.stride),
+        "contiguous": tensor.is_contiguous,
+        "in_file": nbytes is not None and records.holds(tensor, nbytes // max(tensor.numel, 1)),
+    }
+
+
+def _modules(tensors: Sequence[dict[str, Any]], depth: int) -> list[dict[str, Any]]:
+    """Return sums for each prefix of names, such as ["model", "layers", "0"], in order.
+
+    Args:
+        tensors: their rows.
+        depth: how many levels below the entries of the state itself.
+    """
+    modules: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for row in tensors:
+        # A state dict has the names of modules in its keys, with dots between them.
+        keys = (clean(key) if isinstance(key, str) else key_text(key) for key in row["path"][: depth + 2])
+        names = [name for key in keys for name in key.split(".")]
+        for length in range(1, min(len(names) - 1, depth + 1) + 1):
+            modules.setdefault(tuple(names[:length]), []).append(row)
+    return [{"path": list(names), **_sum(rows)} for names, rows in modules.items()]
+
+
+def _sum(tensors: Sequence[dict[str, Any]]) -> dict[str, int]:
+    return {
+        "tensors": len(tensors),
+        "elements": sum(prod(row["shape"]) for row in tensors),
+        "nbytes": sum(row["nbytes"] or 0 for row in tensors),
+    }
+
+
+def _print_header(found: dict[str, Any]) -> None:
+    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    facts = {
+        "written by": found["written_by"] + (f" ({versions})" if versions else ""),
+        "created": _moment(found["created"]) if found["created"] else None,
+        "step": found["step"],
+        "epoch": found["epoch"],
+        "metrics": ", ".join(f"{name} {number(value)}" for name, value in found["metrics"].items()),
+        "byte order": None if found["byteorder"] == sys.byteorder else found["byteorder"],
+    }
+    line(f"{found['path']}  {size(found['nbytes'])} ({found['nbytes']:,} bytes)", "bold")
     for name, value in facts.items():
         if value not in {None, ""}:
             line(f"  {name:<10}  {value}")
 
 
-def _print_tensors(inventory: Inventory, limit: int | None) -> None:
-    total, entries = inventory.total, inventory.tensors
-    if entries:
+def _print_tensors(contents: Contents, found: dict[str, Any], limit: int | None) -> None:
+    views: defaultdict[str, list[list[Any]]] = defaultdict(list)
+    for path, tensor in contents.tensors:
+        views[tensor.storage.key].append(path)
+    rows, total = found["tensors"], found["total"]
+    if rows:
         table = new_table("tensor", "dtype", "shape", "bytes", "notes", right=("bytes",))
-        for entry in entries[:limit]:
-            tensor = entry.tensor
+        for (path, tensor), row in zip(contents.tensors[:limit], rows, strict=False):
             shape = " x ".join(map(str, tensor.shape)) or "scalar"
-            nbytes = "?" if entry.nbytes is None else size(entry.nbytes)
-            notes = ", ".join(_notes(entry, inventory))
-            table.add_row(path_text(entry.path), clean(tensor.dtype), shape, nbytes, notes)
-        print_rows(table, len(entries), limit)
-    stored = sum(nbytes for _, nbytes in inventory.storages)
+            nbytes = "?" if row["nbytes"] is None else size(row["nbytes"])
+            notes = ", ".join(_notes(path, tensor, views[tensor.storage.key], fits=row["in_file"]))
+            table.add_row(path_text(path), clean(row["dtype"]), shape, nbytes, notes)
+        print_rows(table, len(rows), limit)
     line(
-        f"{counted(total.tensors, 'tensor')} of {total.numel:,} elements, {size(total.nbytes)},"
-        f" on {counted(len(inventory.storages), 'storage')} of {size(stored)}"
+        f"{counted(total['tensors'], 'tensor')} of {total['elements']:,} elements, {size(total['nbytes'])},"
+        f" on {counted(total['storages'], 'storage')} of {size(total['storage_nbytes'])}"
     )
 
 
-def _notes(entry: TensorEntry, inventory: Inventory) -> Iterable[str]:
-    tensor, sharing = entry.tensor, inventory.sharing.get(entry.tensor.storage.key, ())
-    if sharing:
-        other = next((one for one in sharing if one.path != entry.path), sharing[0])
+def _notes(path: list[Any], tensor: Tensor, sharing: Sequence[list[Any]], *, fits: bool) -> Iterable[str]:
+    if len(sharing) > 1:
+        other = next((one for one in sharing if one != path), path)
         more = f" and {len(sharing) - 2} more" if len(sharing) > 2 else ""  # noqa: PLR2004 - itself, the other
-        yield f"shares storage with {path_text(other.path)}{more}"
-    if not entry.fits:
+        yield f"shares storage with {path_text(other)}{more}"
+    if not fits:
         yield "is not all in the file"
     elif tensor.numel != tensor.storage.numel:
         yield f"view of a storage of {counted(tensor.storage.numel, 'element')}"
@@ -121,25 +196,24 @@ def _notes(entry: TensorEntry, inventory: Inventory) -> Iterable[str]:
         yield clean(tensor.storage.location)
 
 
-def _print_modules(inventory: Inventory, depth: int, limit: int | None) -> None:
-    sums = sums_by_module(inventory.tensors, depth)
-    if not sums:
+def _print_modules(modules: Sequence[dict[str, Any]], limit: int | None) -> None:
+    if not modules:
         return
     table = new_table("module", "tensors", "elements", "bytes", right=("tensors", "elements", "bytes"))
-    for names, total in list(sums.items())[:limit]:
-        label = "  " * (len(names) - 1) + key_text(names[-1])
-        table.add_row(label, str(total.tensors), f"{total.numel:,}", size(total.nbytes))
+    for row in modules[:limit]:
+        label = "  " * (len(row["path"]) - 1) + key_text(row["path"][-1])
+        table.add_row(label, str(row["tensors"]), f"{row['elements']:,}", size(row["nbytes"]))
     line("")
-    print_rows(table, len(sums), limit)
+    print_rows(table, len(modules), limit)
 
 
-def _print_values(inventory: Inventory, limit: int | None) -> None:
-    if inventory.values:
+def _print_values(values: Sequence[dict[str, Any]], limit: int | None) -> None:
+    if values:
         table = new_table("entry", "value")
-        for path, node in inventory.values[:limit]:
-            table.add_row(path_text(path) or "(all)", short(node, _VALUE_WIDTH))
+        for row in values[:limit]:
+            table.add_row(path_text(row["path"]) or "(all)", value_text(row, _VALUE_WIDTH))
         line("")
-        print_rows(table, len(inventory.values), limit)
+        print_rows(table, len(values), limit)
 
 
 def _print_refused(refused: Sequence[str], limit: int | None) -> None:
@@ -157,58 +231,3 @@ def _moment(seconds: float) -> str:
         return datetime.fromtimestamp(seconds).astimezone().isoformat(" ", "seconds")
     except (ValueError, OverflowError, OSError):  # no time that there ever was
         return f"{seconds} seconds since the epoch"
-
-
-def _document(contents: Contents, inventory: Inventory, depth: int, refused: Sequence[str]) -> dict[str, Any]:
-    """Return all of it for --json."""
-    summary, told, total = contents.summary, contents.summary.checkpoint, inventory.total
-    return {
-        "path": told.path,
-        "nbytes": told.nbytes,
-        "written_by": summary.writer,
-        "versions": dict(contents.versions),
-        "created": told.created or None,
-        "sequence": told.sequence or None,
-        "step": told.step,
-        "epoch": summary.epoch,
-        "metrics": dict(told.metrics),
-        "byteorder": contents.byteorder,
-        "records": contents.records,
-        "tensors": [_tensor_row(entry) for entry in inventory.tensors],
-        "storages": [
-            {"key": storage.key, "dtype": storage.dtype, "location": storage.location, "nbytes": nbytes}
-            for storage, nbytes in inventory.storages
-        ],
-        "total": {
-            "tensors": total.tensors,
-            "elements": total.numel,
-            "nbytes": total.nbytes,
-            "storages": len(inventory.storages),
-            "storage_nbytes": sum(nbytes for _, nbytes in inventory.storages),
-        },
-        "modules": [
-            {"path": list(names), "tensors": sum_.tensors, "elements": sum_.numel, "nbytes": sum_.nbytes}
-            for names, sum_ in sums_by_module(inventory.tensors, depth).items()
-        ],
-        "values": [{"path": json_path(path), **json_value(node)} for path, node in inventory.values],
-        "globals": list(contents.outline.globals),
-        "refused_by_weights_only": list(refused),
-    }
-
-
-def _tensor_row(entry: TensorEntry) -> dict[str, Any]:
-    tensor = entry.tensor
-    return {
-        "path": json_path(entry.path),
-        "dtype": tensor.dtype,
-        "shape": list(tensor.shape),
-        "nbytes": entry.nbytes,
-        "kind": tensor.kind,
-        "requires_grad": tensor.requires_grad,
-        "storage": tensor.storage.key,
-        "location": tensor.storage.location,
-        "offset": tensor.offset,
-        "stride": list(tensor.stride),
-        "contiguous": tensor.is_contiguous,
-        "in_file": entry.fits,
-    }

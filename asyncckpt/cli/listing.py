@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from asyncckpt._inspection.contents import summarize
+from asyncckpt._inspection.texts import clean
 from asyncckpt._loading.catalog import READERS
-from asyncckpt._outline.texts import clean
 from asyncckpt._saving.engine import get_engine
 from asyncckpt._threads import for_each
 from asyncckpt.cli.by_series import by_series, series_text

@@ -20,7 +20,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from asyncckpt._outline.texts import clean
+from asyncckpt._inspection.texts import clean
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

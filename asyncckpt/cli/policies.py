@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from asyncckpt._outline.texts import clean
+from asyncckpt._inspection.texts import clean
 from asyncckpt.retention import BestK, EveryN, LastN
 
 if TYPE_CHECKING:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from asyncckpt._inspection.texts import clean
 from asyncckpt._loading.catalog import Catalog
-from asyncckpt._outline.texts import clean
 from asyncckpt._saving.engine import get_engine
 from asyncckpt.cli.by_series import by_series, series_text
 from asyncckpt.cli.checking import find_damage

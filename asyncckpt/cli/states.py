@@ -1,4 +1,4 @@
-"""How the entries of a state are told: as rows of a table, and in JSON."""
+"""Tables of the entries of a state."""
 
 from __future__ import annotations
 
@@ -6,21 +6,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from asyncckpt._outline.texts import key_text, short
+from asyncckpt._inspection.texts import short
 from asyncckpt.cli.output import line, print_table
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from collections.abc import Mapping
 
-    from asyncckpt._outline.walk import Path
+    from rich.table import Table
 
 ShowAll = Annotated[bool, typer.Option("--all", help="Show all rows of each table.")]
 
 # Of each table, unless all are asked for.
 ROWS = 50
-_ROOM = 200
-_MAX_INTEGER = 1 << 64
-_PLAIN = (type(None), bool, int, float, str)
 
 
 def print_rows(table: Table, count: int, limit: int | None) -> None:
@@ -35,17 +32,9 @@ def print_rest(count: int, limit: int | None) -> None:
         line(f"… and {count - limit:,} more; --all shows them", "dim")
 
 
-def json_path(path: Path) -> list[Any]:
-    """Return the keys of a path; those that JSON does not have, as text."""
-    return [key if _is_plain(key) else key_text(key) for key in path]
-
-
-def json_value(node: Any) -> dict[str, Any]:
-    """Return {"value": …} for what JSON has, and {"text": …}, shortened, for what it does not."""
-    if type(node) is list and all(map(_is_plain, node)):
-        return {"value": node}
-    return {"value": node} if _is_plain(node) else {"text": short(node, _ROOM)}
-
-
-def _is_plain(value: Any) -> bool:
-    return type(value) in _PLAIN and (type(value) is not int or abs(value) < _MAX_INTEGER)
+def value_text(row: Mapping[str, Any], room: int = 60) -> str:
+    """Return a value that is printed as {"value": …} or {"text": …} in JSON as a cell of a table."""
+    if "value" in row:
+        return short(row["value"], room)
+    text: str = row["text"]
+    return text if len(text) <= room else text[: room - 1] + "…"

@@ -1,1 +1,0 @@
-"""Outlines: what a pickle holds, told without unpickling it. No I/O, no torch."""
