@@ -242,24 +242,6 @@ def test_last_is_a_second_name_of_what_was_saved_at_the_same_step(tmp_path: Path
     assert state["callbacks"][checkpoint.state_key]["last_model_path"] == str(tmp_path / "last.ckpt")
 
 
-def test_the_first_last_shares_the_snapshot(tmp_path: Path, gate: Gate) -> None:
-    seen = []
-
-    def look(_: Any) -> None:
-        gate.wait_for_arrival()
-        seen.append((get_engine().depth(), get_engine().arena.statistics().leases))
-        gate.open()
-
-    checkpoint = ModelCheckpoint(tmp_path, FLAT, save_last=True, save_on_train_epoch_end=False)
-    io = GatedIO(gate, max_in_flight=1)
-    trainer(after_validation(0, look), checkpoint, plugins=[io], max_epochs=1).fit(Model())
-    assert seen == [(2, 1)]
-    top, last = load(tmp_path / "epoch=0.ckpt"), load(tmp_path / "last.ckpt")
-    told = [state["callbacks"].pop(checkpoint.state_key)["last_model_path"] for state in (top, last)]
-    assert told == ["", str(tmp_path / "last.ckpt")]
-    assert_same(last, top)
-
-
 class Counting(Model):
     """Counts its checkpoints in a buffer."""
 

@@ -227,6 +227,11 @@ class Saver:
         """
         self._failures.raise_unheard(hint)
 
+    def close(self) -> None:
+        """Take no more part: the engine may give back what it holds."""
+        with self._changed:
+            _savers.discard(self)
+
     def _copy(self, job: Job, snapshot: Snapshot) -> None:
         try:
             snapshot.copy()
