@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 import posixpath
 from contextlib import contextmanager
 from datetime import timedelta  # noqa: TC003 - command line parsers read annotations
@@ -79,14 +78,14 @@ class BackgroundCheckpoint(Base):
             raise ValueError(f'save_best must be None, True, False or "link", not {save_best!r}')
         self.save_best = save_best
         self.log_cost = log_cost
-        self._session = Session()
+        self._session = Session(self.io_class())
 
     # What a wrong argument's TypeError names.
     __init__.__qualname__ = "ModelCheckpoint.__init__"
 
     def __getstate__(self) -> dict[str, Any]:
         # A process that gets it has nothing pending: that stays with this one.
-        return vars(self) | {"_session": Session()}
+        return vars(self) | {"_session": Session(self.io_class())}
 
     # Lightning's hooks
 
@@ -115,13 +114,8 @@ class BackgroundCheckpoint(Base):
             rank_zero_warn("asyncckpt saves in the foreground on XLA devices: all ranks have to take part.")
         elif stage == "fit" and background_io(current) is None:
             io.lend(trainer.strategy)
-        io.waits = True  # until training begins
+        io.waits = True  # until the first hook of the loop
         self._session = Session(io)
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Let saves go on in the background from now on."""
-        super().on_train_start(trainer, pl_module)
-        self._io.waits = False
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         """Save if a step or time trigger says so."""
@@ -148,18 +142,18 @@ class BackgroundCheckpoint(Base):
         with self._hook(trainer):
             super().on_train_end(trainer, pl_module)
         self._complete(trainer)
-        self._io.waits = True
+        self._session.io.waits = True
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Save if that was asked for, and finish what is pending; nothing of it hides the exception."""
         try:
             with self._hook(trainer):
-                self._session.agreed = True  # the other ranks may be anywhere
+                self._agree(trainer, alone=True)  # the other ranks may be anywhere
                 super().on_exception(trainer, pl_module, exception)
         except AsyncCkptError as failure:
             add_note(exception, failure)
-        self._io.finish(exception)
-        self._io.waits = True
+        self._session.io.finish(exception)
+        self._session.io.waits = True
         try:
             self._complete(trainer, alone=True)
         except SaveError as failure:
@@ -171,7 +165,7 @@ class BackgroundCheckpoint(Base):
         try:
             self._complete(trainer, alone=True)
         finally:
-            self._session = Session()
+            self._session = Session(self.io_class())
 
     # What Lightning's own hooks call
 
@@ -205,11 +199,11 @@ class BackgroundCheckpoint(Base):
         self._agree(trainer)
         session, count = self._session, len(self._session.saves)
         session.kind = "last"
-        self._io.causes = session.pending(self._last_checkpoint_saved)[-1:]
+        session.io.causes = session.pending(self._last_checkpoint_saved)[-1:]
         super()._save_last_checkpoint(trainer, monitor_candidates)
-        session.kind, self._io.causes = "other", ()
+        session.kind, session.io.causes = "other", ()
         if self.save_last and len(session.saves) == count:
-            self._note(SavedFile("last", self.last_model_path))  # it is a link
+            session.note(SavedFile("last", self.last_model_path))  # it is a link
 
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         session, score = self._session, self.best_k_models.get(filepath)
@@ -224,10 +218,10 @@ class BackgroundCheckpoint(Base):
         except SaveError:
             saved.failed = True
             session.saves.append(saved)
-            vars(self).update(derive(session.before, session.saves, self.mode, self.save_top_k))
+            self._list_anew()
             raise
         self._last_global_step_saved, self._last_checkpoint_saved = trainer.global_step, filepath
-        stats = self._note(saved)
+        stats = session.note(saved)
         session.newest = saved
         if session.best[0] == filepath:
             session.best = ("", session.best[1])  # what it leads to is another one now
@@ -248,7 +242,7 @@ class BackgroundCheckpoint(Base):
 
     def _copy_checkpoint(self, trainer: Trainer, filepath: str, target: str) -> None:
         if trainer.is_global_zero:
-            refer(operations.copy, filepath, target, self._io)
+            refer(operations.copy, filepath, target, self._session.io)
         trainer.strategy.barrier()
 
     def _should_remove_checkpoint(self, trainer: Trainer, previous: str, current: str) -> bool:
@@ -263,25 +257,17 @@ class BackgroundCheckpoint(Base):
 
     # Files that are not there yet
 
-    @property
-    def _io(self) -> BackgroundIO:
-        if self._session.io is None:
-            self._session.io = self.io_class()
-        io: BackgroundIO = self._session.io
-        return io
-
     @contextmanager
     def _hook(self, trainer: Trainer) -> Iterator[None]:
         session = self._session
         self._tell_loggers(trainer)
         session.agreed, session.kind, session.newest = False, "other", None
-        if not session.saves:
-            session.before = listing_of(self)
+        session.io.waits = trainer.state.fn != "fit"
         try:
             yield
         finally:
             self._remove_obsolete(trainer)
-        self._raise_failures()
+        self._session.raise_failures()
 
     def _complete(self, trainer: Trainer, *, alone: bool = False) -> None:
         """Wait until everything is on disk, on every rank unless this one is alone; raise what has failed."""
@@ -291,73 +277,48 @@ class BackgroundCheckpoint(Base):
         self._remove_obsolete(trainer)
         self._agree(trainer, wait=True, alone=alone)
         self._tell_loggers(trainer)
-        self._raise_failures()
+        self._session.raise_failures()
 
     def _agree(self, trainer: Trainer, *, wait: bool = False, alone: bool = False) -> None:
-        """Agree with the other ranks on what has failed, once in a hook."""
+        """Agree with the other ranks on how saves ended, once in a hook, and list what has not failed."""
         session = self._session
+        if not session.saves:
+            session.before = listing_of(self)
         if session.agreed and not wait:
             return
         session.agreed = True
         ended = session.ended(wait=wait and not get_engine().given_up)
         if background_io(trainer.strategy.checkpoint_io) is not None and not alone:
             ended = trainer.strategy.broadcast(ended)
-        self._settle(*ended)
+        has_lost, settled = session.settle(*ended)
+        session.before = derive(session.before, settled, self.mode, self.save_top_k)
+        if has_lost:
+            self._list_anew()
 
-    def _settle(self, ends: list[str | None], failures: list[str]) -> None:
-        """Note how the first saves ended, and list what has not failed."""
+    def _list_anew(self) -> None:
+        """List what was saved and has not failed."""
         session = self._session
-        settled, session.saves = session.saves[: len(ends)], session.saves[len(ends) :]
-        for saved, end in zip(settled, ends, strict=True):
-            saved.failed |= end is not None
-        session.failures += [*filter(None, ends), *failures]
-        if any(saved.failed for saved in settled):
-            session.best = ("", session.best[1])
-            settled_and_pending = [*settled, *session.saves]
-            vars(self).update(derive(session.before, settled_and_pending, self.mode, self.save_top_k))
-        before = (
-            derive(session.before, settled, self.mode, self.save_top_k) if session.saves else listing_of(self)
-        )
-        session.before = before
-
-    def _raise_failures(self) -> None:
-        session = self._session
-        failures, cause = session.failures, session.cause
-        session.failures, session.cause = [], None
-        if failures:
-            raise SaveError("; ".join(failures)) from cause
-
-    def _note(self, saved: SavedFile) -> Any:
-        """Keep what was saved or linked until all ranks know its end; returns what it cost, on this rank."""
-        session = self._session
-        saved.outcome, stats = self._take(saved.path)
-        session.saves.append(saved)
-        if saved.path in session.obsolete:  # it is replaced instead
-            session.obsolete.remove(saved.path)
-        return stats
-
-    def _take(self, path: str) -> Any:
-        """Return outcome and cost of the last operation on a path; its failure is then ours to raise."""
-        outcome, stats = self._io.submitted.pop(path, (None, None))
-        if outcome is not None:
-            outcome.heard = True
-        return outcome, stats
+        vars(self).update(derive(session.before, session.saves, self.mode, self.save_top_k))
+        session.best = ("", session.best[1])
 
     def _is_equal(self, trainer: Any, saved: SavedFile, newest: SavedFile) -> bool:
         """Return whether a last checkpoint would have the bytes of what was saved just before it.
 
         It would not, if a user's code takes part: a subclass, a patched trainer, an `on_save_checkpoint`.
         """
-        io, owners = self._io, (trainer.lightning_module, *trainer.callbacks)
+        io = self._session.io
+        state = saved.step, saved.last_model_path
+        if (
+            saved.kind != "last"
+            or saved.path == newest.path
+            or state != (newest.step, newest.last_model_path)
+        ):
+            return False
+        if trainer.strategy.checkpoint_io is not io or not io.writes_itself:
+            return False
+        owners = (trainer.lightning_module, *trainer.callbacks)
         parts = (type(self), trainer.save_checkpoint, *(owner.on_save_checkpoint for owner in owners))
-        return (
-            saved.kind == "last"
-            and saved.path != newest.path
-            and (saved.step, saved.last_model_path) == (newest.step, newest.last_model_path)
-            and trainer.strategy.checkpoint_io is io
-            and io.writes_itself
-            and all(_package(part) in {"asyncckpt", "lightning", "pytorch_lightning"} for part in parts)
-        )
+        return all(_package(part) in {"asyncckpt", "lightning", "pytorch_lightning"} for part in parts)
 
     def _refresh_best(self, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
         """Let the link to the best lead to what is the best now."""
@@ -373,10 +334,10 @@ class BackgroundCheckpoint(Base):
         if former == session.best:
             return
         make = self._link_checkpoint if self.save_best == "link" else self._copy_checkpoint
-        self._io.causes = session.pending(best)[-1:]
+        session.io.causes = session.pending(best)[-1:]
         make(trainer, best, path)
-        self._io.causes = ()
-        self._note(SavedFile("best", path))
+        session.io.causes = ()
+        session.note(SavedFile("best", path))
         if former[1] not in {"", path}:
             session.obsolete.append(former[1])
 
@@ -385,22 +346,16 @@ class BackgroundCheckpoint(Base):
         session = self._session
         listed = {*self.best_k_models, self.best_model_path, self.last_model_path}
         again = [path for path in session.postponed if path not in listed and self._fs.exists(path)]
-        session.postponed = [path for path in again if self._is_linked(path)]
+        session.postponed = [path for path in again if session.is_linked(self.last_model_path, path)]
         obsolete = [*session.obsolete, *(path for path in again if path not in session.postponed)]
         session.obsolete = []
         for path in obsolete:
-            self._io.causes = session.pending()
+            session.io.causes = session.pending()
             super()._remove_checkpoint(trainer, path)
-            removal, _ = self._take(path)
+            removal, _ = session.take(path)
             if removal is not None:
                 session.removals[path] = removal
-        self._io.causes = ()
-
-    def _is_linked(self, path: str) -> bool:
-        """Return whether a link leads to a file, and nothing that is pending moves it."""
-        links = {self.last_model_path, self._session.best[1]} - {"", path}
-        real = os.path.realpath(path)
-        return any(not self._session.pending(link) and os.path.realpath(link) == real for link in links)
+        session.io.causes = ()
 
     def _tell_loggers(self, trainer: Trainer) -> None:
         """Tell the loggers of what has been committed since the last time."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from lightning.pytorch.callbacks import ModelCheckpoint
 
     from asyncckpt._saving.save import Outcome
+    from asyncckpt._trainer.checkpoint_io import BackgroundIO
     from asyncckpt.types import SaveStats
 
 # The attributes of Lightning's callback that follow from what it has saved, beside `best_k_models`.
@@ -111,7 +113,7 @@ class Session:
         failures, cause: what is to be raised at the end of this hook.
     """
 
-    io: Any = field(default=None, compare=False)
+    io: BackgroundIO = field(compare=False)
     before: dict[str, Any] = field(default_factory=dict)
     saves: list[SavedFile] = field(default_factory=list)
     kind: str = "other"
@@ -129,6 +131,33 @@ class Session:
         """Return the outcomes of `saves`, or of those to `path`."""
         return [s.outcome for s in self.saves if s.outcome is not None and path in {None, s.path}]
 
+    def note(self, saved: SavedFile) -> SaveStats | None:
+        """Keep what was saved or linked until all ranks know its end; returns what it cost, on this rank."""
+        saved.outcome, stats = self.take(saved.path)
+        self.saves.append(saved)
+        if saved.path in self.obsolete:  # it is replaced instead
+            self.obsolete.remove(saved.path)
+        return stats
+
+    def take(self, path: str) -> tuple[Outcome[Any] | None, SaveStats | None]:
+        """Return outcome and cost of the last operation on a path; its failure is then ours to raise."""
+        outcome, stats = self.io.submitted.pop(path, (None, None))
+        if outcome is not None:
+            outcome.heard = True
+        return outcome, stats
+
+    def is_linked(self, last: str, path: str) -> bool:
+        """Return whether the link to the last or the best leads to a file, and nothing pending moves it."""
+        links = [link for link in {last, self.best[1]} - {"", path} if not self.pending(link)]
+        return os.path.realpath(path) in map(os.path.realpath, links)
+
+    def raise_failures(self) -> None:
+        """Raise what has failed, once."""
+        failures, cause = self.failures, self.cause
+        self.failures, self.cause = [], None
+        if failures:
+            raise SaveError("; ".join(failures)) from cause
+
     def ended(self, *, wait: bool) -> tuple[list[str | None], list[str]]:
         """Return how each of the first saves ended, as far as is known, and which removals failed.
 
@@ -145,6 +174,14 @@ class Session:
             failures += [failure] if failure else []
             self.postponed += [path] if failure == "" else []
         return ends, failures
+
+    def settle(self, ends: list[str | None], failures: list[str]) -> tuple[bool, list[SavedFile]]:
+        """Note how the first saves ended; returns whether one of them failed, and these saves."""
+        settled, self.saves = self.saves[: len(ends)], self.saves[len(ends) :]
+        for saved, end in zip(settled, ends, strict=True):
+            saved.failed |= end is not None
+        self.failures += [*filter(None, ends), *failures]
+        return any(saved.failed for saved in settled), settled
 
     def _failure(self, path: str, outcome: Outcome[Any], what: str) -> str | None:
         error = outcome.exception()
