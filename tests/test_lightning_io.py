@@ -28,6 +28,7 @@ from torch import nn
 
 from asyncckpt import BusyError, CorruptCheckpointError, SaveError
 from asyncckpt._saving.engine import get_engine
+from asyncckpt._saving.saver import _savers
 from asyncckpt.lightning import AsyncCheckpointIO, ModelCheckpoint
 from asyncckpt.testing import FaultyStore, Gate, SlowStore
 from sameness import assert_same
@@ -263,6 +264,33 @@ def test_the_plugin_alone_is_told_of_a_failure_at_the_end_of_fit(tmp_path: Path)
         run.fit(Model())
     assert other.value is mine
     assert names(tmp_path / "b") == []
+
+
+def test_with_the_plugin_alone_a_save_after_fit_is_there_after_wait(tmp_path: Path, gate: Gate) -> None:
+    io = held(gate)
+    run = trainer(plugins=[io], enable_checkpointing=False, max_epochs=1)
+    run.fit(Model())
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    gate.wait_for_arrival()
+    assert not (tmp_path / "a.ckpt").exists()
+    gate.open()
+    io.wait(timeout=30)
+    assert is_ours(tmp_path / "a.ckpt")
+
+
+def test_a_save_that_slurm_requeues_behind_is_complete_with_the_plugin_alone(tmp_path: Path) -> None:
+    io = StoreIO(lambda store: SlowStore(store, delays={"commit": 0.2}))
+    io.save_checkpoint({"x": torch.ones(3)}, tmp_path / "hpc_ckpt_1.ckpt")
+    assert is_ours(tmp_path / "hpc_ckpt_1.ckpt")
+    io.wait()
+
+
+@pytest.mark.parametrize("plugins", [[], [AsyncCheckpointIO]])
+def test_no_saver_takes_part_after_fit(tmp_path: Path, plugins: list[Any]) -> None:
+    before = set(_savers)
+    run = trainer(ModelCheckpoint(tmp_path, save_last=True), plugins=[plugin() for plugin in plugins])
+    run.fit(Model())
+    assert set(_savers) <= before
 
 
 # Fabric

@@ -242,6 +242,37 @@ def test_last_is_a_second_name_of_what_was_saved_at_the_same_step(tmp_path: Path
     assert state["callbacks"][checkpoint.state_key]["last_model_path"] == str(tmp_path / "last.ckpt")
 
 
+class Patched(ModelCheckpoint):
+    """Changes the weights for the last checkpoint, as averages of them would."""
+
+    def _save_last_checkpoint(self, trainer: Any, monitor_candidates: Any) -> None:
+        weights = trainer.lightning_module.layer.weight
+        kept = weights.data.clone()
+        weights.data.zero_()
+        super()._save_last_checkpoint(trainer, monitor_candidates)
+        weights.data.copy_(kept)
+
+
+def test_last_is_written_in_full_if_a_subclass_changes_the_weights_for_it(tmp_path: Path) -> None:
+    trainer(Patched(tmp_path, FLAT, save_last=True, save_top_k=-1)).fit(Model())
+    weights = {name: load(tmp_path / name)["state_dict"]["layer.weight"] for name in files(tmp_path)}
+    assert [name for name, weight in weights.items() if not weight.any()] == ["last.ckpt"]
+
+
+def test_last_is_written_in_full_if_the_trainer_is_patched(tmp_path: Path) -> None:
+    run, saved = trainer(ModelCheckpoint(tmp_path, FLAT, save_last=True, save_top_k=-1)), []
+    save = run.save_checkpoint
+
+    def noting(path: str, *arguments: Any) -> None:
+        saved.append(Path(path).name)
+        save(path, *arguments)
+
+    run.save_checkpoint = noting
+    run.fit(Model())
+    names = ["epoch=0.ckpt", "epoch=1.ckpt", "epoch=2.ckpt"]
+    assert saved == [name for top in names for name in (top, "last.ckpt")]
+
+
 class Counting(Model):
     """Counts its checkpoints in a buffer."""
 
