@@ -196,6 +196,6 @@ def test_all_ranks_know_what_was_saved_and_what_failed(
         }
         assert "SaveError: saving step 4" in ends[name]
         assert sorted(path.name for path in (tmp_path / name).iterdir()) == known["files"]
-        # What was to be a second name of the file that failed was written by itself.
+        # A subclass saves the last by itself, though it is the file that failed.
         steps = [torch.load(tmp_path / name / link)["global_step"] for link in ("best.ckpt", "last.ckpt")]
         assert steps == ([6, 6] if after else [2, 4])

@@ -208,6 +208,17 @@ def test_what_a_failed_save_was_to_evict_goes_with_the_next_one(tmp_path: Path, 
     assert_true(callback)
 
 
+def test_a_last_whose_source_failed_stays_the_former_one(tmp_path: Path) -> None:
+    gate = Gate()
+    callback = checkpoints(tmp_path, save_top_k=-1, save_last=True)
+    io = failing("commit", gate=gate, where=lambda name: name == "step=3.ckpt")
+    with pytest.raises(SaveError, match="step 3"):
+        run_of(callback, AtTheEnd(gate.open), io, steps=3).fit(Scored())
+    assert names(tmp_path) == ["last.ckpt", "step=1.ckpt", "step=2.ckpt"]
+    assert step_of(callback.last_model_path) == 2
+    assert_true(callback)
+
+
 def test_the_best_is_never_a_dangling_link_though_a_later_save_evicts_what_it_led_to(tmp_path: Path) -> None:
     gate = Gate()
     callback = checkpoints(tmp_path, monitor="score", save_top_k=2, save_best="link")
@@ -365,6 +376,16 @@ def test_whatever_ends_training_the_step_is_saved_and_nothing_pending_is_lost(
     assert names(tmp_path) == ["last.ckpt", "step=2.ckpt", "step=3.ckpt"]
     assert step_of(callback.last_model_path) == 3
     assert_true(callback)
+
+
+def test_a_fit_that_handles_another_exception_raises_what_failed(tmp_path: Path) -> None:
+    saves = stock.ModelCheckpoint(tmp_path / "run", "{step}", every_n_train_steps=1)
+    run = run_of(saves, failing("commit", at=2), steps=2)
+    try:
+        step_of(tmp_path / "missing.ckpt")
+    except FileNotFoundError:
+        with pytest.raises(SaveError, match="the disk is full"):
+            run.fit(Scored())
 
 
 @pytest.mark.parametrize(("steps", "reached"), [(4, 2), (1, 1)])

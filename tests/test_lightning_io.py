@@ -28,12 +28,12 @@ from torch import nn
 
 from asyncckpt import BusyError, CorruptCheckpointError, SaveError
 from asyncckpt._saving.engine import get_engine
-from asyncckpt._trainer.places import Place
+from asyncckpt._saving.saver import _savers
 from asyncckpt.lightning import AsyncCheckpointIO, ModelCheckpoint
 from asyncckpt.testing import FaultyStore, Gate, SlowStore
 from sameness import assert_same
 from support import flip, payload_offset, torch_round_trip
-from trainers import QUIET, Model, StoreIO, batches, trainer
+from trainers import QUIET, Model, StoreIO, batches, is_ours, trainer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -199,7 +199,7 @@ def test_files_and_contents_are_those_of_stock_lightning(tmp_path: Path) -> None
     assert {"MixedPrecision", "Data", "hyper_parameters", "datamodule_hyper_parameters", "mine"} < set(
         stock["last.ckpt"]
     )
-    assert not Place(directory / "last.ckpt").is_ours()
+    assert not is_ours(directory / "last.ckpt")
     directory.rename(tmp_path / "stock")
     for number, (callback, plugins) in enumerate(
         (
@@ -210,7 +210,7 @@ def test_files_and_contents_are_those_of_stock_lightning(tmp_path: Path) -> None
     ):
         found = rich_run(directory, callback, plugins=plugins)
         assert_same(found, stock)
-        assert all(Place(directory / name).is_ours() for name in found)
+        assert all(is_ours(directory / name) for name in found)
         directory.rename(tmp_path / str(number))
 
 
@@ -248,9 +248,9 @@ def test_what_a_trainer_had_is_given_back_after_fit(
     newest = "epoch=1-step=8.ckpt" if error is None else "epoch=0-step=4.ckpt"
     assert (names(tmp_path / "a"), names(tmp_path / "b")) == ([newest], [newest, "last.ckpt"])
     if given in {TorchCheckpointIO, StockAsyncIO}:
-        assert Place(tmp_path / "a" / newest).is_ours()
+        assert is_ours(tmp_path / "a" / newest)
     run.save_checkpoint(tmp_path / "after.ckpt")
-    assert not Place(tmp_path / "after.ckpt").is_ours()
+    assert not is_ours(tmp_path / "after.ckpt")
 
 
 def test_the_plugin_alone_is_told_of_a_failure_at_the_end_of_fit(tmp_path: Path) -> None:
@@ -264,6 +264,33 @@ def test_the_plugin_alone_is_told_of_a_failure_at_the_end_of_fit(tmp_path: Path)
         run.fit(Model())
     assert other.value is mine
     assert names(tmp_path / "b") == []
+
+
+def test_with_the_plugin_alone_a_save_after_fit_is_there_after_wait(tmp_path: Path, gate: Gate) -> None:
+    io = held(gate)
+    run = trainer(plugins=[io], enable_checkpointing=False, max_epochs=1)
+    run.fit(Model())
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    gate.wait_for_arrival()
+    assert not (tmp_path / "a.ckpt").exists()
+    gate.open()
+    io.wait(timeout=30)
+    assert is_ours(tmp_path / "a.ckpt")
+
+
+def test_a_save_that_slurm_requeues_behind_is_complete_with_the_plugin_alone(tmp_path: Path) -> None:
+    io = StoreIO(lambda store: SlowStore(store, delays={"commit": 0.2}))
+    io.save_checkpoint({"x": torch.ones(3)}, tmp_path / "hpc_ckpt_1.ckpt")
+    assert is_ours(tmp_path / "hpc_ckpt_1.ckpt")
+    io.wait()
+
+
+@pytest.mark.parametrize("plugins", [[], [AsyncCheckpointIO]])
+def test_no_saver_takes_part_after_fit(tmp_path: Path, plugins: list[Any]) -> None:
+    before = set(_savers)
+    run = trainer(ModelCheckpoint(tmp_path, save_last=True), plugins=[plugin() for plugin in plugins])
+    run.fit(Model())
+    assert set(_savers) <= before
 
 
 # Fabric
@@ -463,7 +490,7 @@ def test_wrappers_work_around_ours_and_within_it(tmp_path: Path) -> None:
         run.fit(Model())
         assert names(directory) == ["epoch=2-step=12.ckpt", "last.ckpt"]
         assert [torch.load(directory / name)["stamp"] for name in names(directory)] == [7, 7]
-        assert Place(directory / "last.ckpt").is_ours() == (number == 1)
+        assert is_ours(directory / "last.ckpt") == (number == 1)
         assert run.strategy.checkpoint_io is plugin
         assert (look.ios[0] is plugin) == (number < 2)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
+import pydoc
 import warnings
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, get_type_hints
@@ -141,10 +142,30 @@ def test_it_takes_the_same_arguments_in_the_same_order() -> None:
     assert_same(attributes(Ours()), attributes(Stock()))
 
 
-def test_its_annotations_can_be_read() -> None:
-    hints = get_type_hints(Ours.__init__)
+def test_its_signature_is_that_of_the_stock_callback_and_ours_by_keyword() -> None:
+    ours, stock = inspect.signature(Ours).parameters, inspect.signature(Stock).parameters
+    assert list(ours) == [*stock, "save_best", "log_cost"]
+    assert [ours[name].default for name in stock] == [parameter.default for parameter in stock.values()]
+    assert [ours[name].kind for name in stock] == [parameter.kind for parameter in stock.values()]
+    hints, expected = get_type_hints(Ours.__init__), get_type_hints(Stock.__init__)
+    assert {name: hints[name] for name in expected} == expected
     assert hints["log_cost"] is bool
     assert "link" in str(hints["save_best"])
+    assert "save_top_k: 'int' = 1" in pydoc.render_doc(Ours)
+
+
+def test_links_are_made_without_an_instance_as_in_the_stock_callback(tmp_path: Path) -> None:
+    assert isinstance(inspect.getattr_static(Ours, "_link_checkpoint"), staticmethod)
+    (tmp_path / "file").write_text("content")
+    (tmp_path / "link").mkdir()
+    Ours._link_checkpoint(mock.Mock(), str(tmp_path / "file"), str(tmp_path / "link"))
+    assert str((tmp_path / "link").readlink()) == "file"
+
+
+@pytest.mark.parametrize("arguments", [{}, {"save_best": "link", "log_cost": True, "monitor": "loss"}])
+def test_a_pickled_copy_equals_the_callback_before_use(arguments: dict[str, Any], tmp_path: Path) -> None:
+    callback = Ours(tmp_path, **arguments)
+    assert vars(pickle.loads(pickle.dumps(callback))) == vars(callback)
 
 
 @pytest.mark.parametrize("name", ["ModelCheckpoint", "ModelCheckpointWithLinkBest"])

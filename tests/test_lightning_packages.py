@@ -21,10 +21,9 @@ from torch import Tensor, nn
 import asyncckpt.lightning
 import asyncckpt.pytorch_lightning
 from asyncckpt import SaveError
-from asyncckpt._trainer.places import Place
 from asyncckpt.stores.local import LocalStore
 from asyncckpt.testing import FaultyStore
-from trainers import QUIET, Model, batches, trainer
+from trainers import QUIET, Model, batches, is_ours, trainer
 
 if TYPE_CHECKING:
     from asyncckpt.stores.base import Store
@@ -81,7 +80,7 @@ def test_the_callback_works_in_the_other_package(tmp_path: Path) -> None:
     run.fit(OtherModel((3.0, 2.0, 4.0)))
     kept = "epoch=1-step=8.ckpt"
     assert names(tmp_path) == ["best.ckpt", kept, "last.ckpt"]
-    assert all(Place(tmp_path / name).is_ours() for name in names(tmp_path))
+    assert all(is_ours(tmp_path / name) for name in names(tmp_path))
     assert callback.best_model_path == str(tmp_path / kept)
     assert type(run.strategy.checkpoint_io) is lightning_fabric.plugins.TorchCheckpointIO
     # Its stock callback restores it, and the other way round.
@@ -117,13 +116,13 @@ def test_fabric_and_the_stock_plugin_of_the_other_package(tmp_path: Path) -> Non
         fabric = lightning_fabric.Fabric(plugins=[io], accelerator="cpu", devices=1)
         fabric.save(tmp_path / "a.ckpt", {"x": torch.ones(3)})
         assert fabric.load(tmp_path / "a.ckpt")["x"].tolist() == [1.0] * 3
-    assert Place(tmp_path / "a.ckpt").is_ours()
+    assert is_ours(tmp_path / "a.ckpt")
     stock = pytorch_lightning.plugins.AsyncCheckpointIO()
     run = other_trainer(ours.ModelCheckpointWithLinkBest(True, tmp_path / "b"), plugins=[stock])  # noqa: FBT003
     run.fit(OtherModel((1.0,) * 3))
     assert run.strategy.checkpoint_io is stock
     assert (tmp_path / "b" / "best.ckpt").readlink() == Path("epoch=2-step=12.ckpt")
-    assert Place(tmp_path / "b" / "best.ckpt").is_ours()
+    assert is_ours(tmp_path / "b" / "best.ckpt")
 
 
 # Mixed, or missing

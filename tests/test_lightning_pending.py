@@ -242,22 +242,35 @@ def test_last_is_a_second_name_of_what_was_saved_at_the_same_step(tmp_path: Path
     assert state["callbacks"][checkpoint.state_key]["last_model_path"] == str(tmp_path / "last.ckpt")
 
 
-def test_the_first_last_shares_the_snapshot(tmp_path: Path, gate: Gate) -> None:
-    seen = []
+class Patched(ModelCheckpoint):
+    """Changes the weights for the last checkpoint, as averages of them would."""
 
-    def look(_: Any) -> None:
-        gate.wait_for_arrival()
-        seen.append((get_engine().depth(), get_engine().arena.statistics().leases))
-        gate.open()
+    def _save_last_checkpoint(self, trainer: Any, monitor_candidates: Any) -> None:
+        weights = trainer.lightning_module.layer.weight
+        kept = weights.data.clone()
+        weights.data.zero_()
+        super()._save_last_checkpoint(trainer, monitor_candidates)
+        weights.data.copy_(kept)
 
-    checkpoint = ModelCheckpoint(tmp_path, FLAT, save_last=True, save_on_train_epoch_end=False)
-    io = GatedIO(gate, max_in_flight=1)
-    trainer(after_validation(0, look), checkpoint, plugins=[io], max_epochs=1).fit(Model())
-    assert seen == [(2, 1)]
-    top, last = load(tmp_path / "epoch=0.ckpt"), load(tmp_path / "last.ckpt")
-    told = [state["callbacks"].pop(checkpoint.state_key)["last_model_path"] for state in (top, last)]
-    assert told == ["", str(tmp_path / "last.ckpt")]
-    assert_same(last, top)
+
+def test_last_is_written_in_full_if_a_subclass_changes_the_weights_for_it(tmp_path: Path) -> None:
+    trainer(Patched(tmp_path, FLAT, save_last=True, save_top_k=-1)).fit(Model())
+    weights = {name: load(tmp_path / name)["state_dict"]["layer.weight"] for name in files(tmp_path)}
+    assert [name for name, weight in weights.items() if not weight.any()] == ["last.ckpt"]
+
+
+def test_last_is_written_in_full_if_the_trainer_is_patched(tmp_path: Path) -> None:
+    run, saved = trainer(ModelCheckpoint(tmp_path, FLAT, save_last=True, save_top_k=-1)), []
+    save = run.save_checkpoint
+
+    def noting(path: str, *arguments: Any) -> None:
+        saved.append(Path(path).name)
+        save(path, *arguments)
+
+    run.save_checkpoint = noting
+    run.fit(Model())
+    names = ["epoch=0.ckpt", "epoch=1.ckpt", "epoch=2.ckpt"]
+    assert saved == [name for top in names for name in (top, "last.ckpt")]
 
 
 class Counting(Model):

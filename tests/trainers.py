@@ -15,6 +15,7 @@ from asyncckpt.stores.local import LocalStore
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from pathlib import Path
 
     from asyncckpt.stores.base import Store
 
@@ -93,6 +94,11 @@ class AtTheEnd(lightning.Callback):
 
     def on_exception(self, *_: Any) -> None:
         self.func()
+
+
+def is_ours(path: Path) -> bool:
+    """Return whether asyncckpt's writer made a file."""
+    return AsyncCheckpointIO()._is_ours(path)
 
 
 class StoreIO(AsyncCheckpointIO):

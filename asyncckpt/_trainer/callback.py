@@ -1,38 +1,41 @@
-"""A ModelCheckpoint that saves in the background, and knows that its files are not there yet."""
+"""A ModelCheckpoint that saves in the background, and lists what is committed or pending."""
 
 from __future__ import annotations
 
+import copy
+import posixpath
 from contextlib import contextmanager
+from datetime import timedelta  # noqa: TC003 - command line parsers read annotations
+from pathlib import Path  # noqa: TC003 - command line parsers read annotations
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from weakref import proxy
 
-from fsspec.core import split_protocol
 from lightning_utilities.core.rank_zero import WarningCache, rank_zero_warn
 
-from asyncckpt._saving.engine import wait_for_pending
-from asyncckpt._trainer.ledger import Record
-from asyncckpt._trainer.places import Place
-from asyncckpt._trainer.settling import Settling
-from asyncckpt._trainer.telling import AsOf
+from asyncckpt._saving import operations
+from asyncckpt._saving.engine import get_engine, wait_for_pending
+from asyncckpt._trainer.checkpoint_io import BackgroundIO, background_io, is_local, locate, refer
+from asyncckpt._trainer.listing import SavedFile, Session, derive, listing_of
 from asyncckpt.errors import AsyncCkptError, SaveError, add_note
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from lightning.pytorch import LightningModule, Trainer
+    from lightning.pytorch.callbacks import ModelCheckpoint as Base
     from torch import Tensor
-
-    from asyncckpt._trainer.checkpoint_io import BackgroundIO
+else:
+    Base = object
 
 _warnings = WarningCache()
 
 
-class BackgroundCheckpoint(Settling):
+class BackgroundCheckpoint(Base):
     """Lightning's ModelCheckpoint, except that its saves go on in the background while training does.
 
-    Checkpoints of either restore into the other.
+    Checkpoints of either restore into the other. The arguments are those of Lightning's, and:
 
     Args:
-        args, kwargs: what Lightning's ModelCheckpoint takes.
         save_best: keep a checkpoint under the name `CHECKPOINT_NAME_BEST` that always is the best: "link" for
             a relative symbolic link, True for a file of its own, which costs no bytes where the file system
             has hard links.
@@ -45,24 +48,49 @@ class BackgroundCheckpoint(Settling):
     trainer_class: ClassVar[type[Trainer]]
     io_class: ClassVar[type[BackgroundIO]]
 
-    def __init__(
+    def __init__(  # noqa: PLR0913, PLR0917 - Lightning's arguments, so that completion shows them
         self,
-        *args: Any,
+        dirpath: str | Path | None = None,
+        filename: str | None = None,
+        monitor: str | None = None,
+        verbose: bool = False,  # noqa: FBT001, FBT002 - as in Lightning
+        save_last: bool | Literal["link"] | None = None,  # noqa: FBT001 - as in Lightning
+        save_top_k: int = 1,
+        save_on_exception: bool = False,  # noqa: FBT001, FBT002 - as in Lightning
+        save_weights_only: bool = False,  # noqa: FBT001, FBT002 - as in Lightning
+        mode: str = "min",
+        auto_insert_metric_name: bool = True,  # noqa: FBT001, FBT002 - as in Lightning
+        every_n_train_steps: int | None = None,
+        train_time_interval: timedelta | None = None,
+        every_n_epochs: int | None = None,
+        save_on_train_epoch_end: bool | None = None,  # noqa: FBT001 - as in Lightning
+        enable_version_counter: bool = True,  # noqa: FBT001, FBT002 - as in Lightning
+        *,
         save_best: bool | Literal["link"] | None = None,
         log_cost: bool = False,
-        **kwargs: Any,
     ) -> None:
-        super().__init__(*args, **kwargs)
+        super().__init__(
+            dirpath, filename, monitor, verbose, save_last, save_top_k, save_on_exception, save_weights_only,
+            mode, auto_insert_metric_name, every_n_train_steps, train_time_interval, every_n_epochs,
+            save_on_train_epoch_end, enable_version_counter,
+        )  # fmt: skip
         if save_best not in (None, True, False, "link"):
             raise ValueError(f'save_best must be None, True, False or "link", not {save_best!r}')
         self.save_best = save_best
         self.log_cost = log_cost
-        self._forget()
+        self._session = Session(self.io_class())
+
+    # What a wrong argument's TypeError names.
+    __init__.__qualname__ = "ModelCheckpoint.__init__"
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A process that gets it has nothing pending: that stays with this one.
+        return vars(self) | {"_session": Session(self.io_class())}
 
     # Lightning's hooks
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Resolve dirpath, and put an AsyncCheckpointIO before the trainer's own until the run is over.
+        """Resolve dirpath, and put an AsyncCheckpointIO before the trainer's own until the fit is over.
 
         Raises:
             TypeError: the Trainer is of the other package.
@@ -75,14 +103,19 @@ class BackgroundCheckpoint(Settling):
                 " from one package"
             )
         super().setup(trainer, pl_module, stage)
-        if self.save_best == "link" and not _is_local(self.dirpath):
+        if self.save_best == "link" and not is_local(self.dirpath or ""):
             raise ValueError(
                 "`ModelCheckpoint(save_best='link')` is only supported for local file paths, got"
                 f" `dirpath={self.dirpath}`."
             )
-        if stage == "fit":
-            self._forget()
-            self._io = self._install(trainer)
+        current: Any = trainer.strategy.checkpoint_io
+        io = background_io(current) or self.io_class(current)
+        if type(current).__name__ == "XLACheckpointIO":
+            rank_zero_warn("asyncckpt saves in the foreground on XLA devices: all ranks have to take part.")
+        elif stage == "fit" and background_io(current) is None:
+            io.lend(trainer.strategy)
+        io.waits = True  # until the first hook of the loop
+        self._session = Session(io)
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         """Save if a step or time trigger says so."""
@@ -109,189 +142,235 @@ class BackgroundCheckpoint(Settling):
         with self._hook(trainer):
             super().on_train_end(trainer, pl_module)
         self._complete(trainer)
+        self._session.io.waits = True
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Save if that was asked for, and finish what is pending; nothing of it hides the exception."""
         try:
             with self._hook(trainer):
-                self._settled = True  # the other ranks may be anywhere: nothing can be agreed upon with them
+                self._agree(trainer, alone=True)  # the other ranks may be anywhere
                 super().on_exception(trainer, pl_module, exception)
         except AsyncCkptError as failure:
             add_note(exception, failure)
-        if self._io is not None:
-            self._io.finish(exception)
+        self._session.io.finish(exception)
+        self._session.io.waits = True
         try:
-            self._finish(trainer)
+            self._complete(trainer, alone=True)
         except SaveError as failure:
             add_note(exception, failure)
-        finally:
-            self._tell(trainer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let go of the trainer."""
         super().teardown(trainer, pl_module, stage)
         try:
-            self._finish(trainer)
+            self._complete(trainer, alone=True)
         finally:
-            self._tell(trainer)
-            self._io = None
+            self._session = Session(self.io_class())
 
     # What Lightning's own hooks call
 
     def file_exists(self, filepath: Any, trainer: Trainer) -> bool:
         """Return whether a file exists, or will once what is pending is carried out; equal on all ranks."""
-        exists = False
-        if trainer.is_global_zero:
-            exists = str(filepath) not in self._evictions and self._place(filepath).exists()
-        agreed: bool = trainer.strategy.reduce_boolean_decision(exists, all=False)
+        pending = get_engine().pending(posixpath.join(*locate(filepath)))
+        if str(filepath) in self._session.obsolete:
+            pending = False
+        self._fs.invalidate_cache()
+        if pending is None or not trainer.is_global_zero:
+            return super().file_exists(filepath, trainer)
+        agreed: bool = trainer.strategy.reduce_boolean_decision(pending, all=False)
         return agreed
 
     def _find_last_checkpoints(self, trainer: Trainer) -> set[str]:
         wait_for_pending()
         self._fs.invalidate_cache()
         found = super()._find_last_checkpoints(trainer)
-        if _is_local(self.dirpath or ""):
+        if is_local(self.dirpath or ""):
             return found
         return {f"{self.dirpath}/{path.rpartition('/')[2]}" for path in found}
 
     def _save_topk_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
-        self._settle(trainer)
+        self._agree(trainer)
+        self._session.kind = "top"
         super()._save_topk_checkpoint(trainer, monitor_candidates)
+        self._session.kind = "other"
         self._refresh_best(trainer, monitor_candidates)
 
     def _save_last_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
-        self._settle(trainer)
-        with self._saving("last", {self.last_model_path: None}):
-            super()._save_last_checkpoint(trainer, monitor_candidates)
-
-    def _save_none_monitor_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
-        with self._saving("top", {self.best_model_path: None}):
-            super()._save_none_monitor_checkpoint(trainer, monitor_candidates)
-
-    def _update_best_and_save(
-        self, current: Tensor, trainer: Trainer, monitor_candidates: dict[str, Tensor]
-    ) -> None:
-        with self._saving("top", dict(self.best_k_models)):
-            super()._update_best_and_save(current, trainer, monitor_candidates)
+        self._agree(trainer)
+        session, count = self._session, len(self._session.saves)
+        session.kind = "last"
+        session.io.causes = session.pending(self._last_checkpoint_saved)[-1:]
+        super()._save_last_checkpoint(trainer, monitor_candidates)
+        session.kind, session.io.causes = "other", ()
+        if self.save_last and len(session.saves) == count:
+            session.note(SavedFile("last", self.last_model_path))  # it is a link
 
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
-        record = self._new_record(filepath)
+        session, score = self._session, self.best_k_models.get(filepath)
+        listed = {"top": self.best_k_models or {self.best_model_path}, "last": {self.last_model_path}}
+        kind = session.kind if filepath in listed.get(session.kind, ()) else "other"
+        saved = SavedFile(kind, filepath, trainer.global_step, score, self.last_model_path)
         try:
-            trainer.save_checkpoint(filepath, self.save_weights_only)
+            if session.newest is not None and self._is_equal(trainer, saved, session.newest):
+                self._copy_checkpoint(trainer, session.newest.path, filepath)
+            else:
+                trainer.save_checkpoint(filepath, self.save_weights_only)
         except SaveError:
-            self._take_back(record)
+            saved.failed = True
+            session.saves.append(saved)
+            self._list_anew()
             raise
-        self._ledger.add(record)
-        self._last_global_step_saved = trainer.global_step
-        self._last_checkpoint_saved = filepath
-        save = None if self._io is None else self._io.claim_save(filepath)
-        if self._best[0] == filepath:
-            self._best = ("", self._best[1])  # what it leads to is another one now
-        if save is not None:
-            record.outcome = save.committed
-            self._untold.append((save, AsOf(self, trainer.global_step)))
+        self._last_global_step_saved, self._last_checkpoint_saved = trainer.global_step, filepath
+        stats = session.note(saved)
+        session.newest = saved
+        if session.best[0] == filepath:
+            session.best = ("", session.best[1])  # what it leads to is another one now
+        if saved.outcome is not None:
+            now = copy.copy(self)
+            now.best_k_models = dict(self.best_k_models)
+            session.untold.append((saved.outcome, stats, trainer.global_step, now))
         elif trainer.is_global_zero:
             self._warn_if_passed_by(trainer)
-            AsOf(self, trainer.global_step).tell(trainer)
+            for logger in trainer.loggers:
+                logger.after_save_checkpoint(proxy(self))
 
-    def _link_checkpoint(  # type: ignore[override] # in Lightning it is static
-        self, trainer: Trainer, filepath: str, linkpath: str
-    ) -> None:
-        self._refer(trainer, self._ledger.add(self._new_record(linkpath)), filepath, link=True)
+    @staticmethod
+    def _link_checkpoint(trainer: Trainer, filepath: str, linkpath: str) -> None:
+        if trainer.is_global_zero and locate(filepath) != locate(linkpath):
+            refer(operations.link, filepath, linkpath, background_io(trainer.strategy.checkpoint_io))
+        trainer.strategy.barrier()
+
+    def _copy_checkpoint(self, trainer: Trainer, filepath: str, target: str) -> None:
+        if trainer.is_global_zero:
+            refer(operations.copy, filepath, target, self._session.io)
+        trainer.strategy.barrier()
 
     def _should_remove_checkpoint(self, trainer: Trainer, previous: str, current: str) -> bool:
-        if _is_local(previous):
+        if is_local(previous):
             return super()._should_remove_checkpoint(trainer, previous, current)
         inside = previous.startswith(f"{str(self.dirpath).rstrip('/')}/")
         return inside and previous not in {current, str(trainer.ckpt_path)}
 
     def _remove_checkpoint(self, trainer: Trainer, filepath: str) -> None:  # noqa: ARG002 - Lightning's
         # Links to it may have to be moved first: it goes at the end of the hook.
-        self._evictions.append(filepath)
+        self._session.obsolete.append(filepath)
 
     # Files that are not there yet
 
     @contextmanager
     def _hook(self, trainer: Trainer) -> Iterator[None]:
-        """Hold that no training goes on in a hook, and agree on what has failed at most once in it."""
-        self._tell(trainer)
-        self._settled = False
+        session = self._session
+        self._tell_loggers(trainer)
+        session.agreed, session.kind, session.newest = False, "other", None
+        session.io.waits = trainer.state.fn != "fit"
         try:
             yield
         finally:
-            evictions, self._evictions = self._evictions, []
-            for path in evictions:
-                self._evict(trainer, path)
-        self._raise()
+            self._remove_obsolete(trainer)
+        self._session.raise_failures()
 
-    def _complete(self, trainer: Trainer) -> None:
-        """Wait until everything is on disk, on every rank, and raise what has failed."""
-        self._settle(trainer, wait=True)
-        if self._failure is not None:  # the best may be another one again
+    def _complete(self, trainer: Trainer, *, alone: bool = False) -> None:
+        """Wait until everything is on disk, on every rank unless this one is alone; raise what has failed."""
+        self._agree(trainer, wait=True, alone=alone)
+        if self._session.failures and not alone:  # the best may be another one again
             self._refresh_best(trainer, self._monitor_candidates(trainer))
-            self._settle(trainer, wait=True)
-        self._tell(trainer)
-        self._raise()
+        self._remove_obsolete(trainer)
+        self._agree(trainer, wait=True, alone=alone)
+        self._tell_loggers(trainer)
+        self._session.raise_failures()
 
-    def _place(self, path: Any) -> Place:
-        return Place(path) if self._io is None else self._io.place(path)
+    def _agree(self, trainer: Trainer, *, wait: bool = False, alone: bool = False) -> None:
+        """Agree with the other ranks on how saves ended, once in a hook, and list what has not failed."""
+        session = self._session
+        if not session.saves:
+            session.before = listing_of(self)
+        if session.agreed and not wait:
+            return
+        session.agreed = True
+        ended = session.ended(wait=wait and not get_engine().given_up)
+        if background_io(trainer.strategy.checkpoint_io) is not None and not alone:
+            ended = trainer.strategy.broadcast(ended)
+        has_lost, settled = session.settle(*ended)
+        session.before = derive(session.before, settled, self.mode, self.save_top_k)
+        if has_lost:
+            self._list_anew()
 
-    def _refer(self, trainer: Trainer, record: Record, filepath: str, *, link: bool) -> None:
-        """Let the path of a record lead to a file, which may be pending, or have its content."""
-        target, source = self._place(record.path), self._place(filepath)
-        if trainer.is_global_zero and target.path != source.path:
-            refer = target.link if link else target.copy
-            outcome = self._ledger.outcome_of(filepath)
-            record.outcome = refer(source, () if outcome is None else (outcome,))
-        trainer.strategy.barrier()
+    def _list_anew(self) -> None:
+        """List what was saved and has not failed."""
+        session = self._session
+        vars(self).update(derive(session.before, session.saves, self.mode, self.save_top_k))
+        session.best = ("", session.best[1])
+
+    def _is_equal(self, trainer: Any, saved: SavedFile, newest: SavedFile) -> bool:
+        """Return whether a last checkpoint would have the bytes of what was saved just before it.
+
+        It would not, if a user's code takes part: a subclass, a patched trainer, an `on_save_checkpoint`.
+        """
+        io = self._session.io
+        state = saved.step, saved.last_model_path
+        if (
+            saved.kind != "last"
+            or saved.path == newest.path
+            or state != (newest.step, newest.last_model_path)
+        ):
+            return False
+        if trainer.strategy.checkpoint_io is not io or not io.writes_itself:
+            return False
+        owners = (trainer.lightning_module, *trainer.callbacks)
+        parts = (type(self), trainer.save_checkpoint, *(owner.on_save_checkpoint for owner in owners))
+        return all(_package(part) in {"asyncckpt", "lightning", "pytorch_lightning"} for part in parts)
 
     def _refresh_best(self, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
-        if not self.save_best or not self.best_model_path:
+        """Let the link to the best lead to what is the best now."""
+        session, best = self._session, self.best_model_path
+        if not self.save_best or not best:
             return
-        # What was saved in this run is there, or is known to have failed in a moment.
-        if not self._ledger.knows(self.best_model_path) and not self.file_exists(
-            self.best_model_path, trainer
-        ):
-            _warnings.warn(f"{self.best_model_path} is gone, so there is no link or copy of it.")
+        is_pending = any(saved.path == best for saved in session.saves)
+        if not is_pending and not self.file_exists(best, trainer):
+            _warnings.warn(f"{best} is gone, so there is no link or copy of it.")
             return
         path = self.format_checkpoint_name(monitor_candidates, self.CHECKPOINT_NAME_BEST)
-        former, self._best = self._best, (self.best_model_path, path)
-        if former == self._best:
+        former, session.best = session.best, (best, path)
+        if former == session.best:
             return
-        record = self._ledger.add(Record("best", path))
-        self._refer(trainer, record, self.best_model_path, link=self.save_best == "link")
+        make = self._link_checkpoint if self.save_best == "link" else self._copy_checkpoint
+        session.io.causes = session.pending(best)[-1:]
+        make(trainer, best, path)
+        session.io.causes = ()
+        session.note(SavedFile("best", path))
         if former[1] not in {"", path}:
-            self._evictions.append(former[1])
+            session.obsolete.append(former[1])
 
-    def _tell(self, trainer: Trainer) -> None:
+    def _remove_obsolete(self, trainer: Trainer) -> None:
+        """Remove files once all that is pending is committed, which includes what they make room for."""
+        session = self._session
+        listed = {*self.best_k_models, self.best_model_path, self.last_model_path}
+        again = [path for path in session.postponed if path not in listed and self._fs.exists(path)]
+        session.postponed = [path for path in again if session.is_linked(self.last_model_path, path)]
+        obsolete = [*session.obsolete, *(path for path in again if path not in session.postponed)]
+        session.obsolete = []
+        for path in obsolete:
+            session.io.causes = session.pending()
+            super()._remove_checkpoint(trainer, path)
+            removal, _ = session.take(path)
+            if removal is not None:
+                session.removals[path] = removal
+        session.io.causes = ()
+
+    def _tell_loggers(self, trainer: Trainer) -> None:
         """Tell the loggers of what has been committed since the last time."""
-        while self._untold and self._untold[0][0].committed.done():
-            save, then = self._untold.popleft()
-            if save.committed.failed():
-                continue
-            then.tell(trainer)
-            if self.log_cost:
-                then.log_cost(trainer, save.stats)
-
-    def _install(self, trainer: Trainer) -> BackgroundIO | None:
-        """Return the AsyncCheckpointIO of a trainer; if it has none, put one before its CheckpointIO."""
-        current = trainer.strategy.checkpoint_io
-        io: Any = current
-        while io is not None and not isinstance(io, self.io_class):
-            io = getattr(io, "checkpoint_io", None)
-        if io is None:
-            if type(current).__name__ == "XLACheckpointIO":
-                rank_zero_warn(
-                    "asyncckpt saves in the foreground on XLA devices: all ranks have to take part."
-                )
-                return None
-            io = self.io_class(current)
-            io.lend(trainer.strategy, current)
-        return io  # type: ignore[no-any-return]
+        untold = self._session.untold
+        while untold and untold[0][0].done():
+            outcome, stats, step, callback = untold.popleft()
+            for logger in [] if outcome.failed() else trainer.loggers:
+                logger.after_save_checkpoint(callback)
+                if self.log_cost and stats is not None:
+                    cost = {"stall": stats.stall, "durable": stats.durable, "nbytes": stats.nbytes}
+                    logger.log_metrics({f"asyncckpt/{name}": n for name, n in cost.items()}, step)
 
     def _warn_if_passed_by(self, trainer: Trainer) -> None:
         saving = next(c for c in type(trainer.strategy).__mro__ if "save_checkpoint" in vars(c))
-        if self._io is not None and saving.__name__ != "Strategy":
+        if saving.__name__ != "Strategy":
             _warnings.warn(
                 f"`{saving.__name__}` writes its checkpoints itself, so asyncckpt cannot save them in the"
                 " background: training stands still until they are written."
@@ -313,12 +392,9 @@ def _is_last_epoch(trainer: Trainer) -> bool:
     return trainer.should_stop and loop._can_stop_early
 
 
-def _is_local(path: Any) -> bool:
-    return split_protocol(str(path))[0] in {None, "file", "local"}
-
-
-def _package(cls: type) -> str:
-    return cls.__module__.partition(".")[0]
+def _package(owner: Any) -> str:
+    package: str = owner.__module__.partition(".")[0]
+    return package
 
 
 class WithLinkBest(BackgroundCheckpoint if TYPE_CHECKING else object):  # type: ignore[misc]
