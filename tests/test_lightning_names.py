@@ -151,7 +151,8 @@ def test_its_signature_is_that_of_the_stock_callback_and_ours_by_keyword() -> No
     assert {name: hints[name] for name in expected} == expected
     assert hints["log_cost"] is bool
     assert "link" in str(hints["save_best"])
-    assert "save_top_k: 'int' = 1" in pydoc.render_doc(Ours)
+    assert ours["save_last"].annotation == stock["save_last"].annotation
+    assert "save_top_k: int = 1" in pydoc.render_doc(Ours)
 
 
 def test_links_are_made_without_an_instance_as_in_the_stock_callback(tmp_path: Path) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import copy
 import posixpath
 from contextlib import contextmanager
-from datetime import timedelta  # noqa: TC003 - command line parsers read annotations
-from pathlib import Path  # noqa: TC003 - command line parsers read annotations
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from datetime import timedelta  # noqa: TC003 - the signature has types
+from pathlib import Path  # noqa: TC003 - the signature has types
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_type_hints
 from weakref import proxy
 
 from lightning_utilities.core.rank_zero import WarningCache, rank_zero_warn
@@ -375,6 +375,10 @@ class BackgroundCheckpoint(Base):
                 f"`{saving.__name__}` writes its checkpoints itself, so asyncckpt cannot save them in the"
                 " background: training stands still until they are written."
             )
+
+
+# Types instead of their names, for command line parsers that read the signature.
+BackgroundCheckpoint.__init__.__annotations__ = get_type_hints(BackgroundCheckpoint.__init__)
 
 
 def _is_last_epoch(trainer: Trainer) -> bool:
