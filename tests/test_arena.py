@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from asyncckpt import BusyError, SaveError
 from asyncckpt._snapshot.arena import Arena, Lease
 from asyncckpt._snapshot.copy import Watermark, copy_ranges
-from asyncckpt._snapshot.ranges import range_of
+from asyncckpt._snapshot.ranges import ranges_of
 
 MIB = 1 << 20
 
@@ -131,7 +131,7 @@ def test_released_memory_and_threads_go_back_to_the_system_and_can_be_had_anew()
     for _ in range(2):
         before = resident()
         held, other = arena.lease(nbytes), arena.lease(nbytes)
-        copy_ranges([range_of(source)], [0], held, Watermark())
+        copy_ranges(ranges_of([source]), [0], held, Watermark())
         assert bytes(held.view[-3:]) == b"\1\1\1"
         other.release()
         assert resident() - before > 1.9 * nbytes

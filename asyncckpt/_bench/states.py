@@ -128,7 +128,7 @@ def distinct_tensors(state: Any) -> list[torch.Tensor]:
     dtypes = {key: dtype for key, dtype, *_ in frozen.tensors}
     return [
         torch.empty(0, dtype=dtypes.get(key, torch.uint8), device=source.device).set_(source)
-        for key, (source, _, _) in enumerate(ranges)
+        for key, source in enumerate(ranges.sources)
     ]
 
 

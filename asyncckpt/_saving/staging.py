@@ -14,15 +14,13 @@ from asyncckpt.errors import SaveError
 from asyncckpt.layout.torch_zip import TorchZip
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from asyncckpt._snapshot.arena import Arena, Lease
     from asyncckpt._snapshot.frozen import FrozenState
-    from asyncckpt._snapshot.ranges import Range
+    from asyncckpt._snapshot.ranges import Ranges
     from asyncckpt.layout.plan import Body, FilePlan, Format
     from asyncckpt.types import SaveStats
 
-    Frozen = tuple[FrozenState, list[Range]]
+    Frozen = tuple[FrozenState, Ranges]
 
 # Objects and numpy arrays are pickled on the training thread; from this size on that is worth a word.
 INLINE_WARNING = 64 << 20
@@ -38,7 +36,7 @@ class Snapshot:
         body: where each range lies in `lease`, which is where it will lie in the file.
         lease: the host buffer; released by whoever is done with the snapshot.
         stats: `copy` sets what it took.
-        ranges: what is to be copied; empty once the copy has ended.
+        ranges: what is to be copied; None once the copy has ended.
         filled: how far the copy has come, and whether it has ended.
     """
 
@@ -47,7 +45,7 @@ class Snapshot:
     body: Body
     lease: Lease
     stats: SaveStats
-    ranges: Sequence[Range] = field(repr=False)
+    ranges: Ranges | None = field(repr=False)
     filled: Watermark = field(default_factory=Watermark)
 
     def copy(self) -> None:
@@ -58,7 +56,8 @@ class Snapshot:
         """
         began = time.perf_counter()
         try:
-            copy_ranges(self.ranges, self.body.starts.tolist(), self.lease, self.filled)
+            if self.ranges is not None:
+                copy_ranges(self.ranges, self.body.starts.tolist(), self.lease, self.filled)
         except BaseException as error:
             failure = SaveError(f"could not copy the state to host memory: {error}")
             self.filled.end(failure)
@@ -71,7 +70,7 @@ class Snapshot:
 
     def end_copy(self) -> None:
         """Say that nothing more will be copied, whether all was or not."""
-        self.ranges = ()
+        self.ranges = None
         self.filled.end(SaveError("the copy of the state to host memory was broken off"))
 
     def plan(self, description: bytes) -> FilePlan:

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import ctypes
+from collections import deque
 from dataclasses import dataclass, field
+from itertools import compress, starmap
+from operator import add
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
+from torch.storage import UntypedStorage
 
 from asyncckpt._snapshot.copy_threads import for_each_piece
 from asyncckpt._snapshot.pinning import PIECE
@@ -15,10 +20,8 @@ from asyncckpt._threads import Condition
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from torch.storage import UntypedStorage
-
     from asyncckpt._snapshot.arena import Lease
-    from asyncckpt._snapshot.ranges import Range
+    from asyncckpt._snapshot.ranges import Ranges
 
 # How much is copied between two reports, in bytes.
 _STRIDE = 16 << 20
@@ -71,7 +74,7 @@ class Watermark:
         self._changed.until(lambda: self.ended)
 
 
-def copy_ranges(ranges: Sequence[Range], starts: Sequence[int], lease: Lease, done: Watermark) -> None:
+def copy_ranges(ranges: Ranges, starts: Sequence[int], lease: Lease, done: Watermark) -> None:
     """Copy each range to its place in the leased buffer; return or raise once nothing is copied any more.
 
     Args:
@@ -80,14 +83,14 @@ def copy_ranges(ranges: Sequence[Range], starts: Sequence[int], lease: Lease, do
         lease: the buffer; pinned, if a storage is on a CUDA device.
         done: told how far the buffer is filled; its end is for the caller to tell.
     """
-    if not torch.accelerator.is_available() or all(source.device.type == "cpu" for source, _, _ in ranges):
+    if not torch.accelerator.is_available() or all(source.device.type == "cpu" for source in ranges.sources):
         _copy_on_host(ranges, starts, lease, done)
         return
     streams: dict[torch.device, torch.cuda.Stream] = {}
     try:
         pending = _start_device_copies(ranges, starts, lease, streams)
         # The host has time for its own while the devices copy.
-        for (source, offset, nbytes), start in zip(ranges, starts, strict=True):
+        for source, offset, nbytes, start in zip(*ranges, starts, strict=True):
             if source.device.type == "cpu" and nbytes:
                 memmove(lease.address + start, source.data_ptr() + offset, nbytes)
         for events, upto in pending:
@@ -101,17 +104,18 @@ def copy_ranges(ranges: Sequence[Range], starts: Sequence[int], lease: Lease, do
         raise
 
 
-def _copy_on_host(ranges: Sequence[Range], starts: Sequence[int], lease: Lease, done: Watermark) -> None:
-    pieces: list[tuple[int, int, int]] = []  # target, source and length of what is not small
-    for (storage, offset, nbytes), start in zip(ranges, starts, strict=True):
-        if nbytes:
-            source, target = storage.data_ptr() + offset, lease.address + start
-            if nbytes <= _SMALL:
-                _move_small(target, source, nbytes)
-            else:
-                pieces += [
-                    (target + at, source + at, min(_STRIDE, nbytes - at)) for at in range(0, nbytes, _STRIDE)
-                ]
+def _copy_on_host(ranges: Ranges, starts: Sequence[int], lease: Lease, done: Watermark) -> None:
+    sources = list(map(add, map(UntypedStorage.data_ptr, ranges.sources), ranges.offsets))
+    targets = (np.asarray(starts, dtype=np.int64) + lease.address).tolist()
+    sizes = np.asarray(ranges.sizes, dtype=np.int64)
+    # In C alone, for the sake of states with thousands of tensors.
+    small = compress(zip(targets, sources, ranges.sizes, strict=True), (sizes <= _SMALL).tolist())
+    deque(starmap(_move_small, small), maxlen=0)
+    pieces = [
+        (targets[index] + at, sources[index] + at, min(_STRIDE, ranges.sizes[index] - at))
+        for index in np.flatnonzero(sizes > _SMALL).tolist()
+        for at in range(0, ranges.sizes[index], _STRIDE)
+    ]
     if sum(length for _, _, length in pieces) < _SHARED_FROM:
         for piece in pieces:
             memmove(*piece)
@@ -125,7 +129,7 @@ def _copy_on_host(ranges: Sequence[Range], starts: Sequence[int], lease: Lease, 
 
 
 def _start_device_copies(
-    ranges: Sequence[Range],
+    ranges: Ranges,
     starts: Sequence[int],
     lease: Lease,
     streams: dict[torch.device, torch.cuda.Stream],
@@ -140,7 +144,7 @@ def _start_device_copies(
     buffer = torch.frombuffer(lease.view, dtype=torch.uint8)
     pending: list[tuple[list[torch.cuda.Event], int]] = []
     reported = end = 0
-    for (storage, offset, nbytes), start in zip(ranges, starts, strict=True):
+    for storage, offset, nbytes, start in zip(*ranges, starts, strict=True):
         device = storage.device
         if device.type == "cpu" or not nbytes:
             continue

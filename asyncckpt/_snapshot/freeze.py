@@ -18,13 +18,13 @@ from torch.storage import TypedStorage, UntypedStorage
 
 from asyncckpt._snapshot.culprit import find_culprit
 from asyncckpt._snapshot.frozen import MARK, PROTOCOL, STORAGE_CLASS, DataPickler, FrozenState
+from asyncckpt._snapshot.ranges import Ranges
 from asyncckpt.errors import SaveError, ShardedStateError, UnpicklableStateError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from asyncckpt._snapshot.frozen import TensorMeta
-    from asyncckpt._snapshot.ranges import Range
 
 _FIRST_MARK = int.from_bytes(b"\0\0\0\0" + MARK, "little")
 _REBUILD: Callable[..., torch.Tensor] = torch._utils._rebuild_tensor_v2
@@ -67,7 +67,7 @@ class Freezer:
     _pickler: DataPickler = field(default_factory=DataPickler, init=False)
     _exact: bool = field(default=False, init=False)
 
-    def freeze(self, state: object) -> tuple[FrozenState, list[Range]]:
+    def freeze(self, state: object) -> tuple[FrozenState, Ranges]:
         """Decide what a checkpoint of `state` will hold, except for the bytes of its storages.
 
         This is one pass of the C pickler over the whole state, so objects, numpy arrays, RNG states and
@@ -93,7 +93,7 @@ class Freezer:
             if collecting:
                 gc.enable()
 
-    def _freeze(self, state: object) -> tuple[FrozenState, list[Range]]:
+    def _freeze(self, state: object) -> tuple[FrozenState, Ranges]:
         out = io.BytesIO()
         table = _Table(self._last.tensors if self._last else [], self.kinds)
         try:
@@ -108,7 +108,7 @@ class Freezer:
                 " picklable or leave it out"
             ) from error
         self._last = FrozenState(out.getvalue(), table.tensors, table.sizes, table.locations, self._pickler)
-        return self._last, list(zip(table.storages, itertools.repeat(0), table.sizes))
+        return self._last, Ranges(table.storages, [0] * len(table.sizes), table.sizes)
 
 
 class _Table:

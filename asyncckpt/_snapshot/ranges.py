@@ -2,24 +2,42 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from torch.storage import UntypedStorage
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     import torch
-
-# (storage, offset in it, nbytes): bytes on whichever device, which go into a file as they are. Where to is
-# for the file's layout to decide. A plain tuple, since a state may have 100,000 of them.
-Range = tuple[UntypedStorage, int, int]
+    from torch.storage import UntypedStorage
 
 
-def range_of(tensor: torch.Tensor) -> Range:
-    """Return the bytes of a contiguous tensor, without the rest of its storage.
+class Ranges(NamedTuple):
+    """Bytes of live storages that go into a file as they are, by columns: a state may have 100,000 of them.
+
+    Where in the file they go is for its layout to decide.
+
+    Attributes:
+        sources: the storage of each range, on whichever device.
+        offsets: of its first byte in the storage.
+        sizes: in bytes.
+    """
+
+    sources: list[UntypedStorage]
+    offsets: list[int]
+    sizes: list[int]
+
+
+def ranges_of(tensors: Iterable[torch.Tensor]) -> Ranges:
+    """Return the bytes of contiguous tensors, without the rest of their storages.
 
     Raises:
-        ValueError: its elements do not lie one after another.
+        ValueError: the elements of a tensor do not lie one after another.
     """
-    if not tensor.is_contiguous():
-        raise ValueError(f"a tensor of shape {tuple(tensor.shape)} and strides {tensor.stride()} is no range")
-    return tensor.untyped_storage(), int(tensor.storage_offset()) * tensor.itemsize, tensor.nbytes
+    ranges = Ranges([], [], [])
+    for tensor in tensors:
+        if not tensor.is_contiguous():
+            raise ValueError(f"a tensor of shape {tuple(tensor.shape)}, stride {tensor.stride()} is no range")
+        ranges.sources.append(tensor.untyped_storage())
+        ranges.offsets.append(int(tensor.storage_offset()) * tensor.itemsize)
+        ranges.sizes.append(tensor.nbytes)
+    return ranges
