@@ -1,6 +1,6 @@
-"""Train a small GPT, kill it in the middle of a save, resume it, and show what its saves cost.
+"""Train a small GPT, kill it during a save, resume it, and show what its saves cost.
 
-This process only watches: `train_gpt.py` does the training, in a process of its own that can be killed.
+This process only watches: `train_gpt.py` trains in a process of its own, which can be killed.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 TRAINING = Path(__file__).resolve().with_name("train_gpt.py")
-# One core is left to everything else, as where a GPU does the training, so that step times can be compared.
+# One core stays free for background work, as it would on a machine whose GPU does the training.
 CORES = min(8, max(1, (os.cpu_count() or 1) - 1))
 
-# Run where asyncckpt is not imported: what any user of torch does with a checkpoint.
+# Runs in a process that does not import asyncckpt: a checkpoint is a plain torch.load file.
 STOCK_LOAD = """
 import sys, torch
 for path in sys.argv[1:]:
@@ -40,7 +40,7 @@ assert "asyncckpt" not in sys.modules
 
 
 class Training:
-    """One training, in as many processes as it takes, and all that it told about itself."""
+    """One training run over one or more processes, and the events that they printed."""
 
     def __init__(self, folder: Path, steps: int, save_every: int) -> None:
         self.checkpoints = folder / "checkpoints"
@@ -48,12 +48,12 @@ class Training:
         self.steps, self.save_every = steps, save_every
         self.events: list[dict[str, Any]] = []
         self.parts = 0
-        for left_by_an_earlier_demo in (self.checkpoints, self.beside):
-            shutil.rmtree(left_by_an_earlier_demo, ignore_errors=True)
+        for leftover in (self.checkpoints, self.beside):
+            shutil.rmtree(leftover, ignore_errors=True)
         self.beside.mkdir(parents=True)
 
     def run(self, *, kill_at: int | None = None) -> None:
-        """Train in a new process, showing how far it is; kill that process as it saves step `kill_at`."""
+        """Train in a new process and show its progress; kill that process while it saves step `kill_at`."""
         self.parts += 1
         command = [sys.executable, str(TRAINING), str(self.checkpoints), "--steps", str(self.steps)]
         command += ["--save-every", str(self.save_every), "--compare", str(self.beside)]
@@ -81,37 +81,37 @@ class Training:
 
 
 class Watch:
-    """The progress bar of a training; where there is no terminal, a line for each save."""
+    """The progress bar of a training run; without a terminal, one line for each save."""
 
     def __init__(self, steps: int) -> None:
         columns = BarColumn(bar_width=12), MofNCompleteColumn(), TimeElapsedColumn()
-        self.progress = Progress(*columns, TextColumn("{task.fields[told]}"), console=console)
-        self._task = self.progress.add_task("", total=steps, told="starting")
-        self._told = dict.fromkeys(("loss", "val", "save()", "torch.save"), "…")
+        self.progress = Progress(*columns, TextColumn("{task.fields[status]}"), console=console)
+        self._task = self.progress.add_task("", total=steps, status="starting")
+        self._values = dict.fromkeys(("loss", "val", "save()", "torch.save"), "…")
 
     def show(self, event: dict[str, Any]) -> None:
-        """Show what has just happened."""
+        """Show one event of the training."""
         kind = event["event"]
         if kind == "step":
-            self._told["loss"] = f"{event['loss']:.2f}"
+            self._values["loss"] = f"{event['loss']:.2f}"
         elif kind == "save":
-            self._told["val"] = f"{event['val_loss']:.2f}"
-            self._told["save()"] = f"{event['stall'] * 1e3:.0f} ms"
+            self._values["val"] = f"{event['val_loss']:.2f}"
+            self._values["save()"] = f"{event['stall'] * 1e3:.0f} ms"
         elif kind == "torch.save":
-            self._told["torch.save"] = f"{event['stall'] * 1e3:.0f} ms"
-        elif kind == "durable":  # of a step that is past
+            self._values["torch.save"] = f"{event['stall'] * 1e3:.0f} ms"
+        elif kind == "durable":  # belongs to an earlier step
             return
-        told = "  ".join(f"{name} [cyan]{value}[/]" for name, value in self._told.items())
-        self.progress.update(self._task, completed=event["step"], told=told)
+        status = "  ".join(f"{name} [cyan]{value}[/]" for name, value in self._values.items())
+        self.progress.update(self._task, completed=event["step"], status=status)
         if kind == "save" and not console.is_terminal:
-            console.print(f"step {event['step']}  {told}")
+            console.print(f"step {event['step']}  {status}")
 
 
 def check(training: Training) -> None:
-    """Verify every checkpoint, load it without asyncckpt, and show what is there."""
+    """Verify every checkpoint, load it without asyncckpt, and show the results."""
     with Checkpointer(training.checkpoints, filename="step-{step:06d}.pt") as ckpt:
         checkpoints = ckpt.checkpoints()
-        with console.status("Reading every byte again, and loading with a plain torch.load"):
+        with console.status("Verifying every byte, and loading with a plain torch.load"):
             for checkpoint in checkpoints:
                 ckpt.verify(checkpoint.path)
             command = [sys.executable, "-c", STOCK_LOAD, *(checkpoint.path for checkpoint in checkpoints)]
@@ -134,8 +134,8 @@ def main() -> None:
     begin = time.monotonic()
     training = Training(arguments.out, arguments.steps, every)
     console.print(
-        "Training a GPT of 10 million parameters on the source of this Python's standard library."
-        f" It saves every {every} steps, keeps the best 3 and the newest,"
+        "Training a GPT with 10 million parameters on the source of this Python's standard library."
+        f" It saves every {every} steps, keeps the best 3 checkpoints and the newest,"
         f" and is killed while it saves step {kill_at}.\n"
     )
     training.run(kill_at=kill_at)
@@ -147,7 +147,7 @@ def main() -> None:
     shutil.rmtree(training.beside)
     picture = arguments.out / "step-times.png"
     draw(training.events, picture)
-    console.print(f"\nThe step times along the run, drawn: [bold]{picture}[/]")
+    console.print(f"\nPicture of the step times: [bold]{picture}[/]")
     console.print(f"[dim]{time.monotonic() - begin:.0f} seconds in all.[/]")
 
 

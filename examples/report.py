@@ -1,4 +1,4 @@
-"""What the demo tells at its end: the kill, the resumption, what each save cost, and what is on disk."""
+"""The report of the demo: the kill, the resumed run, what each save cost, and the files on disk."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ console = Console(highlight=False)
 
 
 def show_kill(step: int, directory: Path) -> None:
-    """Show what a directory holds just after its writer was killed."""
+    """Show the files in a directory just after its writer was killed."""
     console.print(
         f"\n[bold red]Killed[/] (SIGKILL) right after the save of step {step} had returned. On disk now:"
     )
@@ -30,7 +30,7 @@ def show_kill(step: int, directory: Path) -> None:
 
 
 def show_replay(events: Sequence[dict[str, Any]]) -> None:
-    """Tell where the second process took up, and whether it did again what the first had done from there."""
+    """Show where the second process resumed, and whether its losses equal those of the first process."""
     start = next(event for event in events if event["event"] == "start" and event["part"] == 2)  # noqa: PLR2004
     first, second = (
         {e["step"]: e["loss"] for e in events if e["event"] == "step" and e["part"] == part}
@@ -38,15 +38,15 @@ def show_replay(events: Sequence[dict[str, Any]]) -> None:
     )
     repeated = sorted(first.keys() & second.keys())
     different = [step for step in repeated if first[step] != second[step]]
-    same = f"other losses at steps {different}" if different else "to the last bit the same losses"
+    same = f"different losses at steps {different}" if different else "bit-identical losses"
     console.print(
-        f"\n[bold green]Resumed[/] at step {start['step']}. The first process had gone {len(repeated)} steps"
-        f" further; made again, they gave [bold]{same}[/].\n"
+        f"\n[bold green]Resumed[/] at step {start['step']}. The first process had trained {len(repeated)}"
+        f" steps beyond it; repeated, they gave [bold]{same}[/].\n"
     )
 
 
 def show_cost(events: Sequence[dict[str, Any]]) -> None:
-    """Show, save by save, what the training lost, beside what `torch.save` took for the same state."""
+    """Show for each save how long training stood still, beside `torch.save` of the same state."""
     durable = {(e["part"], e["step"]): e for e in events if e["event"] == "durable"}
     saves = [event for event in events if event["event"] == "save"]
     stock = [event for event in events if event["event"] == "torch.save"]  # one before each of the saves
@@ -72,16 +72,17 @@ def show_cost(events: Sequence[dict[str, Any]]) -> None:
             _ms(theirs["durable"]),
         )
     console.print(table)
+    reserved = " and ".join(_ms(event["seconds"]) for event in events if event["event"] == "reserve")
     console.print(
-        "Stall: how long the training stood still. Durable: how long after the call the file was on disk for"
-        " good. The first save of a process also has to get its host memory. Each torch.save is of the same"
-        " model and optimizer, halfway between two saves.\n",
+        "Stall: how long training stood still. Durable: time from the call until the file was synced and had"
+        f" its name. reserve() made host memory ready after the first step of each process: {reserved}. Each"
+        " torch.save is of the same model and optimizer, halfway between two saves.\n",
         style="dim",
     )
 
 
 def show_files(checkpoints: Sequence[Checkpoint], loaded: Sequence[str]) -> None:
-    """Show what retention has left: every one verified, and loaded with the (step, parameters) given."""
+    """Show the checkpoints that were kept, each verified, and what `torch.load` found in each."""
     best = sorted(checkpoints, key=lambda c: c.metrics["val_loss"])[:3]
     table = Table(title="What is on disk", title_style="bold")
     table.add_column("file", no_wrap=True)
@@ -102,8 +103,8 @@ def show_files(checkpoints: Sequence[Checkpoint], loaded: Sequence[str]) -> None
         )
     console.print(table)
     console.print(
-        "Verify read every byte and compared every CRC-32. A plain torch.load ran, with weights_only=True,"
-        " in a Python process that had not imported asyncckpt.",
+        "verify read every byte and compared every CRC-32. torch.load ran with weights_only=True, in a Python"
+        " process that had not imported asyncckpt.",
         style="dim",
     )
 

@@ -1,7 +1,7 @@
 """Train a small GPT on the source of Python's standard library, saving it in the background.
 
-Kill it whenever you like and start it again with the same arguments: it goes on from its newest checkpoint
-as if nothing had happened. All that concerns checkpoints is in `train`; the rest is plain PyTorch.
+Kill it at any time and start it again with the same arguments: it continues from its newest checkpoint with
+the same losses. Everything about checkpoints is in `train`; the rest is plain PyTorch.
 
     python examples/train_gpt.py runs/gpt --steps 120
 """
@@ -39,7 +39,7 @@ VALIDATION_BATCHES = 4
 
 
 def train(arguments: argparse.Namespace, log: Log) -> None:
-    """Train up to `arguments.steps`, from the newest checkpoint on where there is one."""
+    """Train up to `arguments.steps`, starting from the newest checkpoint if there is one."""
     torch.manual_seed(0)
     text, held_out = load_corpus()
     model = GPT()
@@ -51,10 +51,15 @@ def train(arguments: argparse.Namespace, log: Log) -> None:
         found = ckpt.restore(state, missing_ok=True)
         torch.set_rng_state(state["rng"])
         log.write("start", found=found.path if found else None, step=state["step"], steps=arguments.steps)
-        for step in range(state["step"] + 1, arguments.steps + 1):
+        first = state["step"] + 1
+        for step in range(first, arguments.steps + 1):
             begin = time.perf_counter()
             loss = train_step(model, optimizer, text, step)
             seconds = time.perf_counter() - begin
+            if step == first:  # from now on the optimizer has its state
+                begin = time.perf_counter()
+                ckpt.reserve(state)
+                log.write("reserve", step=step, seconds=time.perf_counter() - begin)
             if step % arguments.save_every == 0:
                 val_loss = evaluate(model, held_out)
                 state["step"], state["rng"] = step, torch.get_rng_state()
@@ -81,25 +86,25 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, text: Tensor,
 
 @torch.no_grad()
 def evaluate(model: nn.Module, held_out: Tensor) -> float:
-    """Return the loss on batches that are the same each time, and draw no random numbers for it."""
+    """Return the loss on fixed batches, without drawing random numbers."""
     starts = torch.linspace(0, len(held_out) - CONTEXT - 1, VALIDATION_BATCHES * BATCH).long()
     losses = [loss_of(model, batch_at(held_out, rows)).item() for rows in torch.split(starts, BATCH)]
     return math.fsum(losses) / len(losses)
 
 
 def loss_of(model: nn.Module, batch: Tensor) -> Tensor:
-    """Return the mean cross entropy of each byte of `batch` given those before it."""
+    """Return the mean cross entropy of each byte of `batch`, given the bytes before it."""
     logits: Tensor = model(batch[:, :-1])
     return nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
 
 
 def batch_at(text: Tensor, starts: Tensor) -> Tensor:
-    """Return the pieces of `text` that begin at `starts`, a row each, one byte longer than the context."""
+    """Return one row of `text` per entry of `starts`, each one byte longer than the context."""
     return text[starts[:, None] + torch.arange(CONTEXT + 1)].long()
 
 
 def load_corpus() -> tuple[Tensor, Tensor]:
-    """Return the source of the standard library: bytes to train on, and those of other files to validate."""
+    """Return the source of the standard library: bytes to train on, bytes of other files to validate on."""
     library = Path(sysconfig.get_path("stdlib"))
     left_out = {"site-packages", "dist-packages", "test", "tests", "idlelib"}
     files = [f for f in sorted(library.rglob("*.py")) if not left_out & set(f.relative_to(library).parts)]
@@ -108,12 +113,12 @@ def load_corpus() -> tuple[Tensor, Tensor]:
         for held_out in (False, True)
     )
     if min(len(training), len(validation)) <= CONTEXT:
-        raise SystemExit(f"{library} holds no source to train on: this Python came without its library's")
+        raise SystemExit(f"{library} holds no source to train on: this Python was installed without it")
     return torch.frombuffer(training, dtype=torch.uint8), torch.frombuffer(validation, dtype=torch.uint8)
 
 
 class Block(nn.Module):
-    """One layer of the transformer: causal attention, then a feed-forward net, each beside a residual."""
+    """One transformer layer: causal attention, then a feed-forward net, each with a residual connection."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -124,13 +129,13 @@ class Block(nn.Module):
         self.feed = nn.Sequential(nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(), nn.Linear(4 * WIDTH, WIDTH))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return `x` with what this layer adds to it."""
+        """Return the output of this layer for `x`."""
         heads = self.qkv(self.norm1(x)).unflatten(2, (3 * HEADS, -1)).transpose(1, 2)
         query, key, value = heads.chunk(3, dim=1)
         seen = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
         x = x + self.out(seen.transpose(1, 2).flatten(2))
         x = x + self.feed(self.norm2(x))
-        return x  # noqa: RET504 - of a declared type, which what a module returns is not
+        return x  # noqa: RET504 - has a declared type, which the result of a module call has not
 
 
 class GPT(nn.Module):
@@ -152,20 +157,20 @@ class GPT(nn.Module):
             nn.init.normal_(module.weight, std=0.02)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Return the logits of the byte that follows each of `tokens`."""
+        """Return the logits of the byte after each of `tokens`."""
         x = self.tokens(tokens) + self.positions.weight[: tokens.shape[1]]
         logits: Tensor = self.head(self.norm(self.blocks(x)))
         return logits
 
 
 def stock_save(state: dict[str, Any], directory: Path) -> dict[str, float]:
-    """Save `state` with `torch.save`, for comparison, and say what that cost.
+    """Save `state` with `torch.save`, for comparison, and return what that cost.
 
-    The loop waits for `torch.save` only. That the file is then synced, outside of what counts as its stall,
-    makes it durable too, and keeps the disk from being busy with it when the next save is measured.
+    Only `torch.save` counts as the stall. The fsync behind it makes the file durable, and leaves the disk
+    idle before the next save is measured.
     """
     path = directory / "state.pt"
-    path.unlink(missing_ok=True)  # a new file each time, as each checkpoint is
+    path.unlink(missing_ok=True)  # a new file each time, like every checkpoint
     begin = time.perf_counter()
     torch.save({k: v.state_dict() if hasattr(v, "state_dict") else v for k, v in state.items()}, path)
     stalled = time.perf_counter()
@@ -176,23 +181,23 @@ def stock_save(state: dict[str, Any], directory: Path) -> dict[str, float]:
 
 
 class Log:
-    """Prints what happens, one JSON object a line, for whoever watches the training."""
+    """Prints events, one JSON object a line, for the process that watches the training."""
 
     def __init__(self) -> None:
         self._pending: deque[Save] = deque()
 
     def write(self, event: str, **values: object) -> None:
-        """Print one line, at once."""
+        """Print one event and flush it."""
         sys.stdout.write(json.dumps({"event": event, **values}) + "\n")
         sys.stdout.flush()
 
     def saved(self, save: Save, step: int, val_loss: float) -> None:
-        """Print that `save` was taken; `follow` then tells when it is durable."""
+        """Print that `save` has returned; `follow` prints when its checkpoint is durable."""
         self._pending.append(save)
         self.write("save", step=step, val_loss=val_loss, stall=save.stats.stall)
 
     def follow(self) -> None:
-        """Print what became durable since the last call."""
+        """Print which saves have become durable since the last call."""
         while self._pending and self._pending[0].committed.done():
             save = self._pending.popleft()
             checkpoint, stats = save.committed.result(), save.stats
@@ -200,7 +205,7 @@ class Log:
 
 
 def main() -> None:
-    """Train as the command line says."""
+    """Parse the command line and train."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("directory", type=Path, help="where the checkpoints are")
     parser.add_argument("--steps", type=int, default=120, help="train up to this step (default: %(default)s)")
