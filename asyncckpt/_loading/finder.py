@@ -13,7 +13,7 @@ from asyncckpt._naming import NameTemplate
 from asyncckpt._saving.engine import get_engine, wait_for_pending
 from asyncckpt.errors import CheckpointNotFoundError
 from asyncckpt.retention import KeepAll, Policy, first_best, rank
-from asyncckpt.stores import open_store
+from asyncckpt.stores import Store, open_store
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from asyncckpt._loading.load import Loaded
     from asyncckpt._loading.series import Wanted
     from asyncckpt._loading.unpickle import MapLocation
-    from asyncckpt.stores.base import Store
     from asyncckpt.types import Checkpoint
 
 Which = Union[int, str, "os.PathLike[str]"]
@@ -32,26 +31,32 @@ class Finder:
 
     Args:
         directory: a local path, or the URL of one of any fsspec file system.
+        store: the store of the directory, instead of its path.
         filename: template of the series.
         keep: the retention policy, which says what "best" means.
         storage_options: for the file system behind a URL.
+
+    Raises:
+        TypeError: neither or both of `directory` and `store` are given, or `keep` is not a policy.
+        ValueError: `storage_options` are given with a `store` or a local path.
     """
 
     def __init__(
         self,
-        directory: str | os.PathLike[str],
+        directory: str | os.PathLike[str] | None,
+        store: Store | None,
         filename: str,
         keep: Policy | None,
         storage_options: Mapping[str, Any] | None,
     ) -> None:
-        self.directory = os.fspath(directory)
+        self._store = _opened(directory, store, storage_options)
+        self.directory = os.fspath(directory or _without_slash(self._store.path_of("")))
         self._names = NameTemplate(filename)
         self._keep: Policy = KeepAll() if keep is None else keep
         if isinstance(self._keep, type) or not isinstance(self._keep, Policy):
             raise TypeError(
                 f"keep must be a policy such as LastN(3), or have its method keep(); it is {keep!r}"
             )
-        self._store: Store = open_store(directory, storage_options)
         self._series = Series(self._store, self.directory, self._names)
 
     def checkpoints(self) -> list[Checkpoint]:
@@ -193,3 +198,24 @@ class Finder:
         if mode is None:
             mode = policy.mode if policy is not None and policy.metric == metric else "min"
         return metric, mode
+
+
+def _opened(
+    directory: str | os.PathLike[str] | None, store: Store | None, options: Mapping[str, Any] | None
+) -> Store:
+    if (directory is None) == (store is None):
+        given = "neither" if store is None else "both"
+        raise TypeError(f"give a directory or a store: {given} of them were given")
+    if directory is not None:
+        return open_store(directory, options)
+    if not isinstance(store, Store):
+        raise TypeError(f"store must be an asyncckpt.stores.Store, not {store!r}; a path is a directory")
+    if options:
+        raise ValueError(
+            f"storage_options go with a URL, not with a store; give {sorted(options)} to what makes the store"
+        )
+    return store
+
+
+def _without_slash(path: str) -> str:
+    return path if path.endswith("://") else path.rstrip("/") or "/"

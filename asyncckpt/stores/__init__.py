@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 from fsspec.core import split_protocol
 
+from asyncckpt.stores.base import Draft, OpenFile, Store, StoredFile
 from asyncckpt.stores.local import LocalStore
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from asyncckpt.stores.base import Store
+__all__ = ["Draft", "LocalStore", "OpenFile", "Store", "StoredFile", "open_store"]
 
 
 def open_store(directory: str | os.PathLike[str], options: Mapping[str, Any] | None = None) -> Store:

@@ -261,11 +261,7 @@ class LocalDraft(Draft):
         """Sync, close, replace, sync the directory: one call on one thread, not to be cancelled."""
         with CancelScope(shield=True):
             await in_thread(self._file.commit)
-
-    @property
-    def sync_seconds(self) -> float:
-        """What the fsync of the file took."""
-        return self._file.sync_seconds
+        self.sync_seconds = self._file.sync_seconds
 
 
 def sync_directory(ops: FileOps, path: str) -> None:

@@ -112,7 +112,7 @@ class LocalFile(OpenFile):
     """An open file of a local directory."""
 
     def __init__(self, file: StoredFile, path: str, reading: ReadFile) -> None:
-        super().__init__(file, path)
+        self.file, self.path = file, path
         self._reading = reading
 
     async def read(self, offset: int, into: memoryview) -> None:

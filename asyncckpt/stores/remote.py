@@ -215,7 +215,7 @@ class RemoteFile(OpenFile):
     def __init__(
         self, file: StoredFile, path: str, read: Callable[[int, memoryview], Awaitable[None]]
     ) -> None:
-        super().__init__(file, path)
+        self.file, self.path = file, path
         self._read = read
 
     async def read(self, offset: int, into: memoryview) -> None:

@@ -46,7 +46,6 @@ class StreamDraft(Draft):
         self._file: Any = None
         self._written = 0
         self._committed = False
-        self._sync = 0.0
 
     def open(self) -> None:
         """Open the stream."""
@@ -65,12 +64,7 @@ class StreamDraft(Draft):
         began = time.perf_counter()
         with told("committing it", self._target):
             await in_thread(self._commit)
-        self._sync = time.perf_counter() - began
-
-    @property
-    def sync_seconds(self) -> float:
-        """What closing the stream took, which is when the last bytes are sent."""
-        return self._sync
+        self.sync_seconds = time.perf_counter() - began
 
     def drop(self) -> None:
         """Leave nothing behind of what is not committed."""

@@ -124,7 +124,6 @@ class S3Draft(Draft):
         self._whole = memoryview(b"")
         self._parts: dict[int, dict[str, Any]] = {}
         self._size = size
-        self._sync = 0.0
 
     async def open(self) -> None:
         """Begin the upload."""
@@ -165,12 +164,7 @@ class S3Draft(Draft):
                 await self._complete(self._upload)
         self._upload = None
         self._store.changed()
-        self._sync = time.perf_counter() - began
-
-    @property
-    def sync_seconds(self) -> float:
-        """What completing took."""
-        return self._sync
+        self.sync_seconds = time.perf_counter() - began
 
     async def drop(self) -> None:
         """Abort what is not committed."""

@@ -159,7 +159,7 @@ class WrapperStore(Store):
 
 class _WrapperFile(OpenFile):
     def __init__(self, store: WrapperStore, inner: OpenFile) -> None:
-        super().__init__(inner.file, inner.path)
+        self.file, self.path = inner.file, inner.path
         self._store = store
         self._inner = inner
 
@@ -183,10 +183,7 @@ class _WrapperDraft(Draft):
     async def commit(self) -> None:
         await self._store.before("commit", self._name)
         await self._inner.commit()
-
-    @property
-    def sync_seconds(self) -> float:
-        return self._inner.sync_seconds
+        self.sync_seconds = self._inner.sync_seconds
 
 
 class SlowStore(WrapperStore):
