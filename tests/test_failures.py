@@ -14,7 +14,8 @@ import asyncckpt
 from asyncckpt import AsyncCkptError, Checkpoint, Checkpointer, LastN, Save, SaveError
 from asyncckpt._saving.engine import get_engine
 from asyncckpt.stores.local import LocalStore
-from asyncckpt.testing import FaultyOps, FaultyStore, Gate, SlowStore
+from asyncckpt.testing import FaultyStore, Gate, SlowStore
+from file_operations import FaultyOps
 from support import faulty_store
 
 if TYPE_CHECKING:

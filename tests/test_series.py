@@ -26,7 +26,7 @@ from asyncckpt import (
 )
 from asyncckpt.layout.description import Description
 from asyncckpt.stores.local import LocalStore
-from asyncckpt.testing import FaultyOps
+from file_operations import FaultyOps
 from support import flip, payload_offset
 
 if TYPE_CHECKING:

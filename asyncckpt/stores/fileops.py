@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 _O_DIRECT: int = getattr(os, "O_DIRECT", 0)
-_FICLONE = 0x40049409
 _STATFS_BYTES = 512  # more than the struct has on any platform
 
 
@@ -81,12 +80,6 @@ class FileOps:
     def ftruncate(self, fd: int, size: int) -> None:
         """Set the size of a file without reserving space."""
         os.ftruncate(fd, size)
-
-    def ficlone(self, source: int, target: int) -> None:
-        """Let an open file share all data blocks of another one, copied when either is written to."""
-        if sys.platform != "linux":
-            raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
-        fcntl.ioctl(target, _FICLONE, source)
 
     def pwrite(self, fd: int, data: memoryview, offset: int) -> int:
         """Write at an offset; returns how many bytes were taken, which may be fewer."""

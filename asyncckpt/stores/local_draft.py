@@ -1,6 +1,6 @@
 """One file in the making: a locked temporary file, written in pieces, then put in its place or dropped."""
 
-# ruff: noqa: PTH118 - paths stay the str that the user gave
+# ruff: noqa: PTH115, PTH118, PTH208 - paths stay the str that the user gave
 
 from __future__ import annotations
 
@@ -16,49 +16,53 @@ from anyio import CancelScope
 
 from asyncckpt._threads import in_thread
 from asyncckpt.errors import StoreError
+from asyncckpt.stores.abandoned import close_quietly, hold, unlink_quietly
 from asyncckpt.stores.base import Draft
-from asyncckpt.stores.local_errors import size_text, translated
-from asyncckpt.stores.local_fork import close_by_name
-from asyncckpt.stores.local_io import (
+from asyncckpt.stores.errors import local_errors
+from asyncckpt.stores.local_file import (
     BULK_THREADS,
     DIRECT_FROM,
+    PAGE,
+    REFUSED,
     bulk_limiter,
     direct_range,
     open_direct,
-    write_buffered,
-    write_direct,
+    write_at,
 )
-from asyncckpt.stores.local_temporary import close_quietly, hold, temporary_name, unlink_quietly
+from asyncckpt.stores.names import temporary_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from asyncckpt.stores.fileops import FileOps
 
-_ATTEMPTS = 16
+ATTEMPTS = 16
+"""How often a temporary file is made again that others remove."""
+
 _NO_FALLOCATE = frozenset({errno.EOPNOTSUPP, errno.ENOSYS})
+# Under which name each descriptor of this process was opened, on Linux; what follows that of a removed file.
+_DESCRIPTORS = "/proc/self/fd"
+_REMOVED = " (deleted)"
 
 
-class DraftFile:
-    """The synchronous half of a draft; its methods run in worker threads, `write` in several at once.
+class LocalDraft(Draft):
+    """A draft in a local directory: pieces go to worker threads, and nothing is copied.
 
     The lock on the temporary file is held by a descriptor of its own from before the first byte until
     after the file is in its place, so that a starting writer never takes it for an abandoned one.
 
     A forked child holds no descriptor of it, and cannot use it: the file is the parent's alone.
-
-    Attributes:
-        sync_seconds: what the fsync of the file took.
     """
 
+    writers = BULK_THREADS
+
     def __init__(self, ops: FileOps, directory: str, name: str, size: int) -> None:
-        self.sync_seconds = 0.0
         self._ops = ops
         self._directory = directory
         self._name = name
         self._size = size
         self._target = os.path.join(directory, name)
-        self._doing = f"writing {name} ({size_text(size)})"
+        self._doing = f"writing {name} ({_size_text(size)})"
         # Guards everything below. It is free while pieces are written; whoever opens, commits or
         # drops holds it to the end.
         self._idle = threading.Condition()
@@ -74,8 +78,8 @@ class DraftFile:
         _drafts.add(self)
 
     def open(self) -> None:
-        """Make, lock and reserve the temporary file."""
-        with self._idle, translated(self._doing, self._target):
+        """Make, lock and reserve the temporary file; blocks."""
+        with self._idle, local_errors(self._doing, self._target):
             self._check_open()
             self._make_locked()
             self._writing_fds.append(self._ops.open(self._path, os.O_WRONLY))
@@ -85,14 +89,32 @@ class DraftFile:
                 if self._direct_fd is not None:
                     self._writing_fds.append(self._direct_fd)
 
-    def write(self, offset: int, data: memoryview) -> None:
-        """Write one piece, whole pages past the page cache where that works."""
+    async def write(self, offset: int, data: memoryview) -> None:
+        """Write `data` at `offset`, past the page cache where address and length are whole pages."""
+        await in_thread(self._write, offset, data.cast("B"), limiter=bulk_limiter())
+
+    def blocking_writer(self) -> Callable[[int, memoryview], None]:
+        """Return what writes a piece on the thread that calls it."""
+        return self._write
+
+    async def commit(self) -> None:
+        """Sync, close, replace, sync the directory: one call on one thread, not to be cancelled."""
+        with CancelScope(shield=True):
+            await in_thread(self._commit)
+
+    def drop(self) -> None:
+        """Close and remove what was not committed, once no write runs any more; idempotent; blocks."""
+        with self._idle:
+            self._end()
+            self._release()
+
+    def _write(self, offset: int, data: memoryview) -> None:
         with self._idle:
             self._check_open()
             self._writes_running += 1
         taken = 0
         try:
-            with translated(self._doing, self._target):
+            with local_errors(self._doing, self._target):
                 self._write_piece(offset, data)
             taken = len(data)
         finally:
@@ -101,37 +123,18 @@ class DraftFile:
                 self._written += taken
                 self._idle.notify_all()
 
-    def clone(self, source: int) -> bool:
-        """Share all blocks of an open file of the same size; False where the file system cannot."""
+    def _commit(self) -> None:
         with self._idle:
             self._check_open()
-            try:
-                self._ops.ficlone(source, self._writing_fds[0])
-            except OSError:
-                return False
-            self._written = self._size
-            return True
-
-    def commit(self) -> None:
-        """Sync and close the file, put it in its place, and sync the directory."""
-        with self._idle:
-            self._check_open()
-            self._ended = "by commit or failure"
-            self._idle.wait_for(self._no_writes)
+            self._end()
             try:
                 self._publish()
             finally:
                 self._release()
 
-    def drop(self) -> None:
-        """Close and remove what was not committed, once no write runs any more; idempotent."""
-        with self._idle:
-            self._ended = "by commit or failure"
-            self._idle.wait_for(self._no_writes)
-            self._release()
-
-    def _no_writes(self) -> bool:
-        return self._writes_running == 0
+    def _end(self) -> None:
+        self._ended = "by commit or failure"
+        self._idle.wait_for(lambda: self._writes_running == 0)
 
     def _check_open(self) -> None:
         if self._ended:
@@ -142,21 +145,16 @@ class DraftFile:
             )
 
     def _make_locked(self) -> None:
-        for _ in range(_ATTEMPTS):
+        for _ in range(ATTEMPTS):
             self._temporary = temporary_name(self._name)
             path = os.path.join(self._directory, self._temporary)
             self._lock_fd = self._ops.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
             self._path = path
             if hold(self._ops, self._lock_fd, path):
                 return
-            # A cleaner saw the file before it was locked.
+            # A starting writer saw the file before it was locked.
             self._release()
-        raise StoreError(
-            errno.EAGAIN,
-            f"every temporary file made in {self._directory} was locked or removed at once by another "
-            f"program while {self._doing}; keep other programs out of it",
-            self._target,
-        )
+        raise removed_error(self._target)
 
     def _reserve(self) -> None:
         if self._size == 0:
@@ -170,20 +168,21 @@ class DraftFile:
 
     def _write_piece(self, offset: int, data: memoryview) -> None:
         start = stop = 0
-        direct_fd = self._direct_fd
-        if direct_fd is not None:
+        if self._direct_fd is not None:
             start, stop = direct_range(data, offset)
-            if start < stop:
-                taken, refused = write_direct(self._ops, direct_fd, data[start:stop], offset + start)
-                stop = start + taken
-                if refused:
-                    self._direct_fd = None
-        write_buffered(self._ops, self._writing_fds[0], data[:start], offset)
-        write_buffered(self._ops, self._writing_fds[0], data[stop:], offset + stop)
+            try:
+                stop = start + write_at(self._ops, self._direct_fd, data[start:stop], offset + start, PAGE)
+            except OSError as error:
+                # A file system may open with O_DIRECT and still not write so.
+                if error.errno not in REFUSED:
+                    raise
+                self._direct_fd, stop = None, start
+        write_at(self._ops, self._writing_fds[0], data[:start], offset)
+        write_at(self._ops, self._writing_fds[0], data[stop:], offset + stop)
 
     def _publish(self) -> None:
         ops = self._ops
-        with translated(self._doing, self._target):
+        with local_errors(self._doing, self._target):
             if self._written != self._size:
                 raise StoreError(
                     errno.EINVAL,
@@ -199,14 +198,14 @@ class DraftFile:
             # Opened first: whatever can fail before the file is in its place should.
             directory = ops.open_directory(self._directory)
         try:
-            with translated(f"putting {self._name} in its place", self._target):
+            with local_errors(f"putting {self._name} in its place", self._target):
                 ops.replace(self._path, self._target)
             self._path = ""
             doing = (
                 f"syncing the directory (the new {self._name} is in place, but may not outlive a power loss)"
             )
-            with translated(doing, self._target):
-                sync_opened(ops, directory)
+            with local_errors(doing, self._target):
+                _sync_opened(ops, directory)
         finally:
             close_quietly(ops, directory)
 
@@ -240,41 +239,27 @@ class DraftFile:
         return temporary
 
 
-class LocalDraft(Draft):
-    """A draft in a local directory: pieces go to worker threads, and nothing is copied."""
-
-    chunk = 16 << 20
-    writers = BULK_THREADS
-
-    def __init__(self, file: DraftFile) -> None:
-        self._file = file
-
-    def blocking_writer(self) -> Callable[[int, memoryview], None]:
-        """Return what writes a piece on the thread that calls it."""
-        return self._file.write
-
-    async def write(self, offset: int, data: memoryview) -> None:
-        """Write `data` at `offset`, past the page cache where address and length are whole pages."""
-        await in_thread(self._file.write, offset, data.cast("B"), limiter=bulk_limiter())
-
-    async def commit(self) -> None:
-        """Sync, close, replace, sync the directory: one call on one thread, not to be cancelled."""
-        with CancelScope(shield=True):
-            await in_thread(self._file.commit)
-        self.sync_seconds = self._file.sync_seconds
-
-
 def sync_directory(ops: FileOps, path: str) -> None:
     """Make the entries of a directory durable."""
     fd = ops.open_directory(path)
     try:
-        sync_opened(ops, fd)
+        _sync_opened(ops, fd)
     finally:
         close_quietly(ops, fd)
 
 
-def sync_opened(ops: FileOps, directory: int) -> None:
-    """Make the entries of an open directory durable, on file systems that can be asked to."""
+def removed_error(target: str) -> StoreError:
+    """Return the error for a directory whose temporary files others lock or remove at once."""
+    directory, name = os.path.split(target)
+    return StoreError(
+        errno.EAGAIN,
+        f"every temporary file made in {directory} for {name} was locked or removed at once by another"
+        " program; keep other programs out of it",
+        target,
+    )
+
+
+def _sync_opened(ops: FileOps, directory: int) -> None:
     try:
         ops.fsync_directory(directory)
     except OSError as error:
@@ -283,11 +268,30 @@ def sync_opened(ops: FileOps, directory: int) -> None:
             raise
 
 
+def _size_text(nbytes: int) -> str:
+    for limit, unit in ((10**12, "TB"), (10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
+        if nbytes >= limit:
+            return f"{nbytes / limit:.1f} {unit}"
+    return f"{nbytes} bytes"
+
+
 def _disown_in_child() -> None:
-    temporaries = {draft.disown() for draft in list(_drafts)} - {""}
-    if temporaries:
-        close_by_name(temporaries)
+    """Close every descriptor of a draft in a forked child, where only this thread runs.
+
+    Those that another thread of the parent had just opened, or was about to close, are found by name: the
+    objects hold no number of them.
+    """
+    names = {draft.disown() for draft in list(_drafts)} - {""}
+    numbers: list[str] = []
+    with suppress(FileNotFoundError):
+        numbers = os.listdir(_DESCRIPTORS) if names else []
+    for number in numbers:
+        # The descriptor of the listing itself is gone.
+        with suppress(FileNotFoundError):
+            link = os.readlink(f"{_DESCRIPTORS}/{number}")
+            if link.rpartition("/")[2].removesuffix(_REMOVED) in names:
+                os.close(int(number))
 
 
-_drafts: WeakSet[DraftFile] = WeakSet()
+_drafts: WeakSet[LocalDraft] = WeakSet()
 os.register_at_fork(after_in_child=_disown_in_child)

@@ -17,8 +17,8 @@ from anyio import CancelScope, fail_after
 from asyncckpt._checksum import crc32
 from asyncckpt.errors import StoreError
 from asyncckpt.stores.base import Draft
+from asyncckpt.stores.errors import remote_errors
 from asyncckpt.stores.remote import ABANDONED_AFTER, RemoteStore
-from asyncckpt.stores.remote_errors import told
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -36,6 +36,19 @@ _DEADLINE = 300.0
 _MARK = "asyncckpt-save"
 
 
+def client_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Return the options of s3fs, with those of its client that saves need unless they are given."""
+    config = {
+        "retries": {"mode": "standard", "total_max_attempts": ATTEMPTS},
+        "connect_timeout": 10,
+        "read_timeout": 60,
+        # Each part brings the CRC-32 that we have made of it: another hash would take longer than sending it.
+        "request_checksum_calculation": "when_required",
+        "s3": {"payload_signing_enabled": False},
+    }
+    return options | {"config_kwargs": config | options.get("config_kwargs", {}), "use_listings_cache": False}
+
+
 class S3Store(RemoteStore):
     """A prefix of a bucket, through s3fs's client."""
 
@@ -50,21 +63,21 @@ class S3Store(RemoteStore):
     @asynccontextmanager
     async def draft(self, name: str, size: int) -> AsyncIterator[Draft]:
         """Open a draft of `size` bytes that will replace `name`; leaving drops what is not committed."""
-        _, _, key = self._full(name).partition("/")
+        _, _, key = self._path(name).partition("/")
         draft = S3Draft(self, key, size, self.path_of(name))
         try:
-            with told(f"writing {name}", self._given):
+            with remote_errors(f"writing {name}", self._given):
                 await draft.open()
             yield draft
         finally:
             with CancelScope(shield=True):
                 await draft.drop()
 
-    async def read_range(self, name: str, offset: int, into: memoryview) -> None:
+    async def read(self, name: str, offset: int, into: memoryview) -> None:
         """Fill `into` with the bytes from `offset` on; an answer that is cut short is asked for again."""
         for attempt in range(ATTEMPTS):
             try:
-                await super().read_range(name, offset, into)
+                await super().read(name, offset, into)
             except StoreError as error:
                 # The client's own retries end where the body of an answer begins.
                 if attempt + 1 == ATTEMPTS or type(error.__cause__).__name__ not in _CUT_SHORT:
@@ -88,16 +101,16 @@ class S3Store(RemoteStore):
         try:
             await self._abort_abandoned(f"{prefix}/".lstrip("/"))
         except PermissionError as error:
-            logger.warning("%s: uploads that dead runs left cannot be listed: %s", self._given, error)
+            logger.warning("%s: uploads of crashed runs cannot be listed: %s", self._given, error)
 
     async def _abort_abandoned(self, prefix: str) -> None:
-        """Give up what dead runs have begun to upload, which is paid for and not listed anywhere else."""
+        """Abort multipart uploads of crashed runs: they are billed, and not listed anywhere else."""
         page: dict[str, Any] = {}
         while True:
             answer = await self.call("list_multipart_uploads", Prefix=prefix, **page)
             for upload in answer.get("Uploads") or []:
                 if time.time() - upload["Initiated"].timestamp() > ABANDONED_AFTER:
-                    logger.info("aborting the upload of %s, which a dead writer left", upload["Key"])
+                    logger.info("aborting the upload of %s, which a crashed writer left", upload["Key"])
                     await self.call("abort_multipart_upload", upload["Key"], UploadId=upload["UploadId"])
             if not answer.get("IsTruncated"):
                 return
@@ -142,7 +155,7 @@ class S3Draft(Draft):
             self._whole = data
             return
         number, checksum = offset // self.chunk + 1, _checksum(data)
-        with told(f"uploading part {number}", self._path), fail_after(_DEADLINE):
+        with remote_errors(f"uploading part {number}", self._path), fail_after(_DEADLINE):
             answer = await self._store.call(
                 "upload_part",
                 self._key,
@@ -157,7 +170,7 @@ class S3Draft(Draft):
     async def commit(self) -> None:
         """Complete the upload: from then on the object is there, whole and durable."""
         began = time.perf_counter()
-        with told("completing the upload", self._path):
+        with remote_errors("completing the upload", self._path):
             if self._upload is None:
                 await self._put()
             else:

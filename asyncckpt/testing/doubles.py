@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
+import math
 import threading
 from abc import abstractmethod
 from collections import Counter
@@ -13,21 +15,19 @@ from typing import TYPE_CHECKING
 import anyio
 from anyio import to_thread
 
-from asyncckpt.stores.base import Draft, OpenFile, Store
-from asyncckpt.testing.faults import Faults
+from asyncckpt.stores import Draft, OpenFile, Store
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 
-    from asyncckpt.stores.base import StoredFile
+    from asyncckpt.stores import StoredFile
 
 
 class Gate:
     """A gate that operations wait at until a test opens it.
 
-    It may be used from every thread and event loop, so a test can hold work back that runs in the
-    background, and can wait until that work has arrived, without ever sleeping. The operations that
-    wait at it run on asyncio.
+    It may be used from every thread and event loop: a test holds work back that runs in the background, and
+    waits until that work has arrived, without ever sleeping. The operations that wait at it run on asyncio.
     """
 
     def __init__(self, *, opened: bool = False) -> None:
@@ -102,7 +102,7 @@ class WrapperStore(Store):
 
     @abstractmethod
     async def before(self, operation: str, subject: str) -> None:
-        """Be told of an operation that is about to begin; what this raises is what it raises."""
+        """Called before each operation, which fails with what this raises."""
 
     def path_of(self, name: str) -> str:
         """Return the path that the inner store gives."""
@@ -115,7 +115,7 @@ class WrapperStore(Store):
 
     @asynccontextmanager
     async def draft(self, name: str, size: int) -> AsyncIterator[Draft]:
-        """Open a draft of the inner store, whose operations are watched as well."""
+        """Open a draft of the inner store, with `before` called for its operations as well."""
         await self.before("draft", name)
         async with self._inner.draft(name, size) as draft:
             yield _WrapperDraft(self, draft, name)
@@ -136,7 +136,7 @@ class WrapperStore(Store):
 
     @asynccontextmanager
     async def open(self, name: str) -> AsyncIterator[OpenFile]:
-        """Open a file of the inner store, whose reads are watched."""
+        """Open a file of the inner store, with `before` called for its reads as well."""
         await self.before("open", name)
         async with self._inner.open(name) as file:
             yield _WrapperFile(self, file)
@@ -160,8 +160,7 @@ class WrapperStore(Store):
 class _WrapperFile(OpenFile):
     def __init__(self, store: WrapperStore, inner: OpenFile) -> None:
         self.file, self.path = inner.file, inner.path
-        self._store = store
-        self._inner = inner
+        self._store, self._inner = store, inner
 
     async def read(self, offset: int, into: memoryview) -> None:
         await self._store.before("read", self.file.name)
@@ -170,11 +169,8 @@ class _WrapperFile(OpenFile):
 
 class _WrapperDraft(Draft):
     def __init__(self, store: WrapperStore, inner: Draft, name: str) -> None:
-        self.chunk = inner.chunk
-        self.writers = inner.writers
-        self._store = store
-        self._inner = inner
-        self._name = name
+        self.chunk, self.writers = inner.chunk, inner.writers
+        self._store, self._inner, self._name = store, inner, name
 
     async def write(self, offset: int, data: memoryview) -> None:
         await self._store.before("write", self._name)
@@ -217,17 +213,11 @@ class SlowStore(WrapperStore):
             await self._sleep(self._delays[operation])
 
 
-class FaultyStore(WrapperStore):
-    """A store of which chosen operations fail, before they reach the inner one.
+class Faults:
+    """Failures that a test asks for."""
 
-    Attributes:
-        calls: how often each operation was called, those that failed included.
-    """
-
-    def __init__(self, inner: Store) -> None:
-        super().__init__(inner)
-        self.calls: Counter[str] = Counter()
-        self._faults = Faults()
+    def __init__(self) -> None:
+        self._faults: list[tuple[Callable[[str, str], bool], BaseException]] = []
 
     def fail(
         self,
@@ -238,23 +228,51 @@ class FaultyStore(WrapperStore):
         times: int | None = 1,
         where: Callable[[str], bool] | None = None,
     ) -> None:
-        """Let calls of an operation fail.
+        """Let calls of an operation fail, instead of carrying them out.
 
         Args:
-            operation: which one; see `WrapperStore`.
+            operation: the name of the method, or `write`, `commit` or `read`; see `WrapperStore`.
             error: what it raises.
             at: which call from now on is the first to fail, counted from 1.
             times: how many fail from there on; None for all.
-            where: counts only calls for file names that this is true of.
+            where: counts only calls whose subject, a name or a path, this is true of.
         """
-        self._faults.add(operation, error, at=at, times=times, where=where)
+        calls, end = itertools.count(1), math.inf if times is None else at + times
+
+        def strikes(called: str, subject: str) -> bool:
+            return called == operation and (where is None or where(subject)) and at <= next(calls) < end
+
+        self._faults.append((strikes, error))
+
+    def reset(self) -> None:
+        """Let everything work again."""
+        self._faults.clear()
+
+    def raise_chosen(self, operation: str, subject: str) -> None:
+        """Raise what this call is to fail with, if anything; from any thread."""
+        struck = [error for strikes, error in tuple(self._faults) if strikes(operation, subject)]
+        if struck:
+            raise struck[0]
+
+
+class FaultyStore(Faults, WrapperStore):
+    """A store of which chosen operations fail, before they reach the inner one.
+
+    Attributes:
+        calls: how often each operation was called, those that failed included.
+    """
+
+    def __init__(self, inner: Store) -> None:
+        Faults.__init__(self)
+        WrapperStore.__init__(self, inner)
+        self.calls: Counter[str] = Counter()
 
     def reset(self) -> None:
         """Let everything work again, and count the calls from 0."""
-        self._faults.clear()
+        super().reset()
         self.calls.clear()
 
     async def before(self, operation: str, subject: str) -> None:
         """Count the call, and fail it if it is one that was chosen."""
         self.calls[operation] += 1
-        self._faults.check(operation, subject)
+        self.raise_chosen(operation, subject)

@@ -1,27 +1,18 @@
-"""Temporary files: their names, and what becomes of those whose writer died."""
+"""Locks on temporary files, by which those of crashed writers are found and removed."""
 
 from __future__ import annotations
 
 import errno
 import logging
 import os
-import re
-import secrets
-import socket
-from functools import cache
-from hashlib import blake2b
-from pathlib import Path
 from typing import TYPE_CHECKING
+
+from asyncckpt.stores.names import TEMPORARY, host_tag, temporary_name
 
 if TYPE_CHECKING:
     from asyncckpt.stores.fileops import FileOps
 
 logger = logging.getLogger(__name__)
-
-_PATTERN = re.compile(r"\..*\.([0-9a-f]{8})\.[0-9a-f]{16}\.asyncckpt-tmp", re.DOTALL)
-
-# What a file keeps of the name it is for: enough for a person, and short enough for any file system.
-_KEPT_BYTES = 80
 
 # Types of file systems, by statfs(2), that cannot be mounted by several kernels at once.
 _ONE_KERNEL = frozenset(
@@ -42,35 +33,10 @@ _OLD_SECONDS = 24 * 3600
 _CANNOT_LOCK = frozenset({errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP})
 
 
-@cache
-def host_tag() -> str:
-    """Return eight hex digits for this machine, the same after a restart.
-
-    The host name alone may be the same on several machines, and so may the machine id in containers:
-    the tag is of both. A restarted container usually has another one.
-    """
-    try:
-        machine = Path("/etc/machine-id").read_bytes()
-    except OSError:
-        machine = b""
-    return blake2b(socket.gethostname().encode() + b"\0" + machine, digest_size=4).hexdigest()
-
-
-def temporary_name(name: str) -> str:
-    """Return a name, not used before, for a file that is to become `name`."""
-    kept = os.fsencode(name)[:_KEPT_BYTES].decode(errors="ignore")
-    return f".{kept}.{host_tag()}.{secrets.token_hex(8)}.asyncckpt-tmp"
-
-
-def is_temporary(name: str) -> bool:
-    """Tell whether a name is one of a temporary file, on whatever machine it was made."""
-    return _PATTERN.fullmatch(name) is not None
-
-
 def hold(ops: FileOps, fd: int, path: str) -> bool:
-    """Lock a temporary file that was just made; False if a cleaner had it first.
+    """Lock a temporary file that was just made; False if a starting writer removes it as abandoned.
 
-    Where the file system knows no locks it stays unlocked, and safe: no cleaner can lock it either.
+    Where the file system knows no locks it stays unlocked, and safe: nobody else can lock it either.
     """
     try:
         ops.flock(fd)
@@ -87,9 +53,9 @@ def hold(ops: FileOps, fd: int, path: str) -> bool:
 
 
 def remove_abandoned(ops: FileOps, directory: str) -> None:
-    """Remove the temporary files of writers that died.
+    """Remove the temporary files of crashed writers.
 
-    A writer locks its file as long as it lives. A lock that can be taken proves that the writer is dead
+    A writer locks its file as long as it runs. A lock that can be taken proves that the writer is gone
 
     - on ext2, ext3, ext4, XFS, btrfs, tmpfs, ramfs, overlayfs, ZFS, F2FS and bcachefs: always, as all
       writers run under one kernel. The POSIX lock is tried as well, which is how a server of NFS or SMB
@@ -103,14 +69,14 @@ def remove_abandoned(ops: FileOps, directory: str) -> None:
     What cannot be locked or removed stays, and is logged. Nothing else in the directory is touched.
     """
     for entry in ops.scandir(directory):
-        match = _PATTERN.fullmatch(entry.name)
+        match = TEMPORARY.fullmatch(entry.name)
         if match is None:
             continue
         same_host = match[1] == host_tag()
         try:
             if entry.is_symlink():
-                # It lives for microseconds, until it is moved to its place, and its maker begins again if
-                # it is taken away.
+                # It exists for microseconds, until it is moved to its place; its writer begins again if it is
+                # removed meanwhile.
                 if same_host or _is_old(ops, directory, ops.lstat(entry.path)):
                     ops.unlink(entry.path)
             elif entry.is_file(follow_symlinks=False):
@@ -128,12 +94,12 @@ def _remove_unlocked(ops: FileOps, directory: str, path: str, *, same_host: bool
         if _has_one_kernel(ops, fd):
             ops.lockf(fd)
         elif not (same_host or _is_old(ops, directory, ops.fstat(fd))):
-            logger.info("left %s for 24 hours: its writer may live on another machine", path)
+            logger.info("left %s for 24 hours: its writer may run on another machine", path)
             return
         # Should its writer have put the file in its place just now, then this path is gone: names
         # are never used twice.
         ops.unlink(path)
-        logger.info("removed %s, which a writer left when it died", path)
+        logger.info("removed %s, which a crashed writer left", path)
     except BlockingIOError:
         pass
     finally:
@@ -141,7 +107,7 @@ def _remove_unlocked(ops: FileOps, directory: str, path: str, *, same_host: bool
 
 
 def _has_one_kernel(ops: FileOps, fd: int) -> bool:
-    """Tell whether all who mount the file system of an open file run under this kernel."""
+    """Return whether all who mount the file system of an open file run under this kernel."""
     try:
         return ops.fstatfs(fd) in _ONE_KERNEL
     except OSError:
@@ -149,8 +115,8 @@ def _has_one_kernel(ops: FileOps, fd: int) -> bool:
 
 
 def _is_old(ops: FileOps, directory: str, status: os.stat_result) -> bool:
-    """Tell whether a file was last modified at least 24 hours before one that is made now beside it."""
-    path = os.path.join(directory, temporary_name("clock"))  # noqa: PTH118 - paths stay the str that the user gave
+    """Return whether a file was last modified at least 24 hours before one that is made now beside it."""
+    path = os.path.join(directory, temporary_name("clock"))  # noqa: PTH118 - paths stay the str that was given
     fd = ops.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
     try:
         now = ops.fstat(fd).st_mtime
@@ -169,7 +135,7 @@ def close_quietly(ops: FileOps, fd: int) -> None:
 
 
 def unlink_quietly(ops: FileOps, path: str) -> None:
-    """Remove a temporary file if it is still there; a failure is logged."""
+    """Remove a temporary file if it still exists; a failure is logged."""
     try:
         ops.unlink(path)
     except FileNotFoundError:
