@@ -112,7 +112,7 @@ def test_a_file_that_is_evicted_before_it_is_opened_means_look_again(store: Chan
     ckpt.checkpoints()  # its description is known: the next open is that of the load
 
     def evict(name: str) -> None:
-        get_engine().call(store._inner.remove, name)
+        get_engine().call(store.inner.remove, name)
         other = Checkpointer(ckpt.directory, filename="{step}.pt")
         other.save(2, state_of(2)).committed.result(30)
 
@@ -128,7 +128,7 @@ def test_missing_is_only_an_empty_listing(store: Changing) -> None:
     ckpt.save(1, state_of(1))
     ckpt.wait()
     ckpt.checkpoints()
-    store.change = lambda name: get_engine().call(store._inner.remove, name)
+    store.change = lambda name: get_engine().call(store.inner.remove, name)
     live = state_of(0)
     assert ckpt.restore(live, missing_ok=True) is None
     assert live["step"] == 0

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from asyncckpt.errors import StoreError
 from asyncckpt.stores.local import LocalStore
 from asyncckpt.stores.local_file import PAGE, direct_range
-from asyncckpt.stores.names import host_tag, is_temporary, temporary_name
+from asyncckpt.stores.temporary import host_tag, is_temporary, temporary_name
 from asyncckpt.testing.store_contract import StoreContract, content, get, names, put
 from file_operations import Call, FaultyOps, RecordingOps
 

@@ -12,7 +12,7 @@ import pytest
 
 from asyncckpt.stores.fileops import FileOps
 from asyncckpt.stores.local import LocalStore
-from asyncckpt.stores.names import temporary_name
+from asyncckpt.stores.temporary import temporary_name
 from file_operations import FaultyOps
 from support import mounted
 

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import errno
 import mmap
+import os
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from asyncckpt._threads import for_each
+from asyncckpt.errors import StoreError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -157,11 +161,29 @@ class Store(ABC):
         await self.copy(source, target)
 
 
+def checked_name(name: str, *, longest: int | None = None) -> str:
+    """Return `name`, or raise StoreError if it is not the flat name of a file of at most `longest` bytes."""
+    too_long = longest is not None and len(os.fsencode(name)) > longest
+    if name in {"", ".", ".."} or "/" in name or "\0" in name or too_long:
+        limit = f" of at most {longest} bytes" if longest else ""
+        message = f"{name!r} cannot be the name of a file; use one without slashes{limit}"
+        raise StoreError(errno.EINVAL, message)
+    return name
+
+
+def checked_source(source: str, *, longest: int | None = None) -> str:
+    """Return `source`, or raise StoreError if it is not a name or the relative path of a file."""
+    checked_name(source if source.startswith("/") else source.rpartition("/")[2], longest=longest)
+    return source
+
+
 async def copy_into(draft: Draft, file: OpenFile) -> None:
     """Write all of an open file into a draft of its size."""
-    size = file.file.nbytes
-    for offset in range(0, size, draft.chunk):
+
+    async def copy_piece(offset: int) -> None:
         # A new piece each time, as the draft may need it until the commit; on a page, for direct writes.
-        piece = memoryview(mmap.mmap(-1, min(draft.chunk, size - offset)))
+        piece = memoryview(mmap.mmap(-1, min(draft.chunk, file.file.nbytes - offset)))
         await file.read(offset, piece)
         await draft.write(offset, piece)
+
+    await for_each(copy_piece, range(0, file.file.nbytes, draft.chunk), draft.writers)

@@ -1,6 +1,7 @@
 """The store on a local path: one directory of files, each of them whole or not there."""
 
 # ruff: noqa: PTH100, PTH118, PTH119, PTH120 - paths stay the str that the user gave
+# ruff: noqa: D102 - methods without a docstring do what `Store`, `Draft` and `OpenFile` say
 
 from __future__ import annotations
 
@@ -17,13 +18,12 @@ from anyio import CancelScope
 
 from asyncckpt._threads import in_thread
 from asyncckpt.errors import StoreError
-from asyncckpt.stores.abandoned import remove_abandoned, unlink_quietly
-from asyncckpt.stores.base import Store, copy_into
+from asyncckpt.stores.base import Store, checked_name, checked_source, copy_into
 from asyncckpt.stores.errors import local_errors
 from asyncckpt.stores.fileops import FileOps
 from asyncckpt.stores.local_draft import ATTEMPTS, LocalDraft, removed_error, sync_directory
 from asyncckpt.stores.local_file import LocalFile, committed_file
-from asyncckpt.stores.names import checked_name, checked_source, is_temporary, temporary_name
+from asyncckpt.stores.temporary import is_temporary, remove_abandoned, temporary_name, unlink_quietly
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Collection, Sequence
@@ -74,7 +74,6 @@ class LocalStore(Store):
 
     @asynccontextmanager
     async def draft(self, name: str, size: int) -> AsyncIterator[Draft]:
-        """Open a draft of `size` bytes that will replace `name`; leaving drops what is not committed."""
         self._path(name)
         draft = LocalDraft(self._ops, self._directory, name, size)
         try:
@@ -95,7 +94,6 @@ class LocalStore(Store):
             return await _looked_up(lambda: committed_file(name, path, self._ops.stat(path)))
 
     async def exists(self) -> bool:
-        """Return whether the directory exists."""
         with local_errors("looking for it", os.path.join(self._directory, "")):
             return await _looked_up(lambda: self._is_directory(self._directory))
 

@@ -1,6 +1,6 @@
 """One file in the making: a locked temporary file, written in pieces, then put in its place or dropped."""
 
-# ruff: noqa: PTH115, PTH118, PTH208 - paths stay the str that the user gave
+# ruff: noqa: PTH112, PTH115, PTH118, PTH208 - paths stay the str that the user gave
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from anyio import CancelScope
 
 from asyncckpt._threads import in_thread
 from asyncckpt.errors import StoreError
-from asyncckpt.stores.abandoned import close_quietly, hold, unlink_quietly
 from asyncckpt.stores.base import Draft
 from asyncckpt.stores.errors import local_errors
 from asyncckpt.stores.local_file import (
@@ -29,7 +28,7 @@ from asyncckpt.stores.local_file import (
     open_direct,
     write_at,
 )
-from asyncckpt.stores.names import temporary_name
+from asyncckpt.stores.temporary import close_quietly, hold, temporary_name, unlink_quietly
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -62,7 +61,7 @@ class LocalDraft(Draft):
         self._name = name
         self._size = size
         self._target = os.path.join(directory, name)
-        self._doing = f"writing {name} ({_size_text(size)})"
+        self._doing = f"writing {name} ({size:,} bytes)"
         # Guards everything below. It is free while pieces are written; whoever opens, commits or
         # drops holds it to the end.
         self._idle = threading.Condition()
@@ -71,9 +70,9 @@ class LocalDraft(Draft):
         self._written = 0
         self._temporary = ""  # the name of the temporary file, as long as a descriptor of it may be open
         self._path = ""  # of the temporary file, as long as there is one
-        # A number is recorded only while it is open: forked children close it.
-        self._lock_fd: int | None = None
-        self._writing_fds: list[int] = []
+        # That of the lock, then those for writing. A number is recorded only while it is open: forked
+        # children close it.
+        self._fds: list[int] = []
         self._direct_fd: int | None = None
         _drafts.add(self)
 
@@ -82,12 +81,12 @@ class LocalDraft(Draft):
         with self._idle, local_errors(self._doing, self._target):
             self._check_open()
             self._make_locked()
-            self._writing_fds.append(self._ops.open(self._path, os.O_WRONLY))
+            self._fds.append(self._ops.open(self._path, os.O_WRONLY))
             self._reserve()
             if self._size >= DIRECT_FROM:
                 self._direct_fd = open_direct(self._ops, self._path, os.O_WRONLY)
                 if self._direct_fd is not None:
-                    self._writing_fds.append(self._direct_fd)
+                    self._fds.append(self._direct_fd)
 
     async def write(self, offset: int, data: memoryview) -> None:
         """Write `data` at `offset`, past the page cache where address and length are whole pages."""
@@ -148,9 +147,9 @@ class LocalDraft(Draft):
         for _ in range(ATTEMPTS):
             self._temporary = temporary_name(self._name)
             path = os.path.join(self._directory, self._temporary)
-            self._lock_fd = self._ops.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+            self._fds.append(self._ops.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL))
             self._path = path
-            if hold(self._ops, self._lock_fd, path):
+            if hold(self._ops, self._fds[0], path):
                 return
             # A starting writer saw the file before it was locked.
             self._release()
@@ -160,11 +159,11 @@ class LocalDraft(Draft):
         if self._size == 0:
             return
         try:
-            self._ops.fallocate(self._writing_fds[0], self._size)
+            self._ops.fallocate(self._fds[1], self._size)
         except OSError as error:
             if error.errno not in _NO_FALLOCATE:
                 raise
-            self._ops.ftruncate(self._writing_fds[0], self._size)
+            self._ops.ftruncate(self._fds[1], self._size)
 
     def _write_piece(self, offset: int, data: memoryview) -> None:
         start = stop = 0
@@ -177,8 +176,8 @@ class LocalDraft(Draft):
                 if error.errno not in REFUSED:
                     raise
                 self._direct_fd, stop = None, start
-        write_at(self._ops, self._writing_fds[0], data[:start], offset)
-        write_at(self._ops, self._writing_fds[0], data[stop:], offset + stop)
+        write_at(self._ops, self._fds[1], data[:start], offset)
+        write_at(self._ops, self._fds[1], data[stop:], offset + stop)
 
     def _publish(self) -> None:
         ops = self._ops
@@ -191,10 +190,10 @@ class LocalDraft(Draft):
                     self._target,
                 )
             started = time.perf_counter()
-            ops.fsync(self._writing_fds[0])
+            ops.fsync(self._fds[1])
             self.sync_seconds = time.perf_counter() - started
-            while self._writing_fds:
-                ops.close(self._writing_fds.pop())
+            while len(self._fds) > 1:
+                ops.close(self._fds.pop())
             # Opened first: whatever can fail before the file is in its place should.
             directory = ops.open_directory(self._directory)
         try:
@@ -210,15 +209,13 @@ class LocalDraft(Draft):
             close_quietly(ops, directory)
 
     def _release(self) -> None:
-        while self._writing_fds:
-            close_quietly(self._ops, self._writing_fds.pop())
+        while len(self._fds) > 1:
+            close_quietly(self._ops, self._fds.pop())
         if self._path:
             unlink_quietly(self._ops, self._path)
-            self._path = ""
-        if self._lock_fd is not None:
-            fd, self._lock_fd = self._lock_fd, None
-            close_quietly(self._ops, fd)
-        self._temporary = ""
+        while self._fds:
+            close_quietly(self._ops, self._fds.pop())
+        self._temporary = self._path = ""
 
     def disown(self) -> str:
         """End in a forked child: close what it inherited, and leave the file to the parent.
@@ -226,13 +223,12 @@ class LocalDraft(Draft):
         Returns:
             The name of the temporary file, of which more descriptors may be open.
         """
-        fds = [*self._writing_fds, *([] if self._lock_fd is None else [self._lock_fd])]
-        temporary = self._temporary
+        fds, temporary = self._fds, self._temporary
         self._idle = threading.Condition()  # another thread of the parent may have held it
         self._writes_running = 0
         self._ended = "here: it belongs to the process that this one was forked from"
         self._temporary = self._path = ""
-        self._writing_fds, self._lock_fd, self._direct_fd = [], None, None
+        self._fds, self._direct_fd = [], None
         for fd in fds:
             with suppress(OSError):
                 os.close(fd)
@@ -268,13 +264,6 @@ def _sync_opened(ops: FileOps, directory: int) -> None:
             raise
 
 
-def _size_text(nbytes: int) -> str:
-    for limit, unit in ((10**12, "TB"), (10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
-        if nbytes >= limit:
-            return f"{nbytes / limit:.1f} {unit}"
-    return f"{nbytes} bytes"
-
-
 def _disown_in_child() -> None:
     """Close every descriptor of a draft in a forked child, where only this thread runs.
 
@@ -282,10 +271,7 @@ def _disown_in_child() -> None:
     objects hold no number of them.
     """
     names = {draft.disown() for draft in list(_drafts)} - {""}
-    numbers: list[str] = []
-    with suppress(FileNotFoundError):
-        numbers = os.listdir(_DESCRIPTORS) if names else []
-    for number in numbers:
+    for number in os.listdir(_DESCRIPTORS) if names and os.path.isdir(_DESCRIPTORS) else []:
         # The descriptor of the listing itself is gone.
         with suppress(FileNotFoundError):
             link = os.readlink(f"{_DESCRIPTORS}/{number}")

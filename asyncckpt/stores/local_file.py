@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import errno
-import mmap
 import os
 import stat as modes
 import threading
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,10 +15,9 @@ from anyio.lowlevel import RunVar
 
 from asyncckpt._threads import in_thread
 from asyncckpt.errors import StoreError
-from asyncckpt.stores.abandoned import close_quietly
 from asyncckpt.stores.base import OpenFile, StoredFile
 from asyncckpt.stores.errors import local_errors
-from asyncckpt.stores.names import is_temporary
+from asyncckpt.stores.temporary import close_quietly, is_temporary
 
 if TYPE_CHECKING:
     from asyncckpt.stores.fileops import FileOps
@@ -118,84 +117,71 @@ class LocalFile(OpenFile):
         self._path = path
         # Guards everything below. It is free while pieces are read.
         self._lock = threading.Lock()
-        self._fds: list[int] = []
-        self._direct_fd: int | None = None
-        self._direct_tried = False
+        self._fd: int | None = None
         self._reads_running = 0
         self._closed = False
 
     def open(self) -> None:
-        """Open the file; runs in a worker thread."""
+        """Open the file; blocks."""
         with self._lock:
-            self._fds.append(self._ops.open(self._path, os.O_RDONLY))
-            self.file = committed_file(self._name, self._path, self._ops.fstat(self._fds[0]))
+            self._fd = self._ops.open(self._path, os.O_RDONLY)
+            self.file = committed_file(self._name, self._path, self._ops.fstat(self._fd))
 
     async def read(self, offset: int, into: memoryview) -> None:
         """Fill `into` with the bytes from `offset` on, past the page cache for large aligned ranges."""
         with local_errors(f"reading {self._name}", self._path):
-            await in_thread(self._read_counted, offset, into.cast("B"), limiter=bulk_limiter())
+            await in_thread(self._read, offset, into.cast("B"), limiter=bulk_limiter())
 
     def close(self) -> None:
         """Close the file; a read that a cancelled task has left behind closes it at its end."""
         with self._lock:
             self._closed = True
-            self._release_if_done()
+            self._close_if_done()
 
-    def _read_counted(self, offset: int, into: memoryview) -> None:
+    def _read(self, offset: int, into: memoryview) -> None:
         with self._lock:
-            if self._closed:
+            if self._closed or self._fd is None:
                 raise StoreError(errno.EBADF, f"{self._path} was closed while it was read", self._path)
+            fd = self._fd
             self._reads_running += 1
         try:
-            self._read(offset, into)
+            done = self._read_direct(fd, offset, into)
+            done += read_at(self._ops, fd, into[done:], offset + done)
+            if done < len(into):
+                raise StoreError(
+                    errno.ENODATA,
+                    f"{self._path} ends at byte {self._ops.fstat(fd).st_size}, within the {len(into)} bytes"
+                    f" to be read from byte {offset}; it was cut short",
+                    self._path,
+                )
         finally:
             with self._lock:
                 self._reads_running -= 1
-                self._release_if_done()
+                self._close_if_done()
 
-    def _read(self, offset: int, into: memoryview) -> None:
-        done = self._read_direct(offset, into)
-        done += read_at(self._ops, self._fds[0], into[done:], offset + done)
-        if done < len(into):
-            size = self._ops.fstat(self._fds[0]).st_size
-            raise StoreError(
-                errno.ENODATA,
-                f"{self._path} ends at byte {size}, within the {len(into)} bytes to be read from byte"
-                f" {offset}; it was cut short",
-                self._path,
-            )
-
-    def _read_direct(self, offset: int, into: memoryview) -> int:
-        if len(into) < DIRECT_FROM or offset % mmap.PAGESIZE:
+    def _read_direct(self, fd: int, offset: int, into: memoryview) -> int:
+        """Read whole pages past the page cache; returns how many bytes came, 0 where that is refused."""
+        large = len(into) >= DIRECT_FROM and offset % PAGE == 0
+        _, stop = direct_range(into, offset) if large else (0, 0)
+        if not stop:
             return 0
-        with self._lock:
-            if not self._direct_tried:
-                self._direct_tried = True
-                self._direct_fd = self._open_direct()
-        if self._direct_fd is None:
-            return 0
-        try:
-            _, stop = direct_range(into, offset)
-            return read_at(self._ops, self._direct_fd, into[:stop], offset, PAGE)
-        except OSError as error:
-            if error.errno not in REFUSED:
-                raise
-            return 0
-
-    def _open_direct(self) -> int | None:
-        """Return a descriptor of the same file past the page cache, if there can be one."""
         # Through the descriptor: another file may have taken the name since it was opened.
-        path = f"/proc/self/fd/{self._fds[0]}"
-        try:
-            fd = open_direct(self._ops, path, os.O_RDONLY)
-        except FileNotFoundError:  # /proc is not mounted
-            return None
-        self._fds += [] if fd is None else [fd]
-        return fd
+        with suppress(FileNotFoundError):  # where /proc is not mounted
+            direct = open_direct(self._ops, f"/proc/self/fd/{fd}", os.O_RDONLY)
+            if direct is not None:
+                try:
+                    return read_at(self._ops, direct, into[:stop], offset, PAGE)
+                except OSError as error:
+                    if error.errno not in REFUSED:
+                        raise
+                finally:
+                    close_quietly(self._ops, direct)
+        return 0
 
-    def _release_if_done(self) -> None:
-        while self._closed and not self._reads_running and self._fds:
-            close_quietly(self._ops, self._fds.pop())
+    def _close_if_done(self) -> None:
+        if self._closed and not self._reads_running and self._fd is not None:
+            fd, self._fd = self._fd, None
+            close_quietly(self._ops, fd)
 
 
 def _address(data: memoryview) -> int:

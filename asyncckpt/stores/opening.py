@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import threading
 from typing import TYPE_CHECKING, Any
 
 from fsspec.core import split_protocol, url_to_fs
@@ -34,7 +33,6 @@ _PACKAGES = {
 _ENVIRONMENT = ("AWS_", "AZURE_", "GOOGLE_", "GCSFS_", "FSSPEC_")
 
 _opened: dict[tuple[str, str], AbstractFileSystem] = {}
-_opening = threading.Lock()
 
 
 def open_store(directory: str | os.PathLike[str], options: Mapping[str, Any] | None = None) -> Store:
@@ -58,7 +56,7 @@ def open_store(directory: str | os.PathLike[str], options: Mapping[str, Any] | N
             )
         return LocalStore(path)
     try:
-        with _opening, remote_errors("opening it", given):
+        with remote_errors("opening it", given):
             fs = _file_system(given, protocol, dict(options or {}))
             root = fs._strip_protocol(given)
     except StoreError as error:
@@ -78,15 +76,9 @@ def _file_system(url: str, protocol: str, options: dict[str, Any]) -> AbstractFi
         fs, _ = url_to_fs(url, **options, skip_instance_cache=True)
         if protocol in _S3:
             fs.retries = 1  # the client's own are enough, and are with jitter
-        _opened[key] = fs
+        return _opened.setdefault(key, fs)
     return _opened[key]
 
 
-def _forget_in_child() -> None:
-    """Begin anew in a forked child: connections and the thread that serves them are the parent's."""
-    global _opening  # noqa: PLW0603
-    _opening = threading.Lock()
-    _opened.clear()
-
-
-os.register_at_fork(after_in_child=_forget_in_child)
+# In a forked child, connections and the thread that serves them are the parent's.
+os.register_at_fork(after_in_child=_opened.clear)

@@ -1,5 +1,7 @@
 """A directory of any file system that fsspec knows: in its native async interface if it has one."""
 
+# ruff: noqa: D102 - methods without a docstring do what `Store`, `Draft` and `OpenFile` say
+
 from __future__ import annotations
 
 import asyncio
@@ -16,9 +18,9 @@ from fsspec.spec import AbstractFileSystem
 
 from asyncckpt._threads import in_thread
 from asyncckpt.errors import AsyncCkptError, StoreError
-from asyncckpt.stores.base import Draft, OpenFile, Store, StoredFile
+from asyncckpt.stores.base import Draft, OpenFile, Store, StoredFile, checked_name, checked_source
 from asyncckpt.stores.errors import remote_errors
-from asyncckpt.stores.names import checked_name, checked_source, is_temporary, temporary_name
+from asyncckpt.stores.temporary import is_temporary, temporary_name
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
@@ -58,7 +60,6 @@ class RemoteStore(Store):
         return f"{type(self).__name__}({self._given!r})"
 
     def path_of(self, name: str) -> str:
-        """Return the URL of `name`."""
         return f"{self._given}/{name}"
 
     async def prepare(self) -> None:
@@ -70,7 +71,6 @@ class RemoteStore(Store):
 
     @asynccontextmanager
     async def draft(self, name: str, size: int) -> AsyncIterator[Draft]:
-        """Open a draft of `size` bytes that will replace `name`; leaving drops what is not committed."""
         del size
         target = self._path(name)
         draft = StreamDraft(self._fs, target if self._whole else self._beside(name), target)
@@ -94,7 +94,6 @@ class RemoteStore(Store):
         return [file for file in files if file.name and not is_temporary(file.name)]
 
     async def stat(self, name: str) -> StoredFile:
-        """Return one file, or raise FileNotFoundError."""
         path = self._path(name)
         with remote_errors(f"looking at {name}", self._given, absent_ok=True):
             self._fs.invalidate_cache()
@@ -196,7 +195,6 @@ class RemoteFile(OpenFile):
         self._store = store
 
     async def read(self, offset: int, into: memoryview) -> None:
-        """Fill `into` with the bytes from `offset` on."""
         await self._store.read(self.file.name, offset, into)
 
 
@@ -223,7 +221,6 @@ class StreamDraft(Draft):
         self._file = self._fs.open(self._path, "wb")
 
     async def write(self, offset: int, data: memoryview) -> None:
-        """Append a piece."""
         if offset != self._written:
             raise StoreError(errno.ESPIPE, f"byte {offset} cannot be written before byte {self._written}")
         self._written += len(data)

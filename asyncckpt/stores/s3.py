@@ -1,5 +1,7 @@
 """A directory of an S3 bucket: one object a checkpoint, uploaded in parallel parts, visible when complete."""
 
+# ruff: noqa: D102 - methods without a docstring do what `Store`, `Draft` and `OpenFile` say
+
 from __future__ import annotations
 
 import asyncio
@@ -62,7 +64,6 @@ class S3Store(RemoteStore):
 
     @asynccontextmanager
     async def draft(self, name: str, size: int) -> AsyncIterator[Draft]:
-        """Open a draft of `size` bytes that will replace `name`; leaving drops what is not committed."""
         _, _, key = self._path(name).partition("/")
         draft = S3Draft(self, key, size, self.path_of(name))
         try:
@@ -114,10 +115,7 @@ class S3Store(RemoteStore):
                     await self.call("abort_multipart_upload", upload["Key"], UploadId=upload["UploadId"])
             if not answer.get("IsTruncated"):
                 return
-            page = {
-                "KeyMarker": answer["NextKeyMarker"],
-                "UploadIdMarker": answer["NextUploadIdMarker"],
-            }
+            page = {name: answer[f"Next{name}"] for name in ("KeyMarker", "UploadIdMarker")}
 
 
 class S3Draft(Draft):
@@ -132,15 +130,15 @@ class S3Draft(Draft):
         self._token = secrets.token_hex(16)
         # A part is copied to be sent, and again by the socket: that is what is taken beside the snapshot.
         self.chunk = max(_PART, -(-size // (_PARTS * _PAGE)) * _PAGE)
-        self._multipart = size > self.chunk
         self._upload: str | None = None
         self._whole = memoryview(b"")
         self._parts: dict[int, dict[str, Any]] = {}
         self._size = size
+        self._written = 0
 
     async def open(self) -> None:
         """Begin the upload."""
-        if self._multipart:
+        if self._size > self.chunk:
             answer = await self._store.call(
                 "create_multipart_upload",
                 self._key,
@@ -150,7 +148,7 @@ class S3Draft(Draft):
             self._upload = answer["UploadId"]
 
     async def write(self, offset: int, data: memoryview) -> None:
-        """Upload a part."""
+        self._written += len(data)
         if self._upload is None:
             self._whole = data
             return
@@ -164,15 +162,18 @@ class S3Draft(Draft):
                 Body=bytes(data),
                 ChecksumCRC32=checksum,
             )
-        part = {"PartNumber": number, "ETag": answer["ETag"], "ChecksumCRC32": checksum}
-        self._parts[number] = part
+        self._parts[number] = {"PartNumber": number, "ETag": answer["ETag"], "ChecksumCRC32": checksum}
 
     async def commit(self) -> None:
         """Complete the upload: from then on the object is there, whole and durable."""
         began = time.perf_counter()
+        if self._written != self._size:
+            message = f"{self._written} of {self._size} bytes were written; it is not committed"
+            raise StoreError(errno.EINVAL, message, self._path)
         with remote_errors("completing the upload", self._path):
             if self._upload is None:
-                await self._put()
+                body, checksum = bytes(self._whole), _checksum(self._whole)
+                await self._store.call("put_object", self._key, Body=body, ChecksumCRC32=checksum)
             else:
                 await self._complete(self._upload)
         self._upload = None
@@ -191,17 +192,8 @@ class S3Draft(Draft):
         except Exception as error:  # noqa: BLE001 - what made it fail matters more, and it is not visible
             logger.warning("%s: the broken upload could not be aborted: %s", self._path, error)
 
-    async def _put(self) -> None:
-        if len(self._whole) != self._size:
-            raise _incomplete(self._path, len(self._whole), self._size)
-        await self._store.call(
-            "put_object", self._key, Body=bytes(self._whole), ChecksumCRC32=_checksum(self._whole)
-        )
-
     async def _complete(self, upload: str) -> None:
         parts = [self._parts[number] for number in sorted(self._parts)]
-        if len(parts) != -(-self._size // self.chunk):
-            raise _incomplete(self._path, len(parts) * self.chunk, self._size)
         try:
             await self._store.call(
                 "complete_multipart_upload", self._key, UploadId=upload, MultipartUpload={"Parts": parts}
@@ -215,7 +207,3 @@ class S3Draft(Draft):
 
 def _checksum(data: memoryview) -> str:
     return base64.b64encode(crc32(data).to_bytes(4, "big")).decode()
-
-
-def _incomplete(path: str, written: int, size: int) -> StoreError:
-    return StoreError(errno.EINVAL, f"{written} of {size} bytes were written; it is not committed", path)

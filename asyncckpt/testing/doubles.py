@@ -1,5 +1,7 @@
 """Stores that wrap another one and make it slow, or make it fail."""
 
+# ruff: noqa: D102 - methods without a docstring do what `Store`, `Draft` and `OpenFile` say
+
 from __future__ import annotations
 
 import asyncio
@@ -10,7 +12,7 @@ from abc import abstractmethod
 from collections import Counter
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import anyio
 from anyio import to_thread
@@ -18,9 +20,7 @@ from anyio import to_thread
 from asyncckpt.stores import Draft, OpenFile, Store
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-
-    from asyncckpt.stores import StoredFile
+    from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 
 
 class Gate:
@@ -85,76 +85,62 @@ class Gate:
         await asyncio.wrap_future(future)
 
 
+def _wrapped(operation: str) -> Any:
+    """Return the method of a wrapper that calls `before`, then the same method of the inner store."""
+
+    async def call(self: WrapperStore, *names: str) -> Any:
+        await self.before(operation, names[-1] if names else "")
+        return await getattr(self.inner, operation)(*names)
+
+    return call
+
+
 class WrapperStore(Store):
     """A store that does something before each operation of another one.
 
     Operations are named by their methods: `prepare`, `draft`, `write`, `commit`, `list`, `stat`,
     `open`, `read`, `remove`, `copy` and `link`. Their subject is the name of the file; for `copy` and `link`
     that of the target, for `prepare` and `list` an empty string.
+
+    Attributes:
+        inner: the store that does the work.
     """
 
     def __init__(self, inner: Store) -> None:
-        self._inner = inner
+        self.inner = inner
         self.overlaps = inner.overlaps
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self._inner!r})"
+        return f"{type(self).__name__}({self.inner!r})"
 
     @abstractmethod
     async def before(self, operation: str, subject: str) -> None:
         """Called before each operation, which fails with what this raises."""
 
-    def path_of(self, name: str) -> str:
-        """Return the path that the inner store gives."""
-        return self._inner.path_of(name)
+    prepare = _wrapped("prepare")
+    list = _wrapped("list")
+    stat = _wrapped("stat")
+    remove = _wrapped("remove")
+    copy = _wrapped("copy")
+    link = _wrapped("link")
 
-    async def prepare(self) -> None:
-        """Prepare the inner store."""
-        await self.before("prepare", "")
-        await self._inner.prepare()
+    def path_of(self, name: str) -> str:
+        return self.inner.path_of(name)
+
+    async def exists(self) -> bool:
+        return await self.inner.exists()
 
     @asynccontextmanager
     async def draft(self, name: str, size: int) -> AsyncIterator[Draft]:
-        """Open a draft of the inner store, with `before` called for its operations as well."""
         await self.before("draft", name)
-        async with self._inner.draft(name, size) as draft:
+        async with self.inner.draft(name, size) as draft:
             yield _WrapperDraft(self, draft, name)
-
-    async def list(self) -> Sequence[StoredFile]:
-        """List the inner store."""
-        await self.before("list", "")
-        return await self._inner.list()
-
-    async def stat(self, name: str) -> StoredFile:
-        """Look at a file of the inner store."""
-        await self.before("stat", name)
-        return await self._inner.stat(name)
-
-    async def exists(self) -> bool:
-        """Look for the directory of the inner store."""
-        return await self._inner.exists()
 
     @asynccontextmanager
     async def open(self, name: str) -> AsyncIterator[OpenFile]:
-        """Open a file of the inner store, with `before` called for its reads as well."""
         await self.before("open", name)
-        async with self._inner.open(name) as file:
+        async with self.inner.open(name) as file:
             yield _WrapperFile(self, file)
-
-    async def remove(self, name: str) -> None:
-        """Remove from the inner store."""
-        await self.before("remove", name)
-        await self._inner.remove(name)
-
-    async def copy(self, source: str, target: str) -> None:
-        """Copy within the inner store."""
-        await self.before("copy", target)
-        await self._inner.copy(source, target)
-
-    async def link(self, source: str, target: str) -> None:
-        """Link within the inner store."""
-        await self.before("link", target)
-        await self._inner.link(source, target)
 
 
 class _WrapperFile(OpenFile):

@@ -1,36 +1,61 @@
-"""Locks on temporary files, by which those of crashed writers are found and removed."""
+"""Temporary files: their names, their locks, and the removal of those that crashed writers left."""
 
 from __future__ import annotations
 
 import errno
 import logging
 import os
+import re
+import secrets
+import socket
+from functools import cache
+from hashlib import blake2b
+from pathlib import Path
 from typing import TYPE_CHECKING
-
-from asyncckpt.stores.names import TEMPORARY, host_tag, temporary_name
 
 if TYPE_CHECKING:
     from asyncckpt.stores.fileops import FileOps
 
 logger = logging.getLogger(__name__)
 
-# Types of file systems, by statfs(2), that cannot be mounted by several kernels at once.
-_ONE_KERNEL = frozenset(
-    {
-        0xEF53,  # ext2, ext3, ext4
-        0x58465342,  # XFS
-        0x9123683E,  # btrfs
-        0x01021994,  # tmpfs
-        0x858458F6,  # ramfs
-        0x794C7630,  # overlayfs
-        0x2FC12FC1,  # ZFS
-        0xF2F52010,  # F2FS
-        0xCA451A4E,  # bcachefs
-    }
-)
+# The group is the tag of the host.
+_PATTERN = re.compile(r"\..*\.([0-9a-f]{8})\.[0-9a-f]{16}\.asyncckpt-tmp", re.DOTALL)
+
+# What a temporary name keeps of the name it is for: enough for a person, short enough for any file system.
+_KEPT_BYTES = 80
+
+# Types of file systems, by statfs(2), that cannot be mounted by several kernels at once: ext2 to ext4, XFS,
+# btrfs; tmpfs, ramfs, overlayfs; ZFS, F2FS, bcachefs.
+_ONE_KERNEL = {0xEF53, 0x58465342, 0x9123683E} | {0x01021994, 0x858458F6, 0x794C7630}
+_ONE_KERNEL |= {0x2FC12FC1, 0xF2F52010, 0xCA451A4E}
 _OLD_SECONDS = 24 * 3600
 
 _CANNOT_LOCK = frozenset({errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP})
+
+
+@cache
+def host_tag() -> str:
+    """Return eight hex digits for this machine, the same after a restart.
+
+    The host name alone may be the same on several machines, and so may the machine id in containers:
+    the tag is of both. A restarted container usually has another one.
+    """
+    try:
+        machine = Path("/etc/machine-id").read_bytes()
+    except OSError:
+        machine = b""
+    return blake2b(socket.gethostname().encode() + b"\0" + machine, digest_size=4).hexdigest()
+
+
+def temporary_name(name: str) -> str:
+    """Return a name, not used before, for a file that is to become `name`."""
+    kept = os.fsencode(name)[:_KEPT_BYTES].decode(errors="ignore")
+    return f".{kept}.{host_tag()}.{secrets.token_hex(8)}.asyncckpt-tmp"
+
+
+def is_temporary(name: str) -> bool:
+    """Return whether a name is one of a temporary file, on whatever machine it was made."""
+    return _PATTERN.fullmatch(name) is not None
 
 
 def hold(ops: FileOps, fd: int, path: str) -> bool:
@@ -69,7 +94,7 @@ def remove_abandoned(ops: FileOps, directory: str) -> None:
     What cannot be locked or removed stays, and is logged. Nothing else in the directory is touched.
     """
     for entry in ops.scandir(directory):
-        match = TEMPORARY.fullmatch(entry.name)
+        match = _PATTERN.fullmatch(entry.name)
         if match is None:
             continue
         same_host = match[1] == host_tag()
@@ -107,7 +132,6 @@ def _remove_unlocked(ops: FileOps, directory: str, path: str, *, same_host: bool
 
 
 def _has_one_kernel(ops: FileOps, fd: int) -> bool:
-    """Return whether all who mount the file system of an open file run under this kernel."""
     try:
         return ops.fstatfs(fd) in _ONE_KERNEL
     except OSError:
