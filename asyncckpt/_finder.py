@@ -15,7 +15,7 @@ from asyncckpt._naming import NameTemplate
 from asyncckpt._saving.engine import get_engine, wait_for_pending
 from asyncckpt.errors import CheckpointNotFoundError, CorruptCheckpointError, StoreError
 from asyncckpt.retention import KeepAll, Policy, first_best, rank
-from asyncckpt.stores import open_store
+from asyncckpt.stores import Store, open_store
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from asyncckpt._loading.catalog import Entry, Wanted
     from asyncckpt._loading.load import Loaded
     from asyncckpt._loading.unpickle import MapLocation
-    from asyncckpt.stores.base import Store
     from asyncckpt.types import Checkpoint
 
     Load = Callable[[Store, str], Loaded]
@@ -36,19 +35,20 @@ class Finder:
 
     def __init__(
         self,
-        directory: str | os.PathLike[str],
+        directory: str | os.PathLike[str] | None,
+        store: Store | None,
         filename: str,
         keep: Policy | None,
         storage_options: Mapping[str, Any] | None,
     ) -> None:
-        self.directory = os.fspath(directory)
+        self._store = _opened(directory, store, storage_options)
+        self.directory = os.fspath(directory or _without_slash(self._store.path_of("")))
         self._names = NameTemplate(filename)
         self._keep: Policy = KeepAll() if keep is None else keep
         if isinstance(self._keep, type) or not isinstance(self._keep, Policy):
             raise TypeError(
                 f"keep must be a policy such as LastN(3), or have its method keep(); it is {keep!r}"
             )
-        self._store: Store = open_store(directory, storage_options)
         self._catalog = Catalog(self._store, self._names)
 
     def checkpoints(self) -> list[Checkpoint]:
@@ -247,3 +247,24 @@ def locate(
     if "/" not in given or given == home.path_of(name):
         return home, name
     return open_store(directory or "/", options), name
+
+
+def _opened(
+    directory: str | os.PathLike[str] | None, store: Store | None, options: Mapping[str, Any] | None
+) -> Store:
+    if (directory is None) == (store is None):
+        given = "neither" if store is None else "both"
+        raise TypeError(f"give a directory or a store: {given} of them were given")
+    if directory is not None:
+        return open_store(directory, options)
+    if not isinstance(store, Store):
+        raise TypeError(f"store must be an asyncckpt.stores.Store, not {store!r}; a path is a directory")
+    if options:
+        raise ValueError(
+            f"storage_options go with a URL, not with a store; give {sorted(options)} to what makes the store"
+        )
+    return store
+
+
+def _without_slash(path: str) -> str:
+    return path if path.endswith("://") else path.rstrip("/") or "/"

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from asyncckpt._saving.save import Save
     from asyncckpt._saving.saver import WhenBusy
     from asyncckpt.retention import Policy
+    from asyncckpt.stores import Store
 
 
 class Checkpointer(Finder):
@@ -45,6 +46,7 @@ class Checkpointer(Finder):
 
     Args:
         directory: a local path, or the URL of one of any fsspec file system; made if it is not there.
+        store: a store to save into instead of a directory: one of your own, or of `asyncckpt.testing`.
         filename: template of the file names over `step` and the metrics, see `NameTemplate`.
         keep: which checkpoints of the series stay after a commit: `BestK`, `LastN`, `EveryN`, `KeepAll`,
             several of them combined with `|`, or any object with their `keep` method. The newest always
@@ -65,12 +67,15 @@ class Checkpointer(Finder):
     Raises:
         StoreError: the directory cannot be made, read or written to.
         CheckpointNotFoundError: with `create=False`, there is no such directory.
+        TypeError: neither or both of `directory` and `store` are given.
+        ValueError: `storage_options` are given with a `store` or a local path.
     """
 
     def __init__(  # noqa: PLR0913 - each is one decision of the user's
         self,
-        directory: str | os.PathLike[str],
+        directory: str | os.PathLike[str] | None = None,
         *,
+        store: Store | None = None,
         filename: str = "step-{step:08d}.pt",
         keep: Policy | None = None,
         max_in_flight: int = 1,
@@ -81,7 +86,7 @@ class Checkpointer(Finder):
         overwrite: bool = False,
         create: bool = True,
     ) -> None:
-        super().__init__(directory, filename, keep, storage_options)
+        super().__init__(directory, store, filename, keep, storage_options)
         self._saver = Saver(max_in_flight, when_busy, on_error, on_commit)
         self._closed = False
         self._unclaim: Callable[[], object] | None = None

@@ -8,21 +8,19 @@ import subprocess
 import sys
 import textwrap
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 
-from asyncckpt._loading.catalog import Catalog
+from asyncckpt.stores import LocalStore
+from asyncckpt.testing import FaultyStore, SlowStore
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from pathlib import Path
 
-    from asyncckpt import Checkpointer
-    from asyncckpt.stores.base import Store
-
-S = TypeVar("S", bound="Store")
+    from asyncckpt.testing import Gate
 
 
 def torch_round_trip(state: object) -> Any:
@@ -33,12 +31,14 @@ def torch_round_trip(state: object) -> Any:
     return torch.load(file, weights_only=False)
 
 
-def put_under(checkpointer: Checkpointer, store: S) -> S:
-    """Let a Checkpointer work on another store from now on, such as a double that wraps its own."""
-    checkpointer._store = store
-    checkpointer._catalog = Catalog(store, checkpointer._names)
-    checkpointer._writer._store = store
-    return store
+def faulty_store(path: Path) -> FaultyStore:
+    """Return the store of a local directory, whose operations can be made to fail."""
+    return FaultyStore(LocalStore(str(path)))
+
+
+def gated_store(path: Path, gate: Gate, *operations: str) -> SlowStore:
+    """Return the store of a local directory that holds back operations, the commit if none are named."""
+    return SlowStore(LocalStore(str(path)), gates=dict.fromkeys(operations or ["commit"], gate))
 
 
 def payload_offset(path: Path, record: str) -> int:

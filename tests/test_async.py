@@ -12,17 +12,35 @@ import torch
 
 from asyncckpt import Checkpoint, Checkpointer, SaveError, SaveSkipped
 from asyncckpt.testing import FaultyStore, Gate, SlowStore
-from support import put_under
+from support import faulty_store, gated_store
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 
-def gated(ckpt: Checkpointer) -> Gate:
-    """Hold back every commit until the gate is opened."""
-    gate = Gate()
-    put_under(ckpt, SlowStore(ckpt._store, gates={"commit": gate}))
-    return gate
+@pytest.fixture
+def gate() -> Gate:
+    return Gate()
+
+
+@pytest.fixture
+def faulty(tmp_path: Path) -> FaultyStore:
+    """A store whose first commit fails."""
+    store = faulty_store(tmp_path)
+    store.fail("commit", OSError("the disk is gone"))
+    return store
+
+
+@pytest.fixture
+def gated(faulty: FaultyStore, gate: Gate) -> SlowStore:
+    """The same, with every commit held back until the gate is opened."""
+    return SlowStore(faulty, gates={"commit": gate})
+
+
+@pytest.fixture
+def slow(tmp_path: Path, gate: Gate) -> SlowStore:
+    """A store with every commit held back until the gate is opened."""
+    return gated_store(tmp_path, gate)
 
 
 def state_of(value: float) -> dict[str, Any]:
@@ -36,9 +54,8 @@ async def test_awaiting_a_save_gives_its_checkpoint(tmp_path: Path) -> None:
         assert torch.load(checkpoint.path)["w"].tolist() == [1] * 5
 
 
-async def test_a_save_can_be_awaited_again_and_by_several(tmp_path: Path) -> None:
-    async with Checkpointer(tmp_path) as ckpt:
-        gate = gated(ckpt)
+async def test_a_save_can_be_awaited_again_and_by_several(gate: Gate, slow: SlowStore) -> None:
+    async with Checkpointer(store=slow) as ckpt:
         save = ckpt.save(3, state_of(1))
 
         async def wait() -> Checkpoint:
@@ -52,19 +69,17 @@ async def test_a_save_can_be_awaited_again_and_by_several(tmp_path: Path) -> Non
         assert await save == first
 
 
-async def test_the_loop_runs_while_a_save_is_awaited(tmp_path: Path) -> None:
+async def test_the_loop_runs_while_a_save_is_awaited(gate: Gate, slow: SlowStore) -> None:
     """Only the loop itself opens the gate, so a loop that were blocked would stay so."""
-    async with Checkpointer(tmp_path) as ckpt:
-        gate = gated(ckpt)
+    async with Checkpointer(store=slow) as ckpt:
         save = ckpt.save(1, state_of(1))
         opener = asyncio.create_task(open_once_reached(gate))
         await save
         await opener
 
 
-async def test_the_loop_runs_while_the_block_is_left(tmp_path: Path) -> None:
-    async with Checkpointer(tmp_path) as ckpt:
-        gate = gated(ckpt)
+async def test_the_loop_runs_while_the_block_is_left(gate: Gate, slow: SlowStore) -> None:
+    async with Checkpointer(store=slow) as ckpt:
         ckpt.save(1, state_of(1))
         opener = asyncio.create_task(open_once_reached(gate))
     await opener
@@ -78,9 +93,8 @@ async def open_once_reached(gate: Gate) -> None:
     gate.open()
 
 
-async def test_giving_up_waiting_does_not_stop_the_save(tmp_path: Path) -> None:
-    async with Checkpointer(tmp_path) as ckpt:
-        gate = gated(ckpt)
+async def test_giving_up_waiting_does_not_stop_the_save(gate: Gate, slow: SlowStore) -> None:
+    async with Checkpointer(store=slow) as ckpt:
         save = ckpt.save(1, state_of(1))
         await gate.arrival()
         with pytest.raises(asyncio.TimeoutError):
@@ -100,9 +114,8 @@ async def test_giving_up_waiting_does_not_stop_the_save(tmp_path: Path) -> None:
         assert (await save).step == 1
 
 
-def test_the_futures_cannot_be_cancelled(tmp_path: Path) -> None:
-    with Checkpointer(tmp_path) as ckpt:
-        gate = gated(ckpt)
+def test_the_futures_cannot_be_cancelled(gate: Gate, slow: SlowStore) -> None:
+    with Checkpointer(store=slow) as ckpt:
         save = ckpt.save(1, state_of(1))
         assert not save.committed.cancel()
         assert not save.snapshotted.cancel()
@@ -112,9 +125,8 @@ def test_the_futures_cannot_be_cancelled(tmp_path: Path) -> None:
         assert not save.committed.cancelled()
 
 
-async def test_several_saves_are_awaited_together(tmp_path: Path) -> None:
-    async with Checkpointer(tmp_path, max_in_flight=3) as ckpt, Checkpointer(tmp_path / "b") as other:
-        gate = gated(ckpt)
+async def test_several_saves_are_awaited_together(tmp_path: Path, gate: Gate, slow: SlowStore) -> None:
+    async with Checkpointer(store=slow, max_in_flight=3) as ckpt, Checkpointer(tmp_path / "b") as other:
         saves = [ckpt.save(step, state_of(step)) for step in (1, 2, 3)]
         opener = asyncio.create_task(open_once_reached(gate))
         checkpoints = await asyncio.gather(*saves, other.save(9, state_of(9)))
@@ -122,29 +134,21 @@ async def test_several_saves_are_awaited_together(tmp_path: Path) -> None:
         assert [checkpoint.step for checkpoint in checkpoints] == [1, 2, 3, 9]
 
 
-async def test_a_failure_is_raised_by_await_and_then_by_nobody_else(tmp_path: Path) -> None:
-    async with Checkpointer(tmp_path) as ckpt:
-        store = put_under(ckpt, FaultyStore(ckpt._store))
-        store.fail("commit", OSError("the disk is gone"))
+async def test_a_failure_is_raised_by_await_and_then_by_nobody_else(faulty: FaultyStore) -> None:
+    async with Checkpointer(store=faulty) as ckpt:
         with pytest.raises(SaveError, match="the disk is gone"):
             await ckpt.save(1, state_of(1))
         assert (await ckpt.save(2, state_of(2))).step == 2
 
 
-async def test_a_failure_that_nobody_awaited_is_raised_by_leaving_the_block(tmp_path: Path) -> None:
-    with pytest.raises(SaveError, match="the disk is gone"):  # noqa: PT012 - leaving the block raises
-        async with Checkpointer(tmp_path) as ckpt:
-            store = put_under(ckpt, FaultyStore(ckpt._store))
-            store.fail("commit", OSError("the disk is gone"))
+async def test_a_failure_that_nobody_awaited_is_raised_by_leaving_the_block(faulty: FaultyStore) -> None:
+    with pytest.raises(SaveError, match="the disk is gone"):
+        async with Checkpointer(store=faulty) as ckpt:
             ckpt.save(1, state_of(1))
 
 
-async def test_a_failure_after_waiting_was_given_up_is_still_heard(tmp_path: Path) -> None:
-    ckpt = Checkpointer(tmp_path)
-    store = FaultyStore(ckpt._store)
-    store.fail("commit", OSError("the disk is gone"))
-    gate = Gate()
-    put_under(ckpt, SlowStore(store, gates={"commit": gate}))
+async def test_a_failure_after_waiting_was_given_up_is_still_heard(gate: Gate, gated: SlowStore) -> None:
+    ckpt = Checkpointer(store=gated)
     save = ckpt.save(1, state_of(1))
     with pytest.raises(asyncio.TimeoutError):
         await asyncio.wait_for(save, 0.001)
@@ -153,19 +157,16 @@ async def test_a_failure_after_waiting_was_given_up_is_still_heard(tmp_path: Pat
         await asyncio.to_thread(ckpt.close)
 
 
-async def test_the_exception_of_the_block_is_not_hidden(tmp_path: Path) -> None:
+async def test_the_exception_of_the_block_is_not_hidden(faulty: FaultyStore) -> None:
     with pytest.raises(ZeroDivisionError) as told:  # noqa: PT012 - leaving the block must not change it
-        async with Checkpointer(tmp_path) as ckpt:
-            store = put_under(ckpt, FaultyStore(ckpt._store))
-            store.fail("commit", OSError("the disk is gone"))
+        async with Checkpointer(store=faulty) as ckpt:
             ckpt.save(1, state_of(1))
             _ = 1 / 0
     assert "the disk is gone" in str(getattr(told.value, "__notes__", "the disk is gone"))
 
 
-async def test_a_skipped_save_says_so_when_awaited(tmp_path: Path) -> None:
-    async with Checkpointer(tmp_path, when_busy="skip") as ckpt:
-        gate = gated(ckpt)
+async def test_a_skipped_save_says_so_when_awaited(gate: Gate, slow: SlowStore) -> None:
+    async with Checkpointer(store=slow, when_busy="skip") as ckpt:
         first = ckpt.save(1, state_of(1))
         skipped = ckpt.save(2, state_of(2))
         assert skipped.skipped
@@ -175,30 +176,27 @@ async def test_a_skipped_save_says_so_when_awaited(tmp_path: Path) -> None:
         await first
 
 
-async def test_cancelling_the_block_still_finishes_its_saves(tmp_path: Path) -> None:
-    gate: asyncio.Future[Gate] = asyncio.get_running_loop().create_future()
-
+async def test_cancelling_the_block_still_finishes_its_saves(
+    tmp_path: Path, gate: Gate, slow: SlowStore
+) -> None:
     async def run() -> None:
-        async with Checkpointer(tmp_path) as ckpt:
-            gate.set_result(gated(ckpt))
+        async with Checkpointer(store=slow) as ckpt:
             ckpt.save(1, state_of(1))
             await asyncio.sleep(3600)
 
     task = asyncio.create_task(run())
-    await (await gate).arrival()
+    await gate.arrival()
     task.cancel()
-    await open_once_reached(gate.result())
+    await open_once_reached(gate)
     with pytest.raises(asyncio.CancelledError):
         await task
     assert torch.load(tmp_path / "step-00000001.pt")["w"].tolist() == [1] * 5
 
 
-async def test_a_failure_behind_a_cancelled_block_is_told_by_the_next_call(tmp_path: Path) -> None:
-    ckpt = Checkpointer(tmp_path)
-    store = FaultyStore(ckpt._store)
-    store.fail("commit", OSError("the disk is gone"))
-    gate = Gate()
-    put_under(ckpt, SlowStore(store, gates={"commit": gate}))
+async def test_a_failure_behind_a_cancelled_block_is_told_by_the_next_call(
+    gate: Gate, gated: SlowStore
+) -> None:
+    ckpt = Checkpointer(store=gated)
     leaving = asyncio.Event()
 
     async def run() -> None:
@@ -219,10 +217,9 @@ async def test_a_failure_behind_a_cancelled_block_is_told_by_the_next_call(tmp_p
     await asyncio.to_thread(ckpt.wait)
 
 
-async def test_a_cancelled_scope_waits_for_the_end_of_the_block(tmp_path: Path) -> None:
+async def test_a_cancelled_scope_waits_for_the_end_of_the_block(gate: Gate, slow: SlowStore) -> None:
     with anyio.CancelScope() as scope:
-        async with Checkpointer(tmp_path) as ckpt:
-            gate = gated(ckpt)
+        async with Checkpointer(store=slow) as ckpt:
             save = ckpt.save(1, state_of(1))
             scope.cancel()
             opening = asyncio.create_task(open_once_reached(gate))

@@ -11,8 +11,8 @@ import torch
 import asyncckpt
 from asyncckpt import AsyncCkptError, Checkpointer, CheckpointExistsError, LastN, SaveError, SaveSkipped
 from asyncckpt._saving.engine import get_engine
-from asyncckpt.testing import FaultyStore, Gate, SlowStore
-from support import put_under
+from asyncckpt.testing import Gate
+from support import faulty_store, gated_store
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -144,9 +144,9 @@ def test_a_file_of_somebody_else_is_not_overwritten(tmp_path: Path, what: str) -
 
 
 def test_the_name_of_a_failed_save_is_free(tmp_path: Path) -> None:
-    with Checkpointer(tmp_path, filename="best.pt") as ckpt:
-        store = put_under(ckpt, FaultyStore(ckpt._store))
-        store.fail("commit", OSError("the disk is gone"))
+    store = faulty_store(tmp_path)
+    store.fail("commit", OSError("the disk is gone"))
+    with Checkpointer(store=store, filename="best.pt") as ckpt:
         with pytest.raises(SaveError, match="the disk is gone"):
             ckpt.save(1, state_of(1)).committed.result(60)
         ckpt.save(2, state_of(2))
@@ -164,9 +164,9 @@ def test_the_name_of_a_save_whose_state_cannot_be_saved_is_free(tmp_path: Path) 
 @pytest.mark.parametrize("when_busy", ["skip", "replace"])
 def test_the_name_of_a_save_that_gave_way_is_free(tmp_path: Path, when_busy: Any) -> None:
     room = {"skip": 1, "replace": 2}[when_busy]
-    with Checkpointer(tmp_path, filename="{tag:.0f}.pt", when_busy=when_busy, max_in_flight=room) as ckpt:
-        gate = Gate()
-        put_under(ckpt, SlowStore(ckpt._store, gates={"commit": gate}))
+    gate = Gate()
+    store = gated_store(tmp_path, gate)
+    with Checkpointer(store=store, filename="{tag:.0f}.pt", when_busy=when_busy, max_in_flight=room) as ckpt:
         ckpt.save(1, state_of(1), metrics={"tag": 1})
         gate.wait_for_arrival()
         gave_way = ckpt.save(2, state_of(2), metrics={"tag": 2})
@@ -210,9 +210,8 @@ def test_a_closed_checkpointer_takes_no_more_and_still_finds(tmp_path: Path) -> 
 
 
 def test_statistics_are_filled(tmp_path: Path) -> None:
-    with Checkpointer(tmp_path) as ckpt:
-        gate = Gate()
-        put_under(ckpt, SlowStore(ckpt._store, gates={"commit": gate}))
+    gate = Gate()
+    with Checkpointer(store=gated_store(tmp_path, gate)) as ckpt:
         save = ckpt.save(1, {"x": torch.rand(1 << 20)})
         gate.open()
         save.committed.result(60)
@@ -226,11 +225,10 @@ def test_statistics_are_filled(tmp_path: Path) -> None:
 
 
 def test_repr_says_what_is_in_flight(tmp_path: Path) -> None:
-    with Checkpointer(tmp_path) as ckpt:
+    gate = Gate()
+    with Checkpointer(store=gated_store(tmp_path, gate)) as ckpt:
         assert str(tmp_path) in repr(ckpt)
         assert "0 checkpoints, 0 in flight" in repr(ckpt)
-        gate = Gate()
-        put_under(ckpt, SlowStore(ckpt._store, gates={"commit": gate}))
         ckpt.save(1, state_of(1))
         assert "0 checkpoints, 1 in flight" in repr(ckpt)
         gate.open()

@@ -16,7 +16,7 @@ from asyncckpt import Checkpointer, CorruptCheckpointError
 from asyncckpt._loading.catalog import Catalog
 from asyncckpt.layout.description import MAX_BYTES, Description
 from asyncckpt.stores.local import LocalStore
-from asyncckpt.testing import RecordingOps
+from file_operations import RecordingOps
 from sameness import assert_same
 from support import flip, payload_offset
 

@@ -13,8 +13,8 @@ import torch
 import asyncckpt
 from asyncckpt import BusyError, Checkpointer, SaveError, SaveSkipped
 from asyncckpt._saving.engine import get_engine
-from asyncckpt.testing import Gate, SlowStore
-from support import put_under
+from asyncckpt.testing import Gate
+from support import gated_store
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -23,11 +23,9 @@ if TYPE_CHECKING:
 MIB = 1 << 20
 
 
-def gated(ckpt: Checkpointer, *operations: str) -> Gate:
-    """Hold back an operation, the commit if not told which, until the gate is opened."""
-    gate = Gate()
-    put_under(ckpt, SlowStore(ckpt._store, gates=dict.fromkeys(operations or ["commit"], gate)))
-    return gate
+@pytest.fixture
+def gate() -> Gate:
+    return Gate()
 
 
 def state_of(value: float, size: int = 5) -> dict[str, torch.Tensor]:
@@ -49,9 +47,9 @@ def limit() -> Iterator[Any]:
 
 
 @pytest.mark.parametrize("max_in_flight", [1, 2, 3])
-def test_a_save_waits_for_one_of_the_places_in_flight(tmp_path: Path, max_in_flight: int) -> None:
-    with Checkpointer(tmp_path, max_in_flight=max_in_flight) as ckpt, ThreadPoolExecutor(1) as pool:
-        gate = gated(ckpt)
+def test_a_save_waits_for_one_of_the_places_in_flight(tmp_path: Path, gate: Gate, max_in_flight: int) -> None:
+    store = gated_store(tmp_path, gate)
+    with Checkpointer(store=store, max_in_flight=max_in_flight) as ckpt, ThreadPoolExecutor(1) as pool:
         live = state_of(0)
         for step in range(max_in_flight):
             live["w"].fill_(step)
@@ -69,9 +67,8 @@ def test_a_save_waits_for_one_of_the_places_in_flight(tmp_path: Path, max_in_fli
             assert ckpt.load(step)["w"].tolist() == [step] * 5
 
 
-def test_skip_gives_way_while_the_writer_is_busy(tmp_path: Path) -> None:
-    with Checkpointer(tmp_path, max_in_flight=2, when_busy="skip") as ckpt:
-        gate = gated(ckpt)
+def test_skip_gives_way_while_the_writer_is_busy(tmp_path: Path, gate: Gate) -> None:
+    with Checkpointer(store=gated_store(tmp_path, gate), max_in_flight=2, when_busy="skip") as ckpt:
         saves = [ckpt.save(step, state_of(step)) for step in range(5)]
         assert [save.skipped for save in saves] == [False, False, True, True, True]
         assert all(save.snapshotted.done() for save in saves)
@@ -85,9 +82,9 @@ def test_skip_gives_way_while_the_writer_is_busy(tmp_path: Path) -> None:
     assert steps(ckpt) == [0, 1, 9]
 
 
-def test_replace_takes_the_place_of_the_queued_save(tmp_path: Path) -> None:
-    with Checkpointer(tmp_path, max_in_flight=2, when_busy="replace") as ckpt:
-        gate = gated(ckpt, "draft")
+def test_replace_takes_the_place_of_the_queued_save(tmp_path: Path, gate: Gate) -> None:
+    store = gated_store(tmp_path, gate, "draft")
+    with Checkpointer(store=store, max_in_flight=2, when_busy="replace") as ckpt:
         saves = [ckpt.save(0, state_of(0))]
         gate.wait_for_arrival()
         saves += [ckpt.save(step, state_of(step)) for step in range(1, 6)]
@@ -118,12 +115,14 @@ def test_memory_is_bounded_by_what_is_in_flight(tmp_path: Path) -> None:
 
 def test_a_buffer_is_not_used_again_before_its_bytes_are_committed(tmp_path: Path) -> None:
     live = state_of(1, MIB)
-    with Checkpointer(tmp_path, max_in_flight=2) as ckpt:
+    gate = Gate(opened=True)
+    with Checkpointer(store=gated_store(tmp_path, gate, "write"), max_in_flight=2) as ckpt:
         ckpt.save(0, live)  # so that there is a free buffer to be used again
         ckpt.wait()
-        gate = gated(ckpt, "write")
+        gate.close()
+        arrived = gate.arrived
         saves = [ckpt.save(1, live)]
-        gate.wait_for_arrival()
+        gate.wait_for_arrival(arrived + 1)
         live["w"].fill_(2)
         saves.append(ckpt.save(2, live))
         live["w"].fill_(3)
@@ -134,10 +133,10 @@ def test_a_buffer_is_not_used_again_before_its_bytes_are_committed(tmp_path: Pat
         assert ckpt.load(2)["w"].unique().tolist() == [2]
 
 
-def test_a_snapshot_whose_save_was_replaced_frees_its_buffer(tmp_path: Path) -> None:
+def test_a_snapshot_whose_save_was_replaced_frees_its_buffer(tmp_path: Path, gate: Gate) -> None:
     arena = get_engine().arena
-    with Checkpointer(tmp_path, max_in_flight=2, when_busy="replace") as ckpt:
-        gate = gated(ckpt, "draft")
+    store = gated_store(tmp_path, gate, "draft")
+    with Checkpointer(store=store, max_in_flight=2, when_busy="replace") as ckpt:
         ckpt.save(0, state_of(0, MIB))
         gate.wait_for_arrival()
         for step in range(1, 10):
@@ -148,14 +147,13 @@ def test_a_snapshot_whose_save_was_replaced_frees_its_buffer(tmp_path: Path) -> 
     assert ckpt.load()["w"].unique().tolist() == [9]
 
 
-def test_two_checkpointers_share_one_memory_limit(tmp_path: Path, limit: Any) -> None:
+def test_two_checkpointers_share_one_memory_limit(tmp_path: Path, gate: Gate, limit: Any) -> None:
     with (
-        Checkpointer(tmp_path / "a", max_in_flight=4) as one,
+        Checkpointer(store=gated_store(tmp_path / "a", gate), max_in_flight=4) as one,
         Checkpointer(tmp_path / "b", max_in_flight=4, when_busy="skip") as two,
         ThreadPoolExecutor(1) as pool,
     ):
         limit(20 * MIB)
-        gate = gated(one)
         live = state_of(1, 2 * MIB)
         one.save(1, live)
         one.save(2, live)
@@ -190,9 +188,8 @@ def test_a_state_above_the_memory_limit_is_refused_and_smaller_ones_go_on(tmp_pa
             limit(nonsense)
 
 
-def test_waiting_can_be_bounded_and_the_saves_go_on(tmp_path: Path) -> None:
-    ckpt = Checkpointer(tmp_path)
-    gate = gated(ckpt)
+def test_waiting_can_be_bounded_and_the_saves_go_on(tmp_path: Path, gate: Gate) -> None:
+    ckpt = Checkpointer(store=gated_store(tmp_path, gate))
     save = ckpt.save(1, state_of(1))
     for give_up in (ckpt.wait, ckpt.close):
         with pytest.raises(BusyError, match=r"1 saves? .* pending after 0\.01 s; .* go on") as told:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 PREPARE = """
 import atexit, faulthandler, resource, signal, sys, threading, time
 import asyncckpt, torch
+from asyncckpt.stores import LocalStore
 from asyncckpt.testing import FaultyStore, Gate, SlowStore
 
 def state_of(value, size=1 << 20):
@@ -115,13 +116,13 @@ def test_ctrl_c_at_exit_gives_up_what_is_pending_and_says_so(
     interpreter: Interpreter, tmp_path: Path
 ) -> None:
     body = """
-        ckpt = asyncckpt.Checkpointer(path)
+        gate = Gate(opened=True)
+        ckpt = asyncckpt.Checkpointer(store=SlowStore(LocalStore(path), gates={"draft": gate}))
         ckpt.save(1, state_of(1))
         ckpt.wait()
-        gate = Gate()
-        ckpt._store = SlowStore(ckpt._store, gates={"draft": gate})
+        gate.close()
         ckpt.save(2, state_of(2))
-        gate.wait_for_arrival()
+        gate.wait_for_arrival(2)
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
         def tell():

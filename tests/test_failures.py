@@ -14,8 +14,9 @@ import asyncckpt
 from asyncckpt import AsyncCkptError, Checkpoint, Checkpointer, LastN, Save, SaveError
 from asyncckpt._saving.engine import get_engine
 from asyncckpt.stores.local import LocalStore
-from asyncckpt.testing import FaultyOps, FaultyStore, Gate, SlowStore
-from support import put_under
+from asyncckpt.testing import FaultyStore, Gate, SlowStore
+from file_operations import FaultyOps
+from support import faulty_store
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -25,8 +26,9 @@ GONE = OSError("the disk is gone")
 OPERATIONS = ["draft", "write", "commit"]
 
 
-def faulty(ckpt: Checkpointer) -> FaultyStore:
-    return put_under(ckpt, FaultyStore(ckpt._store))
+@pytest.fixture
+def store(tmp_path: Path) -> FaultyStore:
+    return faulty_store(tmp_path)
 
 
 def state_of(value: float, size: int = 5) -> dict[str, Any]:
@@ -38,9 +40,11 @@ def steps(ckpt: Checkpointer) -> list[int | None]:
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
-def test_who_asks_for_the_result_is_told_and_nobody_else(tmp_path: Path, operation: str) -> None:
-    with Checkpointer(tmp_path) as ckpt:
-        faulty(ckpt).fail(operation, GONE)
+def test_who_asks_for_the_result_is_told_and_nobody_else(
+    tmp_path: Path, store: FaultyStore, operation: str
+) -> None:
+    with Checkpointer(store=store) as ckpt:
+        store.fail(operation, GONE)
         save = ckpt.save(7, state_of(7))
         for ask in (save.committed.result, save.committed.exception):
             try:
@@ -59,10 +63,10 @@ def test_who_asks_for_the_result_is_told_and_nobody_else(tmp_path: Path, operati
 
 @pytest.mark.parametrize("hear", [Checkpointer.wait, Checkpointer.close])
 def test_a_failure_nobody_asked_for_is_raised_once(
-    tmp_path: Path, hear: Callable[[Checkpointer], None]
+    store: FaultyStore, hear: Callable[[Checkpointer], None]
 ) -> None:
-    ckpt = Checkpointer(tmp_path, max_in_flight=3)
-    faulty(ckpt).fail("commit", GONE, times=2)
+    ckpt = Checkpointer(store=store, max_in_flight=3)
+    store.fail("commit", GONE, times=2)
     for step in (1, 2, 3):
         ckpt.save(step, state_of(step))
     with pytest.raises(SaveError, match=r"step 1 to .*the disk is gone; saving step 2 to .*the disk is gone"):
@@ -72,9 +76,9 @@ def test_a_failure_nobody_asked_for_is_raised_once(
     assert steps(ckpt) == [3]
 
 
-def test_the_next_save_raises_a_failure_and_takes_nothing(tmp_path: Path) -> None:
-    with Checkpointer(tmp_path) as ckpt:
-        faulty(ckpt).fail("commit", GONE)
+def test_the_next_save_raises_a_failure_and_takes_nothing(store: FaultyStore) -> None:
+    with Checkpointer(store=store) as ckpt:
+        store.fail("commit", GONE)
         ckpt.save(1, state_of(1))
         get_engine().drain()
         with pytest.raises(
@@ -87,8 +91,9 @@ def test_the_next_save_raises_a_failure_and_takes_nothing(tmp_path: Path) -> Non
 
 def test_a_failure_of_one_checkpointer_is_no_concern_of_another(tmp_path: Path) -> None:
     with Checkpointer(tmp_path / "b") as other:
-        ckpt = Checkpointer(tmp_path / "a")
-        faulty(ckpt).fail("commit", GONE)
+        store = faulty_store(tmp_path / "a")
+        ckpt = Checkpointer(store=store)
+        store.fail("commit", GONE)
         ckpt.save(1, state_of(1))
         other.save(1, state_of(1))
         other.wait()
@@ -99,10 +104,9 @@ def test_a_failure_of_one_checkpointer_is_no_concern_of_another(tmp_path: Path) 
     assert steps(other) == [1]
 
 
-def test_a_failed_save_evicts_nothing(tmp_path: Path) -> None:
-    with Checkpointer(tmp_path, keep=LastN(1)) as ckpt:
+def test_a_failed_save_evicts_nothing(store: FaultyStore) -> None:
+    with Checkpointer(store=store, keep=LastN(1)) as ckpt:
         ckpt.save(1, state_of(1)).committed.result(60)
-        store = faulty(ckpt)
         store.fail("commit", GONE, times=3)
         for step in (2, 3, 4):
             with pytest.raises(SaveError):
@@ -115,9 +119,8 @@ def test_a_failed_save_evicts_nothing(tmp_path: Path) -> None:
         assert steps(ckpt) == [5]
 
 
-def test_an_eviction_that_fails_is_told_and_tried_again(tmp_path: Path) -> None:
-    with Checkpointer(tmp_path, keep=LastN(1)) as ckpt:
-        store = faulty(ckpt)
+def test_an_eviction_that_fails_is_told_and_tried_again(store: FaultyStore) -> None:
+    with Checkpointer(store=store, keep=LastN(1)) as ckpt:
         store.fail("remove", GONE)
         ckpt.save(1, state_of(1))
         assert ckpt.save(2, state_of(2)).committed.result(60).step == 2
@@ -138,8 +141,7 @@ def test_errors_of_the_disk_come_out_as_one_save_error(
 ) -> None:
     """Also when several writers fail at once."""
     ops = FaultyOps()
-    with Checkpointer(tmp_path) as ckpt:
-        put_under(ckpt, LocalStore(str(tmp_path), ops))
+    with Checkpointer(store=LocalStore(str(tmp_path), ops)) as ckpt:
         ops.fail(operation, OSError(28, "No space left on device"), times=times)
         with pytest.raises(SaveError, match=r"step 1 .*no space left on the disk") as told:
             ckpt.save(1, state_of(1, 9 << 20)).committed.result(60)
@@ -156,14 +158,14 @@ def test_errors_of_the_disk_come_out_as_one_save_error(
     assert steps(ckpt) == [2]
 
 
-def test_on_error_is_called_instead_and_is_told_once(tmp_path: Path) -> None:
+def test_on_error_is_called_instead_and_is_told_once(store: FaultyStore) -> None:
     calls: list[tuple[Save, AsyncCkptError, bool]] = []
 
     def on_error(save: Save, error: AsyncCkptError) -> None:
         calls.append((save, error, threading.current_thread() is threading.main_thread()))
 
-    with Checkpointer(tmp_path, on_error=on_error) as ckpt:
-        faulty(ckpt).fail("commit", GONE)
+    with Checkpointer(store=store, on_error=on_error) as ckpt:
+        store.fail("commit", GONE)
         failed = ckpt.save(1, state_of(1))
         ckpt.save(2, state_of(2))
         ckpt.wait()
@@ -173,12 +175,12 @@ def test_on_error_is_called_instead_and_is_told_once(tmp_path: Path) -> None:
     assert steps(ckpt) == [2]
 
 
-def test_a_callback_that_raises_does_not_stop_the_saves(tmp_path: Path) -> None:
+def test_a_callback_that_raises_does_not_stop_the_saves(store: FaultyStore) -> None:
     def raising(*_: object) -> None:
         raise RuntimeError("oops")
 
-    with Checkpointer(tmp_path, on_error=raising) as ckpt:
-        faulty(ckpt).fail("commit", GONE)
+    with Checkpointer(store=store, on_error=raising) as ckpt:
+        store.fail("commit", GONE)
         ckpt.save(1, state_of(1))
         ckpt.save(2, state_of(2)).committed.add_done_callback(raising)
         assert ckpt.save(3, state_of(3)).committed.result(20).step == 3
@@ -186,7 +188,7 @@ def test_a_callback_that_raises_does_not_stop_the_saves(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_callbacks_may_look_but_not_wait(tmp_path: Path, fails: bool) -> None:  # noqa: FBT001 - a parameter
+def test_callbacks_may_look_but_not_wait(store: FaultyStore, *, fails: bool) -> None:
     seen: list[object] = []
     done = threading.Event()
 
@@ -200,10 +202,10 @@ def test_callbacks_may_look_but_not_wait(tmp_path: Path, fails: bool) -> None:  
                 seen.append(type(error))
         done.set()
 
-    ckpt = Checkpointer(tmp_path, on_error=look)
+    ckpt = Checkpointer(store=store, on_error=look)
     ckpt.save(1, state_of(1)).committed.result(60)
     if fails:
-        faulty(ckpt).fail("commit", GONE)
+        store.fail("commit", GONE)
     save = ckpt.save(2, state_of(2))
     if not fails:
         save.committed.add_done_callback(look)
@@ -213,9 +215,9 @@ def test_callbacks_may_look_but_not_wait(tmp_path: Path, fails: bool) -> None:  
     ckpt.wait()
 
 
-def test_the_users_own_exception_is_not_hidden(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with pytest.raises(ZeroDivisionError) as told, Checkpointer(tmp_path) as ckpt:  # noqa: PT012 - the same
-        faulty(ckpt).fail("commit", GONE)
+def test_the_users_own_exception_is_not_hidden(store: FaultyStore, caplog: pytest.LogCaptureFixture) -> None:
+    store.fail("commit", GONE)
+    with pytest.raises(ZeroDivisionError) as told, Checkpointer(store=store) as ckpt:  # noqa: PT012 - the same
         ckpt.save(1, state_of(1))
         _ = 1 / 0
     assert "while ZeroDivisionError was raised: saving step 1" in caplog.text
@@ -231,10 +233,10 @@ def test_pending_saves_are_finished_when_the_block_is_left_by_an_exception(tmp_p
     assert steps(ckpt) == [1, 2]
 
 
-def test_a_wait_that_follows_hears_what_fails_meanwhile(tmp_path: Path) -> None:
-    with Checkpointer(tmp_path) as ckpt, ThreadPoolExecutor(1) as pool:
-        store, gate = faulty(ckpt), Gate()
-        put_under(ckpt, SlowStore(store, gates={"commit": gate}))
+def test_a_wait_that_follows_hears_what_fails_meanwhile(store: FaultyStore) -> None:
+    gate = Gate()
+    slow = SlowStore(store, gates={"commit": gate})
+    with Checkpointer(store=slow) as ckpt, ThreadPoolExecutor(1) as pool:
         store.fail("commit", GONE)
         ckpt.save(1, state_of(1))
         waiting = pool.submit(ckpt.wait)

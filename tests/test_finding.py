@@ -11,8 +11,8 @@ import torch
 
 import asyncckpt
 from asyncckpt import BestK, Checkpointer, CheckpointNotFoundError, KeepAll, LastN, SaveError, StoreError
-from asyncckpt.testing import FaultyStore, Gate, SlowStore
-from support import flip, put_under
+from asyncckpt.testing import Gate
+from support import faulty_store, flip, gated_store
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -211,9 +211,9 @@ def test_two_checkpointers_in_one_directory_never_evict_what_was_just_committed(
 
 
 def test_the_order_of_commits_holds_across_checkpointers_with_saves_pending(tmp_path: Path) -> None:
-    with Checkpointer(tmp_path, max_in_flight=2) as one, Checkpointer(tmp_path, keep=LastN(1)) as two:
-        gate = Gate()
-        put_under(one, SlowStore(one._store, gates={"draft": gate}))
+    gate = Gate()
+    store = gated_store(tmp_path, gate, "draft")
+    with Checkpointer(store=store, max_in_flight=2) as one, Checkpointer(tmp_path, keep=LastN(1)) as two:
         pending = [one.save(1, {}), two.save(2, {}), one.save(3, {})]
         gate.open()
         assert [save.committed.result(60).sequence for save in pending] == [1, 2, 3]
@@ -271,9 +271,9 @@ def test_a_file_that_cannot_be_read_does_not_hide_the_others(tmp_path: Path) -> 
     with Checkpointer(tmp_path) as ckpt:
         for step in (1, 2, 3):
             save(ckpt, step)
-    with Checkpointer(tmp_path) as ckpt:
-        store = put_under(ckpt, FaultyStore(ckpt._store))
-        store.fail("read", StoreError("bad sector"), times=None, where=lambda name: name.endswith("2.pt"))
+    store = faulty_store(tmp_path)
+    store.fail("read", StoreError("bad sector"), times=None, where=lambda name: name.endswith("2.pt"))
+    with Checkpointer(store=store) as ckpt:
         assert steps(ckpt) == [1, 3]
         assert ckpt.load()["step"] == 3
         with pytest.raises(StoreError, match="bad sector"):

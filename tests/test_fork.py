@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 PREPARE = """
 import faulthandler, multiprocessing, os, signal, sys, threading, traceback, warnings
 import asyncckpt, torch
+from asyncckpt.stores import LocalStore
 from asyncckpt.testing import Gate, SlowStore
 
 warnings.filterwarnings("ignore", ".*fork", DeprecationWarning)
@@ -38,10 +39,6 @@ signal.alarm(40)
 def state_of(value, size=1 << 20):
     return {"w": torch.full((size,), float(value))}
 
-def put_under(ckpt, store):
-    ckpt._store = ckpt._writer._store = store
-    ckpt._catalog = asyncckpt._loading.catalog.Catalog(store, ckpt._names)
-
 def child(body):
     # runs a function in a forked child; returns its process id
     pid = os.fork()
@@ -58,18 +55,24 @@ def status_of(pid):
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 path = sys.argv[1]
-ckpt = asyncckpt.Checkpointer(path, max_in_flight=2)
+gate, parent = Gate(opened=True), os.getpid()
+
+class HeldInParent(SlowStore):
+    async def before(self, operation, subject):
+        if os.getpid() == parent:
+            await super().before(operation, subject)
+
+store = HeldInParent(LocalStore(path), gates={"commit": gate})
+ckpt = asyncckpt.Checkpointer(store=store, max_in_flight=2)
 """
 
 # Saves step 1 and holds the save of step 2 back where it would be committed.
 HOLD = """
 first = ckpt.save(1, state_of(1))
 ckpt.wait()
-store = ckpt._store
-gate = Gate()
-put_under(ckpt, SlowStore(store, gates={"commit": gate}))
+gate.close()
 pending = ckpt.save(2, state_of(2))
-gate.wait_for_arrival()
+gate.wait_for_arrival(2)
 """
 
 # Lets the save of step 2 go on: what children did must have made no difference to it.
@@ -108,7 +111,6 @@ def steps(path: Path) -> list[int]:
 def test_a_child_saves_with_an_engine_of_its_own(interpreter: Interpreter, tmp_path: Path) -> None:
     body = """
         def body():
-            put_under(ckpt, store)
             assert ckpt.save(3, state_of(3)).committed.result(10).step == 3
             asyncckpt.save(state_of(4), sys.argv[1] + ".pt").committed.result(10)
             ckpt.save(4, state_of(4))
@@ -192,7 +194,6 @@ def test_what_is_pending_in_a_child_is_finished_when_it_ends(
 ) -> None:
     body = """
         def body():
-            put_under(ckpt, store)
             ckpt.save(3, state_of(3))
             ckpt.save(4, state_of(4))
         """

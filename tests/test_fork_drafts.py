@@ -24,7 +24,7 @@ PREPARE = """
 import errno, faulthandler, gc, itertools, mmap, os, signal, sys, threading, traceback, warnings
 from asyncckpt import StoreError
 from asyncckpt.stores.fileops import FileOps
-from asyncckpt.stores.local_draft import DraftFile
+from asyncckpt.stores.local_draft import LocalDraft
 
 warnings.filterwarnings("ignore", ".*fork", DeprecationWarning)
 
@@ -62,13 +62,13 @@ def started(operation, call, when, commit=True):
     def write():
         try:
             draft.open()
-            draft.write(0, DATA)
+            draft._write(0, DATA)
             if commit:
-                draft.commit()
+                draft._commit()
         finally:
             draft.drop()
 
-    draft = DraftFile(held(operation, call, when), path, "a.pt", SIZE)
+    draft = LocalDraft(held(operation, call, when), path, "a.pt", SIZE)
     thread = threading.Thread(target=write)
     thread.start()
     assert arrived.wait(20)
@@ -174,7 +174,7 @@ def test_a_draft_cannot_be_used_in_a_child_and_its_file_stays(
 
         def body():
             global draft
-            for use in (draft.open, lambda: draft.write(0, DATA), lambda: draft.clone(0), draft.commit):
+            for use in (draft.open, lambda: draft._write(0, DATA), draft._commit):
                 try:
                     use()
                 except StoreError as error:

@@ -11,9 +11,10 @@ import torch
 import asyncckpt
 from asyncckpt import Checkpointer
 from asyncckpt._saving.engine import get_engine
+from asyncckpt.stores import LocalStore
 from asyncckpt.testing import Gate, SlowStore
 from interrupts import held, interrupt_everywhere, settle, wait_until
-from support import put_under
+from support import gated_store
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -71,35 +72,35 @@ def test_save(tmp_path: Path, memory: str, error: type[Exception] | None) -> Non
 
 
 def test_save_that_replaces_another_one(tmp_path: Path) -> None:
-    ckpt = Checkpointer(tmp_path, max_in_flight=2, when_busy="replace", keep=asyncckpt.LastN(1))
-    inner, gates, queued = ckpt._store, [Gate(opened=True)], []
+    gate, queued = Gate(), []
+    store = gated_store(tmp_path, gate, "draft")
+    ckpt = Checkpointer(store=store, max_in_flight=2, when_busy="replace", keep=asyncckpt.LastN(1))
     step = 0
 
     def before() -> None:
         nonlocal step
-        gates.append(Gate())
-        put_under(ckpt, SlowStore(inner, gates={"draft": gates[-1]}))
+        gate.close()
         step += 3
+        arrived = gate.arrived
         ckpt.save(step - 2, state_of(step))
-        gates[-1].wait_for_arrival()
+        gate.wait_for_arrival(arrived + 1)
         queued.append(ckpt.save(step - 1, state_of(step)))
 
     def after(where: str) -> None:
-        gates[-1].open()
+        gate.open()
         settle(ckpt)
         assert queued[-1].committed.done(), where
         assert (ckpt._saver.in_flight, held()[0]) == (0, 0), where
 
     assert interrupt_everywhere(lambda: ckpt.save(step, state_of(step)), before, after) > 100
-    gates[-1].open()
+    gate.open()
     settle(ckpt)
     assert queued[-1].skipped
 
 
 def test_save_that_waits_for_a_place(tmp_path: Path) -> None:
-    ckpt = Checkpointer(tmp_path, keep=asyncckpt.LastN(1))
-    slow = SlowStore(ckpt._store, delays={"commit": 0.001})
-    put_under(ckpt, slow)
+    store = SlowStore(LocalStore(str(tmp_path)), delays={"commit": 0.001})
+    ckpt = Checkpointer(store=store, keep=asyncckpt.LastN(1))
     step = 0
 
     def before() -> None:
@@ -126,14 +127,14 @@ def test_save_that_waits_for_a_place(tmp_path: Path) -> None:
     "call", [Checkpointer.wait, Checkpointer.close, lambda ckpt: ckpt.__exit__(None, None, None)]
 )
 def test_wait(tmp_path: Path, call: Callable[[Checkpointer], object]) -> None:
-    ckpts = [Checkpointer(tmp_path)]
+    store = SlowStore(LocalStore(str(tmp_path)), delays={"commit": 0.001})
+    ckpts = [Checkpointer(store=store)]
     step = 0
 
     def before() -> None:
         nonlocal step
         step += 1
-        ckpts.append(Checkpointer(tmp_path))
-        put_under(ckpts[-1], SlowStore(ckpts[-1]._store, delays={"commit": 0.001}))
+        ckpts.append(Checkpointer(store=store))
         ckpts[-1].save(step, state_of(step))
 
     def after(where: str) -> None:

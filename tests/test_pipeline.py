@@ -49,10 +49,6 @@ class MemoryDraft(Draft):
     async def commit(self) -> None:
         raise NotImplementedError
 
-    @property
-    def sync_seconds(self) -> float:
-        return 0.0
-
     def content(self) -> bytes:
         whole = b""
         for offset, data in sorted(self.pieces.items()):

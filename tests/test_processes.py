@@ -22,28 +22,24 @@ if TYPE_CHECKING:
 PREPARE = """
 import asyncio, faulthandler, os, signal, sys, threading, time
 import asyncckpt, torch
+from asyncckpt.stores import LocalStore
 from asyncckpt.testing import FaultyStore, Gate, SlowStore
-
-def put_under(ckpt, store):
-    ckpt._store = ckpt._writer._store = store
-    ckpt._catalog = asyncckpt._loading.catalog.Catalog(store, ckpt._names)
 
 def state_of(value, size=1 << 20):
     return {"w": torch.full((size,), float(value))}
 
 class Told(SlowStore):
     # prints what is about to happen, and goes on when a line comes in
+    told = ()
+
     async def before(self, operation, subject):
         if operation in self.told:
             os.write(1, f"{operation}\\n".encode())  # whole, whatever another thread prints
             await asyncio.to_thread(sys.stdin.readline)
 
-def tell(ckpt, *operations):
-    store = Told(ckpt._store)
-    store.told = operations
-    put_under(ckpt, store)
-
 path = sys.argv[1]
+local = LocalStore(path)
+told = Told(local)
 """
 
 
@@ -134,10 +130,10 @@ def test_pending_saves_are_finished_where_no_thread_can_be_started_any_more(
             gate.open()
 
         threading._register_atexit(no_more_threads)
-        ckpt = asyncckpt.Checkpointer(path, max_in_flight=3)
+        gate = Gate(opened=True)
+        ckpt = asyncckpt.Checkpointer(store=SlowStore(local, gates={"draft": gate}), max_in_flight=3)
         exec(sys.argv[2])
-        gate = Gate()
-        put_under(ckpt, SlowStore(ckpt._store, gates={"draft": gate}))
+        gate.close()
         for step in (1, 2, 3):
             ckpt.save(step, state_of(step, 10 << 20))
         """)
@@ -148,10 +144,9 @@ def test_pending_saves_are_finished_where_no_thread_can_be_started_any_more(
 
 def test_a_failure_at_exit_is_printed(interpreter: Interpreter, tmp_path: Path) -> None:
     script = program("""
-        ckpt = asyncckpt.Checkpointer(path, max_in_flight=2)
-        store = FaultyStore(ckpt._store)
+        store = FaultyStore(local)
         store.fail("commit", OSError("the disk is gone"))
-        put_under(ckpt, store)
+        ckpt = asyncckpt.Checkpointer(store=store, max_in_flight=2)
         ckpt.save(1, state_of(1))
         ckpt.save(2, state_of(2))
         """)
@@ -170,12 +165,10 @@ def test_a_callback_that_exits_does_not_stop_the_saves(
         def leave(*_):
             sys.exit(3)
 
-        ckpt = asyncckpt.Checkpointer(path, max_in_flight=3, on_error=leave)
-        store = FaultyStore(ckpt._store)
+        store, gate = FaultyStore(local), Gate()
         store.fail("commit", OSError("the disk is gone"))
-        put_under(ckpt, store)
-        gate = Gate()
-        put_under(ckpt, SlowStore(store, gates={"draft": gate}))
+        slow = SlowStore(store, gates={"draft": gate})
+        ckpt = asyncckpt.Checkpointer(store=slow, max_in_flight=3, on_error=leave)
         ckpt.save(1, state_of(1))
         save = ckpt.save(2, state_of(2))
         if sys.argv[2] == "callback":
@@ -194,10 +187,10 @@ def test_a_process_killed_in_the_middle_leaves_whole_checkpoints_only(
     interpreter: Interpreter, tmp_path: Path, operation: str
 ) -> None:
     script = program("""
-        ckpt = asyncckpt.Checkpointer(path, max_in_flight=2, keep=asyncckpt.LastN(1))
+        ckpt = asyncckpt.Checkpointer(store=told, max_in_flight=2, keep=asyncckpt.LastN(1))
         ckpt.save(1, state_of(1))
         ckpt.wait()
-        tell(ckpt, sys.argv[2])
+        told.told = [sys.argv[2]]
         ckpt.save(2, state_of(2))
         ckpt.save(3, state_of(3))
         ckpt.wait()
@@ -253,8 +246,8 @@ def test_an_interrupt_while_waiting_is_raised_and_the_save_is_finished(
     interpreter: Interpreter, tmp_path: Path
 ) -> None:
     script = program("""
-        ckpt = asyncckpt.Checkpointer(path)
-        tell(ckpt, "commit")
+        told.told = ["commit"]
+        ckpt = asyncckpt.Checkpointer(store=told)
         ckpt.save(1, state_of(1))
         try:
             ckpt.wait()
@@ -274,8 +267,8 @@ def test_an_interrupt_while_waiting_is_raised_and_the_save_is_finished(
 
 def test_an_interrupt_in_the_block_finishes_what_is_pending(interpreter: Interpreter, tmp_path: Path) -> None:
     script = program("""
-        with asyncckpt.Checkpointer(path, max_in_flight=2) as ckpt:
-            tell(ckpt, "draft")
+        told.told = ["draft"]
+        with asyncckpt.Checkpointer(store=told, max_in_flight=2) as ckpt:
             ckpt.save(1, state_of(1))
             ckpt.save(2, state_of(2))
             os.write(1, b"taken\\n")

@@ -17,9 +17,9 @@ import torch
 import asyncckpt
 from asyncckpt import Checkpointer, CheckpointNotFoundError, LastN, StoreError
 from asyncckpt._saving.engine import get_engine
-from asyncckpt.stores.local import LocalStore
+from asyncckpt.stores import LocalStore, open_store
 from asyncckpt.testing.doubles import WrapperStore
-from support import put_under
+from support import faulty_store
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -102,20 +102,18 @@ def state_of(value: float) -> dict[str, Any]:
 
 
 @pytest.fixture(params=["local", "memory"])
-def ckpt(request: pytest.FixtureRequest, tmp_path: Path) -> Checkpointer:
-    return Checkpointer(
-        tmp_path if request.param == "local" else f"memory://{tmp_path}", filename="{step}.pt"
-    )
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Changing:
+    return Changing(open_store(tmp_path if request.param == "local" else f"memory://{tmp_path}"))
 
 
-def test_the_directory_is_listed_again_if_a_file_is_evicted_before_it_is_opened(ckpt: Checkpointer) -> None:
-    store = put_under(ckpt, Changing(ckpt._store))
+def test_the_directory_is_listed_again_if_a_file_is_evicted_before_it_is_opened(store: Changing) -> None:
+    ckpt = Checkpointer(store=store, filename="{step}.pt")
     ckpt.save(1, state_of(1))
     ckpt.wait()
     ckpt.checkpoints()  # its description is known: the next open is that of the load
 
     def evict(name: str) -> None:
-        get_engine().call(store._inner.remove, name)
+        get_engine().call(store.inner.remove, name)
         other = Checkpointer(ckpt.directory, filename="{step}.pt")
         other.save(2, state_of(2)).committed.result(30)
 
@@ -126,12 +124,12 @@ def test_the_directory_is_listed_again_if_a_file_is_evicted_before_it_is_opened(
     assert (found.step, live["step"]) == (2, 2)
 
 
-def test_missing_ok_requires_an_empty_listing(ckpt: Checkpointer) -> None:
-    store = put_under(ckpt, Changing(ckpt._store))
+def test_missing_ok_requires_an_empty_listing(store: Changing) -> None:
+    ckpt = Checkpointer(store=store, filename="{step}.pt")
     ckpt.save(1, state_of(1))
     ckpt.wait()
     ckpt.checkpoints()
-    store.change = lambda name: get_engine().call(store._inner.remove, name)
+    store.change = lambda name: get_engine().call(store.inner.remove, name)
     live = state_of(0)
     assert ckpt.restore(live, missing_ok=True) is None
     assert live["step"] == 0
@@ -140,25 +138,19 @@ def test_missing_ok_requires_an_empty_listing(ckpt: Checkpointer) -> None:
 
 
 def test_a_file_that_is_listed_and_can_never_be_opened_is_an_error(tmp_path: Path) -> None:
-    ckpt = Checkpointer(tmp_path)
+    store = faulty_store(tmp_path)
+    ckpt = Checkpointer(store=store)
     ckpt.save(1, state_of(1))
     ckpt.wait()
-    ckpt.checkpoints()
-
-    class Gone(Changing):
-        @asynccontextmanager
-        async def open(self, name: str) -> AsyncIterator[OpenFile]:
-            raise FileNotFoundError(name)
-            yield  # type: ignore[unreachable] # it makes this a generator
-
-    ckpt._store = Gone(ckpt._store)
+    ckpt.checkpoints()  # its description is known: what is opened from now on is opened by the load
+    store.fail("open", FileNotFoundError("gone"), times=None)
     with pytest.raises(StoreError, match="in each of 100 attempts"):
         ckpt.restore(state_of(0))
 
 
 def test_a_step_that_is_replaced_by_another_is_not_found(tmp_path: Path) -> None:
-    ckpt = Checkpointer(tmp_path, filename="only.pt", overwrite=True)
-    store = put_under(ckpt, Changing(ckpt._store))
+    store = Changing(LocalStore(str(tmp_path)))
+    ckpt = Checkpointer(store=store, filename="only.pt", overwrite=True)
     ckpt.save(1, state_of(1))
     ckpt.wait()
     ckpt.checkpoints()
@@ -217,22 +209,24 @@ def test_memory_of_a_loaded_tensor_is_given_back_when_the_tensor_dies(tmp_path: 
 
 
 def test_a_remote_file_that_is_replaced_while_it_is_read_is_read_anew(tmp_path: Path) -> None:
-    ckpt = Checkpointer(f"memory://{tmp_path}", filename="a.pt", overwrite=True)
-    ckpt.save(1, state_of(1)).committed.result(30)
     other = Checkpointer(f"memory://{tmp_path}", filename="a.pt", overwrite=True)
-    reads = 0
+    other.save(1, state_of(1)).committed.result(30)
 
     class Replaced(WrapperStore):
+        reads: int | None = None
+
         async def before(self, operation: str, _: str) -> None:
-            nonlocal reads
-            reads += operation == "read"
-            if operation == "read" and reads == 2:  # the directory is read, the content not yet
+            if operation != "read" or self.reads is None:
+                return
+            self.reads += 1
+            if self.reads == 2:  # the directory is read, the content not yet
                 await asyncckpt._threads.in_thread(
                     lambda: other.save(2, state_of(2) | {"more": torch.ones(99)}).committed.result(30)
                 )
 
-    ckpt.checkpoints()
-    put_under(ckpt, Replaced(ckpt._store))
+    store = Replaced(open_store(f"memory://{tmp_path}"))
+    ckpt = Checkpointer(store=store, filename="a.pt")
+    store.reads = 0
     live = state_of(0) | {"more": torch.zeros(99)}
     found = ckpt.restore(live)
     assert found is not None

@@ -14,9 +14,9 @@ from asyncckpt import BusyError, Checkpointer, SaveError
 from asyncckpt._saving.engine import get_engine
 from asyncckpt._snapshot.copy import copy_ranges
 from asyncckpt._threads import is_locked_by_caller
-from asyncckpt.testing import FaultyStore, Gate, SlowStore
+from asyncckpt.testing import Gate
 from interrupts import Interrupt, settle
-from support import put_under
+from support import faulty_store, gated_store
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -48,8 +48,9 @@ class TestCallbacks:
             again.append(ckpt.save(failed.step or 0, state_of(9)))
 
         again: list[Save] = []
-        with Checkpointer(tmp_path, on_error=save_again) as ckpt:
-            put_under(ckpt, FaultyStore(ckpt._store)).fail("commit", OSError("once"))
+        store = faulty_store(tmp_path)
+        store.fail("commit", OSError("once"))
+        with Checkpointer(store=store, on_error=save_again) as ckpt:
             with pytest.raises(SaveError, match="once"):
                 ckpt.save(1, state_of(1)).committed.result(30)
             ckpt.wait()
@@ -114,9 +115,9 @@ def test_a_policy_that_exits_does_not_end_the_saves(tmp_path: Path) -> None:
 
 def test_callbacks_of_a_replaced_save_are_called_without_the_lock(tmp_path: Path) -> None:
     told: list[bool] = []
-    with Checkpointer(tmp_path, max_in_flight=2, when_busy="replace") as ckpt:
-        gate = Gate()
-        put_under(ckpt, SlowStore(ckpt._store, gates={"draft": gate}))
+    gate = Gate()
+    store = gated_store(tmp_path, gate, "draft")
+    with Checkpointer(store=store, max_in_flight=2, when_busy="replace") as ckpt:
         ckpt.save(0, state_of(0))
         gate.wait_for_arrival()
         for step in (1, 2):
@@ -129,9 +130,8 @@ def test_callbacks_of_a_replaced_save_are_called_without_the_lock(tmp_path: Path
 def test_a_place_that_becomes_free_at_the_last_moment_is_taken(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ckpt = Checkpointer(tmp_path, max_in_flight=1)
     gate = Gate()
-    put_under(ckpt, SlowStore(ckpt._store, gates={"commit": gate}))
+    ckpt = Checkpointer(store=gated_store(tmp_path, gate), max_in_flight=1)
     first = ckpt.save(1, state_of(1))
     refuse = ckpt._saver._refuse_to_wait
 
@@ -246,9 +246,8 @@ def test_a_handler_that_only_waits_while_the_state_is_copied(
 
 
 def test_another_thread_saves_while_one_waits(tmp_path: Path) -> None:
-    with Checkpointer(tmp_path, max_in_flight=1) as ckpt:
-        gate = Gate()
-        put_under(ckpt, SlowStore(ckpt._store, gates={"commit": gate}))
+    gate = Gate()
+    with Checkpointer(store=gated_store(tmp_path, gate), max_in_flight=1) as ckpt:
         ckpt.save(1, state_of(1))
         threads = [threading.Thread(target=ckpt.save, args=(step, state_of(step))) for step in (2, 3)]
         for thread in threads:

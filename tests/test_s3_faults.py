@@ -16,7 +16,7 @@ import torch
 import asyncckpt
 from asyncckpt import BestK, Checkpointer, CorruptCheckpointError, LastN, SaveError, StoreError
 from asyncckpt._saving.engine import get_engine
-from asyncckpt.stores import s3
+from asyncckpt.stores import open_store, s3
 from object_servers import delay, drop, drop_answer, status, truncate
 from support import run_python
 
@@ -158,7 +158,7 @@ def test_what_is_final_fails_at_once(url: str, options: dict[str, Any], proxy: F
 def test_what_dead_runs_left_is_aborted_once_it_is_old(
     url: str, options: dict[str, Any], moto: MotoServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store = Checkpointer(url, storage_options=options)._store
+    store = open_store(url, options)
     assert isinstance(store, s3.S3Store)
 
     async def leave() -> None:
@@ -190,7 +190,7 @@ def test_a_flipped_bit_is_found(url: str, options: dict[str, Any]) -> None:
     with Checkpointer(url, storage_options=options) as ckpt:
         ckpt.save(1, state_of(1.0, 1000))
         ckpt.wait()
-        fs = ckpt._store._fs  # type: ignore[attr-defined]
+        fs = open_store(url, options)._fs  # type: ignore[attr-defined]
         path = f"{url[5:]}/step-00000001.pt"
         data = bytearray(fs.cat_file(path))
         data[2000] ^= 1

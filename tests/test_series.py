@@ -26,8 +26,8 @@ from asyncckpt import (
 )
 from asyncckpt.layout.description import Description
 from asyncckpt.stores.local import LocalStore
-from asyncckpt.testing import FaultyOps
-from support import flip, payload_offset, put_under
+from file_operations import FaultyOps
+from support import flip, payload_offset
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -291,8 +291,7 @@ def test_a_newest_that_cannot_be_read_is_an_error_without_fallback(tmp_path: Pat
     with Checkpointer(tmp_path, filename="{step}.pt") as ckpt:
         for step in (1, 2):
             save(ckpt, step)
-    ckpt = Checkpointer(tmp_path, filename="{step}.pt")
-    put_under(ckpt, LocalStore(str(tmp_path), ops))
+    ckpt = Checkpointer(store=LocalStore(str(tmp_path), ops), filename="{step}.pt")
     for call in (ckpt.load, lambda: ckpt.restore(state_of(0), missing_ok=True)):
         ops.fail("open", OSError(errno.EIO, "Input/output error"), where=lambda path: path.endswith("2.pt"))
         with pytest.raises(StoreError, match="the device that holds"):

@@ -23,6 +23,7 @@ PREPARE = """
 import asyncio, multiprocessing, os, signal, sys, threading, warnings
 import asyncckpt, torch
 from asyncckpt import Checkpointer, StopOnSignal
+from asyncckpt.stores import LocalStore
 from asyncckpt.testing import SlowStore
 
 class Told(SlowStore):
@@ -34,11 +35,6 @@ class Told(SlowStore):
 
 def tell(line):
     print(line, flush=True)
-
-def told(ckpt):
-    ckpt._store = Told(ckpt._store)
-    ckpt._catalog = asyncckpt._loading.catalog.Catalog(ckpt._store)
-    return ckpt
 
 def train(step):
     # prints the step, and ends it when a line comes in
@@ -122,8 +118,8 @@ class TestLoop:
 
 class TestPendingSave:
     BODY = """
-        with {stop} as stop, Checkpointer(path, max_in_flight=2) as ckpt:
-            told(ckpt).save(1, state_of(1))
+        with {stop} as stop, Checkpointer(store=Told(LocalStore(path)), max_in_flight=2) as ckpt:
+            ckpt.save(1, state_of(1))
             for step in range(2, 1_000_000_000):
                 if stop:
                     ckpt.save(step := 2, state_of(2))
@@ -155,8 +151,8 @@ class TestPendingSave:
         self, interpreter: Interpreter, tmp_path: Path
     ) -> None:
         body = """
-            with StopOnSignal() as stop, Checkpointer(path) as ckpt:
-                told(ckpt).save(1, state_of(1))
+            with StopOnSignal() as stop, Checkpointer(store=Told(LocalStore(path))) as ckpt:
+                ckpt.save(1, state_of(1))
             stop.exit()
             """
         process = interpreter.start(program(body), tmp_path)
@@ -170,8 +166,8 @@ class TestPendingSave:
 class TestSecondSignal:
     BODY = """
         asyncckpt.signals._REPEATED_SECONDS = float(sys.argv[3])
-        with StopOnSignal(sys.argv[2]) as stop, Checkpointer(path) as ckpt:
-            told(ckpt).save(1, state_of(1))
+        with StopOnSignal(sys.argv[2]) as stop, Checkpointer(store=Told(LocalStore(path))) as ckpt:
+            ckpt.save(1, state_of(1))
             while not stop:
                 pass
             tell("stop")

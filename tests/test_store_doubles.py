@@ -13,8 +13,9 @@ from anyio.lowlevel import checkpoint
 
 from asyncckpt.errors import StoreError
 from asyncckpt.stores.local import LocalStore
-from asyncckpt.testing import Call, FaultyOps, FaultyStore, Gate, RecordingOps, SlowStore
+from asyncckpt.testing import FaultyStore, Gate, SlowStore
 from asyncckpt.testing.store_contract import StoreContract, get, names, put, write_all
+from file_operations import Call, FaultyOps, RecordingOps
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -12,8 +12,8 @@ import pytest
 
 from asyncckpt.stores.fileops import FileOps
 from asyncckpt.stores.local import LocalStore
-from asyncckpt.stores.local_temporary import temporary_name
-from asyncckpt.testing import FaultyOps
+from asyncckpt.stores.temporary import temporary_name
+from file_operations import FaultyOps
 from support import mounted
 
 if TYPE_CHECKING:

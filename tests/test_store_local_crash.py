@@ -15,8 +15,8 @@ import pytest
 from asyncckpt.errors import StoreError
 from asyncckpt.stores.fileops import FileOps
 from asyncckpt.stores.local import LocalStore
-from asyncckpt.testing import FaultyOps
 from asyncckpt.testing.store_contract import content, get, names, put
+from file_operations import FaultyOps
 from support import mounted
 
 if TYPE_CHECKING:
@@ -36,10 +36,10 @@ class SharedOps(FileOps):
 HELPER = """
 import errno, fcntl, os, resource, signal, sys
 import anyio
-import asyncckpt.stores.local_temporary
+import asyncckpt.stores.temporary
 from asyncckpt.errors import StoreError
 from asyncckpt.stores.local import LocalStore
-from asyncckpt.testing import RecordingOps
+from file_operations import RecordingOps
 from asyncckpt.testing.store_contract import content, put
 
 DATA = content(3 << 20, seed=2)
@@ -67,7 +67,7 @@ class Reserving(RecordingOps):
 
 async def hold(directory, tag=""):
     if tag:
-        asyncckpt.stores.local_temporary.host_tag = lambda: tag
+        asyncckpt.stores.temporary.host_tag = lambda: tag
     async with LocalStore(directory).draft("a.pt", 40 << 20) as draft:
         await draft.write(0, memoryview(bytes(draft.chunk)))
         print(os.getpid(), flush=True)
@@ -258,7 +258,9 @@ class TestFullDisk:
         await put(store, "a.pt", content(SIZE, seed=1))
         if not reserve:
             ops.fail("fallocate", OSError(errno.EOPNOTSUPP, "Operation not supported"))
-        with pytest.raises(StoreError, match=r"no space left .* a\.pt \(7\.3 MB\); free space") as caught:
+        with pytest.raises(
+            StoreError, match=r"no space left .* a\.pt \(7,340,032 bytes\); free space"
+        ) as caught:
             await put(store, "a.pt", content(7 << 20, seed=2))
         assert caught.value.errno == errno.ENOSPC
         assert entries(small_disk / "runs") == ["a.pt"]

@@ -16,8 +16,8 @@ from anyio.lowlevel import checkpoint
 
 from asyncckpt.errors import StoreError
 from asyncckpt.stores.local import LocalStore
-from asyncckpt.testing import FaultyOps
 from asyncckpt.testing.store_contract import content, get, put, write_all
+from file_operations import FaultyOps
 
 if TYPE_CHECKING:
     from collections.abc import Callable

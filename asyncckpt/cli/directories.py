@@ -15,7 +15,7 @@ from asyncckpt._naming import SUFFIXES
 from asyncckpt.cli.formats import is_dcp
 from asyncckpt.cli.locations import directory_at, is_url, parsed_options, store_at
 from asyncckpt.errors import CheckpointNotFoundError, StoreError
-from asyncckpt.stores.remote_errors import told
+from asyncckpt.stores.errors import remote_errors
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -93,7 +93,7 @@ def _walk_local(path: str, depth: int | None) -> Iterator[tuple[str, Sequence[st
 def _walk_remote(
     url: str, options: Sequence[str] | None, depth: int | None
 ) -> Iterator[tuple[str, Sequence[str]]]:
-    with told("listing it", url):
+    with remote_errors("listing it", url):
         fs, root = url_to_fs(url, **parsed_options(options))
         root = root.rstrip("/")
         levels = None if depth is None else depth + 1

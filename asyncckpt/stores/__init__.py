@@ -1,36 +1,19 @@
-"""Stores: where the bytes of checkpoints go."""
+"""Stores: directories that checkpoints are written to and read from.
+
+`open_store` makes the store of a path or a URL, which is what `Checkpointer("runs/gpt")` uses. A store of
+your own is a subclass of `Store`, given to `Checkpointer(store=...)`: six methods (`path_of`, `prepare`,
+`draft`, `list`, `open`, `remove`), a `Draft` with `write` and `commit`, and an `OpenFile` with `read`. The
+other methods have defaults that work with these, and can be replaced where there is a faster way.
+
+The coroutines run on the event loop of asyncckpt's background thread: what blocks belongs in a worker
+thread (`anyio.to_thread.run_sync`). `asyncckpt.testing.store_contract.StoreContract` tests whether a store
+keeps what this interface promises.
+"""
 
 from __future__ import annotations
 
-import os
-from typing import TYPE_CHECKING, Any
-
-from fsspec.core import split_protocol
-
+from asyncckpt.stores.base import Draft, OpenFile, Store, StoredFile
 from asyncckpt.stores.local import LocalStore
+from asyncckpt.stores.opening import open_store
 
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from asyncckpt.stores.base import Store
-
-
-def open_store(directory: str | os.PathLike[str], options: Mapping[str, Any] | None = None) -> Store:
-    """Return the store of a directory: a local path, a `file://` URL, or one of any fsspec file system.
-
-    Raises:
-        StoreError: the URL names a protocol that is not known, or whose package is not installed.
-        ValueError: options are given for a local path, which takes none.
-    """
-    given = os.fspath(directory)
-    protocol, path = split_protocol(given)
-    if protocol in {None, "file", "local"}:
-        if options:
-            raise ValueError(
-                f"{given} is a local path, which takes no storage_options; given were {sorted(options)}"
-            )
-        return LocalStore(path)
-    # Imported when needed: its clients take a while.
-    from asyncckpt.stores.remote_open import open_remote  # noqa: PLC0415
-
-    return open_remote(given, protocol, dict(options or {}))
+__all__ = ["Draft", "LocalStore", "OpenFile", "Store", "StoredFile", "open_store"]

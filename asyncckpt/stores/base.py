@@ -1,10 +1,16 @@
-"""The contract that every store keeps: bytes in, under a name, whole or not at all."""
+"""The interface of a store: bytes in, under a name, whole or not at all."""
 
 from __future__ import annotations
 
+import errno
+import mmap
+import os
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from asyncckpt._threads import for_each
+from asyncckpt.errors import StoreError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -13,14 +19,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class StoredFile:
-    """A committed file as a listing sees it.
+    """A committed file as a listing shows it.
 
     Attributes:
         name: of the file in its directory.
         nbytes: its size.
         version: changes whenever the content under the name does (inode and mtime, an ETag): what was read
             of a file may be kept for as long as its version stays.
-        modified: when it was written, in seconds since the epoch; 0.0 where the store does not tell.
+        modified: when it was written, in seconds since the epoch; 0.0 where that is unknown.
     """
 
     name: str
@@ -41,9 +47,8 @@ class OpenFile(ABC):
         path: its path or URL.
     """
 
-    def __init__(self, file: StoredFile, path: str) -> None:
-        self.file = file
-        self.path = path
+    file: StoredFile
+    path: str
 
     @abstractmethod
     async def read(self, offset: int, into: memoryview) -> None:
@@ -54,19 +59,14 @@ class Draft(ABC):
     """A file under way: invisible until `commit`, gone if that is never reached.
 
     Attributes:
-        chunk: size in bytes of the pieces that `write` wants; a multiple of 4096.
-        writers: how many `write` calls may run at once. With 1 they must come in file order.
+        chunk: size in bytes of the pieces that `write` takes; a multiple of 4096.
+        writers: how many `write` calls may run at once. With 1 they come in file order.
+        sync_seconds: what the commit spent on making the bytes durable, for `SaveStats`.
     """
 
-    chunk: int
-    writers: int
-
-    def blocking_writer(self) -> Callable[[int, memoryview], None] | None:
-        """Return a function that does what `write` does and blocks; None if the store has none.
-
-        Its callers bring threads of their own, `writers` of them at most, and save a task switch a piece.
-        """
-        return None
+    chunk: int = 16 << 20
+    writers: int = 1
+    sync_seconds: float = 0.0
 
     @abstractmethod
     async def write(self, offset: int, data: memoryview) -> None:
@@ -85,17 +85,19 @@ class Draft(ABC):
                 the message says that the store failed after the replacement.
         """
 
-    @property
-    @abstractmethod
-    def sync_seconds(self) -> float:
-        """What the commit spent on making the bytes durable."""
+    def blocking_writer(self) -> Callable[[int, memoryview], None] | None:
+        """Return a function that does what `write` does and blocks; None if there is none.
+
+        It is called on threads of the caller, `writers` of them at most, which saves a task switch a piece.
+        """
+        return None
 
 
 class Store(ABC):
-    """One directory of files. Names are flat; a name never holds a slash.
+    """One directory of files. Names are flat: a name never holds a slash.
 
-    All methods may be called from several tasks at once. Failures are `StoreError`, or the
-    built-in `FileNotFoundError` where a named file is not there.
+    Methods may be called from several tasks at once, and all run on one event loop. Failures are
+    `asyncckpt.StoreError`, or the built-in FileNotFoundError where a named file does not exist.
 
     Attributes:
         overlaps: whether a draft may be written while the snapshot is still being copied. That is for stores
@@ -106,11 +108,11 @@ class Store(ABC):
 
     @abstractmethod
     def path_of(self, name: str) -> str:
-        """Return the path or URL under which a user finds `name`."""
+        """Return the path or URL under which a user finds `name`; for an empty name that of the directory."""
 
     @abstractmethod
     async def prepare(self) -> None:
-        """Make the directory, durably, and remove the drafts of writers that are dead."""
+        """Make the directory, durably, and remove the drafts of crashed writers."""
 
     @abstractmethod
     def draft(self, name: str, size: int) -> AbstractAsyncContextManager[Draft]:
@@ -118,43 +120,70 @@ class Store(ABC):
 
     @abstractmethod
     async def list(self) -> Sequence[StoredFile]:
-        """Return the committed files, in no order; drafts are not among them.
-
-        A directory that does not exist is empty.
-        """
-
-    @abstractmethod
-    async def stat(self, name: str) -> StoredFile:
-        """Return one committed file, or raise FileNotFoundError."""
-
-    async def exists(self) -> bool:
-        """Return whether the directory exists; one of an object store does if it has a file."""
-        return bool(await self.list())
+        """Return the committed files, in any order, without drafts; none if the directory does not exist."""
 
     @abstractmethod
     def open(self, name: str) -> AbstractAsyncContextManager[OpenFile]:
         """Open a committed file for reading, or raise FileNotFoundError."""
+
+    @abstractmethod
+    async def remove(self, name: str) -> None:
+        """Remove `name`, durably; a name that does not exist is no error."""
+
+    async def stat(self, name: str) -> StoredFile:
+        """Return one committed file, or raise FileNotFoundError."""
+        for file in await self.list():
+            if file.name == name:
+                return file
+        raise FileNotFoundError(errno.ENOENT, "no committed file", self.path_of(name))
+
+    async def exists(self) -> bool:
+        """Return whether the directory exists; without directories: whether there is a file."""
+        return bool(await self.list())
 
     async def read(self, name: str, offset: int, into: memoryview) -> None:
         """Read a file once: fill `into` with the bytes from `offset` on."""
         async with self.open(name) as file:
             await file.read(offset, into)
 
-    @abstractmethod
-    async def remove(self, name: str) -> None:
-        """Remove `name`, durably; a name that is not there is no error."""
-
-    @abstractmethod
     async def copy(self, source: str, target: str) -> None:
         """Make `target` a second, independent name for the bytes of `source`, atomically.
 
-        Independent means that replacing or removing one leaves the other; a hard link is that. `source` may
-        also be the relative path of a file in another directory: "../other/a.pt".
+        Independent means that replacing or removing one leaves the other; a hard link is that. Local and
+        remote directories also take the relative path of a file in another directory: "../other/a.pt".
         """
+        async with self.open(source) as file, self.draft(target, file.file.nbytes) as draft:
+            await copy_into(draft, file)
+            await draft.commit()
 
-    @abstractmethod
     async def link(self, source: str, target: str) -> None:
-        """Make `target` refer to whatever `source` names, atomically replacing what it was.
+        """Make `target` refer to whatever `source` names, atomically; a copy where there are no links."""
+        await self.copy(source, target)
 
-        `source` may be a relative path, as in `copy`.
-        """
+
+def checked_name(name: str, *, longest: int | None = None) -> str:
+    """Return `name`, or raise StoreError if it is not the flat name of a file of at most `longest` bytes."""
+    too_long = longest is not None and len(os.fsencode(name)) > longest
+    if name in {"", ".", ".."} or "/" in name or "\0" in name or too_long:
+        limit = f" of at most {longest} bytes" if longest else ""
+        message = f"{name!r} cannot be the name of a file; use one without slashes{limit}"
+        raise StoreError(errno.EINVAL, message)
+    return name
+
+
+def checked_source(source: str, *, longest: int | None = None) -> str:
+    """Return `source`, or raise StoreError if it is not a name or the relative path of a file."""
+    checked_name(source if source.startswith("/") else source.rpartition("/")[2], longest=longest)
+    return source
+
+
+async def copy_into(draft: Draft, file: OpenFile) -> None:
+    """Write all of an open file into a draft of its size."""
+
+    async def copy_piece(offset: int) -> None:
+        # A new piece each time, as the draft may need it until the commit; on a page, for direct writes.
+        piece = memoryview(mmap.mmap(-1, min(draft.chunk, file.file.nbytes - offset)))
+        await file.read(offset, piece)
+        await draft.write(offset, piece)
+
+    await for_each(copy_piece, range(0, file.file.nbytes, draft.chunk), draft.writers)

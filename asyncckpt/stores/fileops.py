@@ -6,6 +6,7 @@ short results and errors is decided by their callers.
 """
 
 # ruff: noqa: PTH102, PTH105, PTH108, PTH116, PTH211 - this is the place where `os` is called
+# ruff: noqa: D102 - methods without a docstring do what that of `os` or `shutil` does
 
 from __future__ import annotations
 
@@ -21,10 +22,9 @@ if sys.platform != "win32":
     import fcntl
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
 _O_DIRECT: int = getattr(os, "O_DIRECT", 0)
-_FICLONE = 0x40049409
 _STATFS_BYTES = 512  # more than the struct has on any platform
 
 
@@ -42,7 +42,7 @@ class FileOps:
     def open_direct(self, path: str, flags: int) -> int:
         """Open a file past the page cache; EINVAL where the system or the file system cannot."""
         if not _O_DIRECT:
-            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL), path)
+            raise _error(errno.EINVAL)
         return os.open(path, flags | _O_DIRECT | os.O_CLOEXEC, 0o666)
 
     def open_directory(self, path: str) -> int:
@@ -63,30 +63,30 @@ class FileOps:
 
     def fstatfs(self, fd: int) -> int:
         """Return the type of the file system of an open file, `f_type` of statfs(2); ENOSYS off Linux."""
+        # BSDs put other members first, and big-endian machines the bits that matter last.
+        if sys.platform != "linux" or sys.byteorder != "little":
+            raise _error(errno.ENOSYS)
         buffer = ctypes.create_string_buffer(_STATFS_BYTES)
-        if _fstatfs_call()(fd, buffer) != 0:
-            code = ctypes.get_errno()
-            raise OSError(code, os.strerror(code))
+        if _libc().fstatfs(fd, buffer) != 0:
+            raise _error(ctypes.get_errno())
         # The first member: an int or a long, of which every type uses 32 bits.
         return int.from_bytes(buffer.raw[:4], "little")
 
     def fallocate(self, fd: int, size: int) -> None:
-        """Reserve the space of a file and set its size; EOPNOTSUPP or ENOSYS where that is unknown."""
-        call = _fallocate_call()
-        while call(fd, 0, 0, size) != 0:
-            code = ctypes.get_errno()
-            if code != errno.EINTR:
-                raise OSError(code, os.strerror(code))
+        """Reserve the space of a file and set its size; EOPNOTSUPP or ENOSYS where that is unknown.
+
+        This is fallocate(2) itself: glibc's posix_fallocate writes zeros where the system call fails.
+        """
+        # The name with 64-bit offsets everywhere; C libraries without it have them in the plain one.
+        call = getattr(_libc(), "fallocate64", None) or getattr(_libc(), "fallocate", None)
+        if call is None:
+            raise _error(errno.ENOSYS)
+        while call(fd, 0, ctypes.c_int64(0), ctypes.c_int64(size)) != 0:
+            if ctypes.get_errno() != errno.EINTR:
+                raise _error(ctypes.get_errno())
 
     def ftruncate(self, fd: int, size: int) -> None:
-        """Set the size of a file without reserving space."""
         os.ftruncate(fd, size)
-
-    def ficlone(self, source: int, target: int) -> None:
-        """Let an open file share all data blocks of another one, copied when either is written to."""
-        if sys.platform != "linux":
-            raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
-        fcntl.ioctl(target, _FICLONE, source)
 
     def pwrite(self, fd: int, data: memoryview, offset: int) -> int:
         """Write at an offset; returns how many bytes were taken, which may be fewer."""
@@ -105,44 +105,34 @@ class FileOps:
         _sync(fd)
 
     def stat(self, path: str) -> os.stat_result:
-        """Return what a path leads to, through symbolic links."""
         return os.stat(path)
 
     def lstat(self, path: str) -> os.stat_result:
-        """Return what stands at a path, a symbolic link as itself."""
         return os.lstat(path)
 
     def fstat(self, fd: int) -> os.stat_result:
-        """Return what a descriptor has open."""
         return os.fstat(fd)
 
     def scandir(self, path: str) -> Sequence[os.DirEntry[str]]:
-        """Return all entries of a directory."""
         with os.scandir(path) as entries:
             return list(entries)
 
     def mkdir(self, path: str) -> None:
-        """Make one directory."""
         os.mkdir(path)
 
     def link(self, source: str, target: str) -> None:
-        """Give a file a second name."""
         os.link(source, target)
 
     def symlink(self, text: str, target: str) -> None:
-        """Make a symbolic link at `target` that says `text`."""
         os.symlink(text, target)
 
     def replace(self, source: str, target: str) -> None:
-        """Move a file to another name, atomically replacing what stands there."""
         os.replace(source, target)
 
     def unlink(self, path: str) -> None:
-        """Remove one name of a file."""
         os.unlink(path)
 
     def rmtree(self, path: str) -> None:
-        """Remove a directory with all that is in it."""
         shutil.rmtree(path)
 
 
@@ -160,31 +150,9 @@ def _sync(fd: int) -> None:
 
 
 @cache
-def _fallocate_call() -> Callable[[int, int, int, int], int]:
-    """Return fallocate(2) itself: glibc's posix_fallocate writes zeros where the system call fails."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    # The name with 64-bit offsets everywhere; C libraries without it have them in the plain one.
-    call = getattr(libc, "fallocate64", None) or getattr(libc, "fallocate", None)
-    if call is None:
-        return _not_there
-    call.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
-    call.restype = ctypes.c_int
-    found: Callable[[int, int, int, int], int] = call
-    return found
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None, use_errno=True)
 
 
-@cache
-def _fstatfs_call() -> Callable[[int, ctypes.Array[ctypes.c_char]], int]:
-    # BSDs put other members first, and big-endian machines the bits that matter last.
-    if sys.platform != "linux" or sys.byteorder != "little":
-        return _not_there
-    call = ctypes.CDLL(None, use_errno=True).fstatfs
-    call.argtypes = (ctypes.c_int, ctypes.c_char_p)
-    call.restype = ctypes.c_int
-    found: Callable[[int, ctypes.Array[ctypes.c_char]], int] = call
-    return found
-
-
-def _not_there(*_: object) -> int:
-    ctypes.set_errno(errno.ENOSYS)
-    return -1
+def _error(code: int) -> OSError:
+    return OSError(code, os.strerror(code))

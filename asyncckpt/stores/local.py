@@ -1,15 +1,15 @@
 """The store on a local path: one directory of files, each of them whole or not there."""
 
 # ruff: noqa: PTH100, PTH118, PTH119, PTH120 - paths stay the str that the user gave
+# ruff: noqa: D102 - methods without a docstring do what `Store`, `Draft` and `OpenFile` say
 
 from __future__ import annotations
 
 import errno
-import mmap
 import os
 import stat as modes
 import sys
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
@@ -18,30 +18,24 @@ from anyio import CancelScope
 
 from asyncckpt._threads import in_thread
 from asyncckpt.errors import StoreError
-from asyncckpt.stores.base import Store, StoredFile
+from asyncckpt.stores.base import Store, checked_name, checked_source, copy_into
+from asyncckpt.stores.errors import local_errors
 from asyncckpt.stores.fileops import FileOps
-from asyncckpt.stores.local_draft import DraftFile, LocalDraft, sync_directory
-from asyncckpt.stores.local_errors import translated
-from asyncckpt.stores.local_io import read_buffered
-from asyncckpt.stores.local_reading import LocalFile, ReadFile
-from asyncckpt.stores.local_temporary import is_temporary, remove_abandoned, temporary_name, unlink_quietly
+from asyncckpt.stores.local_draft import ATTEMPTS, LocalDraft, removed_error, sync_directory
+from asyncckpt.stores.local_file import LocalFile, committed_file
+from asyncckpt.stores.temporary import is_temporary, remove_abandoned, temporary_name, unlink_quietly
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Sequence
+    from collections.abc import AsyncIterator, Callable, Collection, Sequence
 
-    from asyncckpt.stores.base import Draft, OpenFile
+    from asyncckpt.stores.base import Draft, OpenFile, StoredFile
 
 T = TypeVar("T")
 
-_ATTEMPTS = 16
 _LISTINGS = 100
 _NAME_MAX = 255
 _NO_LINK = frozenset({errno.EPERM, errno.EXDEV, errno.EMLINK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EACCES})
 _NO_SYMLINK = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EACCES})
-
-
-class _VanishedError(Exception):
-    """A file was removed while the directory was listed."""
 
 
 class LocalStore(Store):
@@ -74,89 +68,78 @@ class LocalStore(Store):
         return os.path.join(self._given, name)
 
     async def prepare(self) -> None:
-        """Make the directory and its parents, durably, and remove the drafts of dead writers."""
-        await in_thread(self._prepare)
+        """Make the directory and its parents, durably, and remove the drafts of crashed writers."""
+        with local_errors("making the directory", os.path.join(self._directory, "")):
+            await in_thread(self._prepare)
 
     @asynccontextmanager
     async def draft(self, name: str, size: int) -> AsyncIterator[Draft]:
-        """Open a draft of `size` bytes that will replace `name`; leaving drops what is not committed."""
-        self._full(name)
-        file = DraftFile(self._ops, self._directory, name, size)
+        self._path(name)
+        draft = LocalDraft(self._ops, self._directory, name, size)
         try:
-            await in_thread(file.open)
-            yield LocalDraft(file)
+            await in_thread(draft.open)
+            yield draft
         finally:
-            await _to_the_end(file.drop)
+            await _to_the_end(draft.drop)
 
     async def list(self) -> Sequence[StoredFile]:
         """Return the regular files of the directory that are not drafts; links are not followed."""
-        with translated("listing it", os.path.join(self._directory, "")):
+        with local_errors("listing it", os.path.join(self._directory, "")):
             return await _looked_up(self._list)
 
     async def stat(self, name: str) -> StoredFile:
         """Return the file that `name` leads to, or raise FileNotFoundError."""
-        path = self._full(name)
-        with translated(f"looking at {name}", path, absent_ok=True):
-            return await _looked_up(self._stat, name, path)
+        path = self._path(name)
+        with local_errors(f"looking at {name}", path, absent_ok=True):
+            return await _looked_up(lambda: committed_file(name, path, self._ops.stat(path)))
 
     async def exists(self) -> bool:
-        """Return whether the directory exists."""
-        with translated("looking for it", os.path.join(self._directory, "")):
-            return await _looked_up(partial(_is_directory, self._ops), self._directory)
+        with local_errors("looking for it", os.path.join(self._directory, "")):
+            return await _looked_up(lambda: self._is_directory(self._directory))
 
     @asynccontextmanager
     async def open(self, name: str) -> AsyncIterator[OpenFile]:
         """Open the file that `name` leads to, or raise FileNotFoundError."""
-        path = self._full(name)
-        reading = ReadFile(self._ops, path)
+        path = self._path(name)
+        file = LocalFile(self._ops, name, path, self.path_of(name))
         try:
-            with translated(f"reading {name}", path, absent_ok=True):
-                status = await _looked_up(reading.open)
-                if is_temporary(name) or not modes.S_ISREG(status.st_mode):
-                    raise FileNotFoundError(errno.ENOENT, "not a committed file", path)
-            yield LocalFile(_stored(name, status), self.path_of(name), reading)
+            with local_errors(f"reading {name}", path, absent_ok=True):
+                await _looked_up(file.open)
+            yield file
         finally:
-            reading.close()
+            file.close()
 
     async def remove(self, name: str) -> None:
         """Remove a file, a link, or a directory with all that is in it, durably; or nothing."""
-        path = self._full(name)
-        with translated(f"removing {name}", path):
+        path = self._path(name)
+        with local_errors(f"removing {name}", path):
             await in_thread(self._remove, path)
 
     async def copy(self, source: str, target: str) -> None:
-        """Make `target` a second name for the bytes of `source`: a hard link, or a copy if need be."""
-        paths = self._near(source), self._full(target)
-        with translated(f"copying {source} to {target}", paths[1], absent_ok=True):
-            await in_thread(self._copy, *paths)
+        """Make `target` a hard link to the file that `source` leads to, or a copy where that is refused."""
+        paths = self._source(source), self._path(target)
+        with local_errors(f"copying {source} to {target}", paths[1], absent_ok=True):
+            await self._copy(*paths)
 
     async def link(self, source: str, target: str) -> None:
         """Make `target` a relative symbolic link to `source`, or a copy where links are refused."""
-        paths = self._near(source), self._full(target)
-        with translated(f"linking {target} to {source}", paths[1], absent_ok=True):
-            await in_thread(self._link, *paths)
+        paths = self._source(source), self._path(target)
+        with local_errors(f"linking {target} to {source}", paths[1], absent_ok=True):
+            if not await in_thread(self._link, *paths):
+                await self._copy(*paths)
 
-    def _full(self, name: str) -> str:
-        if name in {"", ".", ".."} or "/" in name or "\0" in name or len(os.fsencode(name)) > _NAME_MAX:
-            raise StoreError(
-                errno.EINVAL,
-                f"{name!r} cannot be the name of a file; use one of 1 to {_NAME_MAX} bytes without slashes",
-            )
-        return os.path.join(self._directory, name)
+    def _path(self, name: str) -> str:
+        return os.path.join(self._directory, checked_name(name, longest=_NAME_MAX))
 
-    def _near(self, source: str) -> str:
-        """Return the path of a file of this directory, or of one relative to it."""
-        directory, _, name = source.rpartition("/")
-        self._full(source if source.startswith("/") else name)
-        return os.path.join(self._directory, directory, name)
+    def _source(self, source: str) -> str:
+        return os.path.join(self._directory, checked_source(source, longest=_NAME_MAX))
 
     def _prepare(self) -> None:
-        with translated("making the directory", os.path.join(self._directory, "")):
-            self._make_directory(self._directory)
-            remove_abandoned(self._ops, self._directory)
+        self._make_directory(self._directory)
+        remove_abandoned(self._ops, self._directory)
 
     def _make_directory(self, path: str) -> None:
-        if _is_directory(self._ops, path):
+        if self._is_directory(path):
             return
         parent = os.path.dirname(path)
         self._make_directory(parent)
@@ -164,21 +147,32 @@ class LocalStore(Store):
             self._ops.mkdir(path)
         except FileExistsError:
             # Made meanwhile by another process, which may die before it syncs the parent.
-            if not _is_directory(self._ops, path):
+            if not self._is_directory(path):
                 raise
         sync_directory(self._ops, parent)
 
+    def _is_directory(self, path: str) -> bool:
+        try:
+            status = self._ops.stat(path)
+        except FileNotFoundError:
+            return False
+        if not modes.S_ISDIR(status.st_mode):
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path)
+        return True
+
     def _list(self) -> Sequence[StoredFile]:
         for _ in range(_LISTINGS):
-            with suppress(_VanishedError):
-                return self._list_once()
+            found = self._list_once()
+            if found is not None:
+                return found
         raise StoreError(
             errno.EAGAIN,
             f"files of {self._directory} were removed during each of {_LISTINGS} attempts to list it",
             self._directory,
         )
 
-    def _list_once(self) -> Sequence[StoredFile]:
+    def _list_once(self) -> Sequence[StoredFile] | None:
+        """List the directory; None if a file vanished: its successor may have come too late to be seen."""
         try:
             entries = self._ops.scandir(self._directory)
         except FileNotFoundError:
@@ -190,17 +184,10 @@ class LocalStore(Store):
             try:
                 status = self._ops.lstat(entry.path)
             except FileNotFoundError:
-                # What took its place may have come too late to be seen.
-                raise _VanishedError from None
+                return None
             if modes.S_ISREG(status.st_mode):
-                found.append(_stored(entry.name, status))
+                found.append(committed_file(entry.name, entry.path, status))
         return found
-
-    def _stat(self, name: str, path: str) -> StoredFile:
-        status = self._ops.stat(path)
-        if is_temporary(name) or not modes.S_ISREG(status.st_mode):
-            raise FileNotFoundError(errno.ENOENT, "not a committed file", path)
-        return _stored(name, status)
 
     def _remove(self, path: str) -> None:
         try:
@@ -213,73 +200,51 @@ class LocalStore(Store):
             self._ops.rmtree(path)
         sync_directory(self._ops, self._directory)
 
-    def _copy(self, source: str, target: str) -> None:
+    async def _copy(self, source: str, target: str) -> None:
         # Two names of a link would be one file, so it is the file itself that gets the second name.
-        source = os.path.realpath(source)
-        try:
-            self._place(lambda temporary: self._ops.link(source, temporary), target)
-        except OSError as error:
-            if error.errno not in _NO_LINK:
-                raise
-            self._copy_bytes(source, target)
-
-    def _copy_bytes(self, source: str, target: str) -> None:
-        fd = self._ops.open(source, os.O_RDONLY)
-        try:
-            size = self._ops.fstat(fd).st_size
-            file = DraftFile(self._ops, self._directory, os.path.basename(target), size)
-            try:
-                file.open()
-                if not file.clone(fd):
-                    self._copy_pieces(fd, file, size)
-                file.commit()
-            finally:
-                file.drop()
-        finally:
-            self._ops.close(fd)
-
-    def _copy_pieces(self, source: int, file: DraftFile, size: int) -> None:
-        # Anonymous memory begins on a page, so that the pieces can go past the page cache.
-        memory = memoryview(mmap.mmap(-1, LocalDraft.chunk))
-        for offset in range(0, size, LocalDraft.chunk):
-            piece = memory[: min(LocalDraft.chunk, size - offset)]
-            count = read_buffered(self._ops, source, piece, offset)
-            file.write(offset, piece[:count])
-
-    def _link(self, source: str, target: str) -> None:
-        found = os.path.realpath(source)
-        self._ops.stat(found)
-        if found == os.path.join(os.path.realpath(self._directory), os.path.basename(target)):
+        source = await in_thread(os.path.realpath, source)
+        if await in_thread(self._place, partial(self._ops.link, source), target, _NO_LINK):
             return
-        text = os.path.relpath(found, os.path.realpath(self._directory))
-        try:
-            self._place(lambda temporary: self._ops.symlink(text, temporary), target)
-        except OSError as error:
-            if error.errno not in _NO_SYMLINK:
-                raise
-            self._copy(source, target)
+        directory, name = os.path.split(source)
+        beside = LocalStore(directory, self._ops)
+        async with beside.open(name) as file, self.draft(os.path.basename(target), file.file.nbytes) as draft:
+            await copy_into(draft, file)
+            await draft.commit()
 
-    def _place(self, make: Callable[[str], None], target: str) -> None:
-        """Make something under a temporary name, move it to `target`, and sync the directory."""
-        for _ in range(_ATTEMPTS):
+    def _link(self, source: str, target: str) -> bool:
+        """Make `target` a symbolic link; False where that is refused."""
+        found, directory = os.path.realpath(source), os.path.realpath(self._directory)
+        self._ops.stat(found)
+        if found == os.path.join(directory, os.path.basename(target)):
+            return True
+        text = os.path.relpath(found, directory)
+        return self._place(partial(self._ops.symlink, text), target, _NO_SYMLINK)
+
+    def _place(self, make: Callable[[str], None], target: str, refusals: Collection[int]) -> bool:
+        """Make something under a temporary name, move it to `target`, and sync the directory.
+
+        Returns:
+            False if making it was refused by one of these error numbers.
+        """
+        for _ in range(ATTEMPTS):
             temporary = os.path.join(self._directory, temporary_name(os.path.basename(target)))
-            make(temporary)
+            try:
+                make(temporary)
+            except OSError as error:
+                if error.errno in refusals:
+                    return False
+                raise
             try:
                 self._replace(temporary, target)
             except FileNotFoundError:
-                # A cleaner took it: there is no lock on it.
+                # A starting writer removed it: there is no lock on it.
                 continue
             finally:
                 # Replacing one name of a file by another name of it leaves both.
                 unlink_quietly(self._ops, temporary)
             sync_directory(self._ops, self._directory)
-            return
-        raise StoreError(
-            errno.EAGAIN,
-            f"every temporary file made in {self._directory} was removed at once by another program; "
-            "keep other programs out of it",
-            target,
-        )
+            return True
+        raise removed_error(target)
 
     def _replace(self, temporary: str, target: str) -> None:
         try:
@@ -289,12 +254,12 @@ class LocalStore(Store):
             self._ops.replace(temporary, target)
 
 
-async def _looked_up(look: Callable[..., T], *args: str) -> T:
+async def _looked_up(look: Callable[[], T]) -> T:
     try:
-        return await wrap(look)(*args)
+        return await wrap(look)()
     except RuntimeError:
         # The executor may refuse while the interpreter shuts down. Looking twice does no harm.
-        return look(*args)
+        return look()
 
 
 async def _to_the_end(clean_up: Callable[[], None]) -> None:
@@ -306,18 +271,3 @@ async def _to_the_end(clean_up: Callable[[], None]) -> None:
         # nothing when it is called again.
         clean_up()
         raise
-
-
-def _is_directory(ops: FileOps, path: str) -> bool:
-    try:
-        status = ops.stat(path)
-    except FileNotFoundError:
-        return False
-    if not modes.S_ISDIR(status.st_mode):
-        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path)
-    return True
-
-
-def _stored(name: str, status: os.stat_result) -> StoredFile:
-    version = f"{status.st_ino:x}-{status.st_mtime_ns:x}-{status.st_size:x}"
-    return StoredFile(name, status.st_size, version, status.st_mtime)

@@ -1,5 +1,7 @@
 """A directory of an S3 bucket: one object a checkpoint, uploaded in parallel parts, visible when complete."""
 
+# ruff: noqa: D102 - methods without a docstring do what `Store`, `Draft` and `OpenFile` say
+
 from __future__ import annotations
 
 import asyncio
@@ -17,8 +19,8 @@ from anyio import CancelScope, fail_after
 from asyncckpt._checksum import crc32
 from asyncckpt.errors import StoreError
 from asyncckpt.stores.base import Draft
+from asyncckpt.stores.errors import remote_errors
 from asyncckpt.stores.remote import ABANDONED_AFTER, RemoteStore
-from asyncckpt.stores.remote_errors import told
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -36,6 +38,19 @@ _DEADLINE = 300.0
 _MARK = "asyncckpt-save"
 
 
+def client_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Return the options of s3fs, with those of its client that saves need unless they are given."""
+    config = {
+        "retries": {"mode": "standard", "total_max_attempts": ATTEMPTS},
+        "connect_timeout": 10,
+        "read_timeout": 60,
+        # Each part brings the CRC-32 that we have made of it: another hash would take longer than sending it.
+        "request_checksum_calculation": "when_required",
+        "s3": {"payload_signing_enabled": False},
+    }
+    return options | {"config_kwargs": config | options.get("config_kwargs", {}), "use_listings_cache": False}
+
+
 class S3Store(RemoteStore):
     """A prefix of a bucket, through s3fs's client."""
 
@@ -49,22 +64,21 @@ class S3Store(RemoteStore):
 
     @asynccontextmanager
     async def draft(self, name: str, size: int) -> AsyncIterator[Draft]:
-        """Open a draft of `size` bytes that will replace `name`; leaving drops what is not committed."""
-        _, _, key = self._full(name).partition("/")
+        _, _, key = self._path(name).partition("/")
         draft = S3Draft(self, key, size, self.path_of(name))
         try:
-            with told(f"writing {name}", self._given):
+            with remote_errors(f"writing {name}", self._given):
                 await draft.open()
             yield draft
         finally:
             with CancelScope(shield=True):
                 await draft.drop()
 
-    async def read_range(self, name: str, offset: int, into: memoryview) -> None:
+    async def read(self, name: str, offset: int, into: memoryview) -> None:
         """Fill `into` with the bytes from `offset` on; an answer that is cut short is asked for again."""
         for attempt in range(ATTEMPTS):
             try:
-                await super().read_range(name, offset, into)
+                await super().read(name, offset, into)
             except StoreError as error:
                 # The client's own retries end where the body of an answer begins.
                 if attempt + 1 == ATTEMPTS or type(error.__cause__).__name__ not in _CUT_SHORT:
@@ -88,23 +102,20 @@ class S3Store(RemoteStore):
         try:
             await self._abort_abandoned(f"{prefix}/".lstrip("/"))
         except PermissionError as error:
-            logger.warning("%s: uploads that dead runs left cannot be listed: %s", self._given, error)
+            logger.warning("%s: uploads of crashed runs cannot be listed: %s", self._given, error)
 
     async def _abort_abandoned(self, prefix: str) -> None:
-        """Give up what dead runs have begun to upload, which is paid for and not listed anywhere else."""
+        """Abort multipart uploads of crashed runs: they are billed, and not listed anywhere else."""
         page: dict[str, Any] = {}
         while True:
             answer = await self.call("list_multipart_uploads", Prefix=prefix, **page)
             for upload in answer.get("Uploads") or []:
                 if time.time() - upload["Initiated"].timestamp() > ABANDONED_AFTER:
-                    logger.info("aborting the upload of %s, which a dead writer left", upload["Key"])
+                    logger.info("aborting the upload of %s, which a crashed writer left", upload["Key"])
                     await self.call("abort_multipart_upload", upload["Key"], UploadId=upload["UploadId"])
             if not answer.get("IsTruncated"):
                 return
-            page = {
-                "KeyMarker": answer["NextKeyMarker"],
-                "UploadIdMarker": answer["NextUploadIdMarker"],
-            }
+            page = {name: answer[f"Next{name}"] for name in ("KeyMarker", "UploadIdMarker")}
 
 
 class S3Draft(Draft):
@@ -119,16 +130,15 @@ class S3Draft(Draft):
         self._token = secrets.token_hex(16)
         # A part is copied to be sent, and again by the socket: that is what is taken beside the snapshot.
         self.chunk = max(_PART, -(-size // (_PARTS * _PAGE)) * _PAGE)
-        self._multipart = size > self.chunk
         self._upload: str | None = None
         self._whole = memoryview(b"")
         self._parts: dict[int, dict[str, Any]] = {}
         self._size = size
-        self._sync = 0.0
+        self._written = 0
 
     async def open(self) -> None:
         """Begin the upload."""
-        if self._multipart:
+        if self._size > self.chunk:
             answer = await self._store.call(
                 "create_multipart_upload",
                 self._key,
@@ -138,12 +148,12 @@ class S3Draft(Draft):
             self._upload = answer["UploadId"]
 
     async def write(self, offset: int, data: memoryview) -> None:
-        """Upload a part."""
+        self._written += len(data)
         if self._upload is None:
             self._whole = data
             return
         number, checksum = offset // self.chunk + 1, _checksum(data)
-        with told(f"uploading part {number}", self._path), fail_after(_DEADLINE):
+        with remote_errors(f"uploading part {number}", self._path), fail_after(_DEADLINE):
             answer = await self._store.call(
                 "upload_part",
                 self._key,
@@ -152,25 +162,23 @@ class S3Draft(Draft):
                 Body=bytes(data),
                 ChecksumCRC32=checksum,
             )
-        part = {"PartNumber": number, "ETag": answer["ETag"], "ChecksumCRC32": checksum}
-        self._parts[number] = part
+        self._parts[number] = {"PartNumber": number, "ETag": answer["ETag"], "ChecksumCRC32": checksum}
 
     async def commit(self) -> None:
         """Complete the upload: from then on the object is there, whole and durable."""
         began = time.perf_counter()
-        with told("completing the upload", self._path):
+        if self._written != self._size:
+            message = f"{self._written} of {self._size} bytes were written; it is not committed"
+            raise StoreError(errno.EINVAL, message, self._path)
+        with remote_errors("completing the upload", self._path):
             if self._upload is None:
-                await self._put()
+                body, checksum = bytes(self._whole), _checksum(self._whole)
+                await self._store.call("put_object", self._key, Body=body, ChecksumCRC32=checksum)
             else:
                 await self._complete(self._upload)
         self._upload = None
         self._store.changed()
-        self._sync = time.perf_counter() - began
-
-    @property
-    def sync_seconds(self) -> float:
-        """What completing took."""
-        return self._sync
+        self.sync_seconds = time.perf_counter() - began
 
     async def drop(self) -> None:
         """Abort what is not committed."""
@@ -184,17 +192,8 @@ class S3Draft(Draft):
         except Exception as error:  # noqa: BLE001 - what made it fail matters more, and it is not visible
             logger.warning("%s: the broken upload could not be aborted: %s", self._path, error)
 
-    async def _put(self) -> None:
-        if len(self._whole) != self._size:
-            raise _incomplete(self._path, len(self._whole), self._size)
-        await self._store.call(
-            "put_object", self._key, Body=bytes(self._whole), ChecksumCRC32=_checksum(self._whole)
-        )
-
     async def _complete(self, upload: str) -> None:
         parts = [self._parts[number] for number in sorted(self._parts)]
-        if len(parts) != -(-self._size // self.chunk):
-            raise _incomplete(self._path, len(parts) * self.chunk, self._size)
         try:
             await self._store.call(
                 "complete_multipart_upload", self._key, UploadId=upload, MultipartUpload={"Parts": parts}
@@ -208,7 +207,3 @@ class S3Draft(Draft):
 
 def _checksum(data: memoryview) -> str:
     return base64.b64encode(crc32(data).to_bytes(4, "big")).decode()
-
-
-def _incomplete(path: str, written: int, size: int) -> StoreError:
-    return StoreError(errno.EINVAL, f"{written} of {size} bytes were written; it is not committed", path)

@@ -1,13 +1,12 @@
-"""Doubles and a contract for tests of code that saves, and of stores of one's own.
+"""Stores that wrap another one, for tests of code that saves, and a contract for a store of your own.
 
-`SlowStore` and `FaultyStore` wrap any store, `RecordingOps` and `FaultyOps` watch and disturb the
-local one. A store proves itself by inheriting `asyncckpt.testing.store_contract.StoreContract`,
-which is not imported here because it needs pytest.
+Give a `SlowStore` or `FaultyStore` to `Checkpointer(store=...)` to see what a program does when its disk is
+slow or fails. Inherit `asyncckpt.testing.store_contract.StoreContract` to see whether a store keeps what the
+interface promises; it is not imported here because it needs pytest.
 """
 
 from __future__ import annotations
 
-from asyncckpt.testing.doubles import FaultyStore, Gate, SlowStore
-from asyncckpt.testing.ops import Call, FaultyOps, RecordingOps
+from asyncckpt.testing.doubles import FaultyStore, Gate, SlowStore, WrapperStore
 
-__all__ = ["Call", "FaultyOps", "FaultyStore", "Gate", "RecordingOps", "SlowStore"]
+__all__ = ["FaultyStore", "Gate", "SlowStore", "WrapperStore"]

@@ -1,33 +1,33 @@
 """Stores that wrap another one and make it slow, or make it fail."""
 
+# ruff: noqa: D102 - methods without a docstring do what `Store`, `Draft` and `OpenFile` say
+
 from __future__ import annotations
 
 import asyncio
+import itertools
+import math
 import threading
 from abc import abstractmethod
 from collections import Counter
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import anyio
 from anyio import to_thread
 
-from asyncckpt.stores.base import Draft, OpenFile, Store
-from asyncckpt.testing.faults import Faults
+from asyncckpt.stores import Draft, OpenFile, Store
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-
-    from asyncckpt.stores.base import StoredFile
+    from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 
 
 class Gate:
     """A gate that operations wait at until a test opens it.
 
-    It may be used from every thread and event loop, so a test can hold work back that runs in the
-    background, and can wait until that work has arrived, without ever sleeping. The operations that
-    wait at it run on asyncio.
+    It may be used from every thread and event loop: a test holds work back that runs in the background, and
+    waits until that work has arrived, without ever sleeping. The operations that wait at it run on asyncio.
     """
 
     def __init__(self, *, opened: bool = False) -> None:
@@ -85,83 +85,68 @@ class Gate:
         await asyncio.wrap_future(future)
 
 
+def _wrapped(operation: str) -> Any:
+    """Return the method of a wrapper that calls `before`, then the same method of the inner store."""
+
+    async def call(self: WrapperStore, *names: str) -> Any:
+        await self.before(operation, names[-1] if names else "")
+        return await getattr(self.inner, operation)(*names)
+
+    return call
+
+
 class WrapperStore(Store):
     """A store that does something before each operation of another one.
 
     Operations are named by their methods: `prepare`, `draft`, `write`, `commit`, `list`, `stat`,
     `open`, `read`, `remove`, `copy` and `link`. Their subject is the name of the file; for `copy` and `link`
     that of the target, for `prepare` and `list` an empty string.
+
+    Attributes:
+        inner: the store that does the work.
     """
 
     def __init__(self, inner: Store) -> None:
-        self._inner = inner
+        self.inner = inner
         self.overlaps = inner.overlaps
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self._inner!r})"
+        return f"{type(self).__name__}({self.inner!r})"
 
     @abstractmethod
     async def before(self, operation: str, subject: str) -> None:
-        """Be told of an operation that is about to begin; what this raises is what it raises."""
+        """Called before each operation, which fails with what this raises."""
+
+    prepare = _wrapped("prepare")
+    list = _wrapped("list")
+    stat = _wrapped("stat")
+    remove = _wrapped("remove")
+    copy = _wrapped("copy")
+    link = _wrapped("link")
 
     def path_of(self, name: str) -> str:
-        """Return the path that the inner store gives."""
-        return self._inner.path_of(name)
+        return self.inner.path_of(name)
 
-    async def prepare(self) -> None:
-        """Prepare the inner store."""
-        await self.before("prepare", "")
-        await self._inner.prepare()
+    async def exists(self) -> bool:
+        return await self.inner.exists()
 
     @asynccontextmanager
     async def draft(self, name: str, size: int) -> AsyncIterator[Draft]:
-        """Open a draft of the inner store, whose operations are watched as well."""
         await self.before("draft", name)
-        async with self._inner.draft(name, size) as draft:
+        async with self.inner.draft(name, size) as draft:
             yield _WrapperDraft(self, draft, name)
-
-    async def list(self) -> Sequence[StoredFile]:
-        """List the inner store."""
-        await self.before("list", "")
-        return await self._inner.list()
-
-    async def stat(self, name: str) -> StoredFile:
-        """Look at a file of the inner store."""
-        await self.before("stat", name)
-        return await self._inner.stat(name)
-
-    async def exists(self) -> bool:
-        """Look for the directory of the inner store."""
-        return await self._inner.exists()
 
     @asynccontextmanager
     async def open(self, name: str) -> AsyncIterator[OpenFile]:
-        """Open a file of the inner store, whose reads are watched."""
         await self.before("open", name)
-        async with self._inner.open(name) as file:
+        async with self.inner.open(name) as file:
             yield _WrapperFile(self, file)
-
-    async def remove(self, name: str) -> None:
-        """Remove from the inner store."""
-        await self.before("remove", name)
-        await self._inner.remove(name)
-
-    async def copy(self, source: str, target: str) -> None:
-        """Copy within the inner store."""
-        await self.before("copy", target)
-        await self._inner.copy(source, target)
-
-    async def link(self, source: str, target: str) -> None:
-        """Link within the inner store."""
-        await self.before("link", target)
-        await self._inner.link(source, target)
 
 
 class _WrapperFile(OpenFile):
     def __init__(self, store: WrapperStore, inner: OpenFile) -> None:
-        super().__init__(inner.file, inner.path)
-        self._store = store
-        self._inner = inner
+        self.file, self.path = inner.file, inner.path
+        self._store, self._inner = store, inner
 
     async def read(self, offset: int, into: memoryview) -> None:
         await self._store.before("read", self.file.name)
@@ -170,11 +155,8 @@ class _WrapperFile(OpenFile):
 
 class _WrapperDraft(Draft):
     def __init__(self, store: WrapperStore, inner: Draft, name: str) -> None:
-        self.chunk = inner.chunk
-        self.writers = inner.writers
-        self._store = store
-        self._inner = inner
-        self._name = name
+        self.chunk, self.writers = inner.chunk, inner.writers
+        self._store, self._inner, self._name = store, inner, name
 
     async def write(self, offset: int, data: memoryview) -> None:
         await self._store.before("write", self._name)
@@ -183,10 +165,7 @@ class _WrapperDraft(Draft):
     async def commit(self) -> None:
         await self._store.before("commit", self._name)
         await self._inner.commit()
-
-    @property
-    def sync_seconds(self) -> float:
-        return self._inner.sync_seconds
+        self.sync_seconds = self._inner.sync_seconds
 
 
 class SlowStore(WrapperStore):
@@ -220,17 +199,11 @@ class SlowStore(WrapperStore):
             await self._sleep(self._delays[operation])
 
 
-class FaultyStore(WrapperStore):
-    """A store of which chosen operations fail, before they reach the inner one.
+class Faults:
+    """Failures that a test asks for."""
 
-    Attributes:
-        calls: how often each operation was called, those that failed included.
-    """
-
-    def __init__(self, inner: Store) -> None:
-        super().__init__(inner)
-        self.calls: Counter[str] = Counter()
-        self._faults = Faults()
+    def __init__(self) -> None:
+        self._faults: list[tuple[Callable[[str, str], bool], BaseException]] = []
 
     def fail(
         self,
@@ -241,23 +214,51 @@ class FaultyStore(WrapperStore):
         times: int | None = 1,
         where: Callable[[str], bool] | None = None,
     ) -> None:
-        """Let calls of an operation fail.
+        """Let calls of an operation fail, instead of carrying them out.
 
         Args:
-            operation: which one; see `WrapperStore`.
+            operation: the name of the method, or `write`, `commit` or `read`; see `WrapperStore`.
             error: what it raises.
             at: which call from now on is the first to fail, counted from 1.
             times: how many fail from there on; None for all.
-            where: counts only calls for file names that this is true of.
+            where: counts only calls whose subject, a name or a path, this is true of.
         """
-        self._faults.add(operation, error, at=at, times=times, where=where)
+        calls, end = itertools.count(1), math.inf if times is None else at + times
+
+        def strikes(called: str, subject: str) -> bool:
+            return called == operation and (where is None or where(subject)) and at <= next(calls) < end
+
+        self._faults.append((strikes, error))
+
+    def reset(self) -> None:
+        """Let everything work again."""
+        self._faults.clear()
+
+    def raise_chosen(self, operation: str, subject: str) -> None:
+        """Raise what this call is to fail with, if anything; from any thread."""
+        struck = [error for strikes, error in tuple(self._faults) if strikes(operation, subject)]
+        if struck:
+            raise struck[0]
+
+
+class FaultyStore(Faults, WrapperStore):
+    """A store of which chosen operations fail, before they reach the inner one.
+
+    Attributes:
+        calls: how often each operation was called, those that failed included.
+    """
+
+    def __init__(self, inner: Store) -> None:
+        Faults.__init__(self)
+        WrapperStore.__init__(self, inner)
+        self.calls: Counter[str] = Counter()
 
     def reset(self) -> None:
         """Let everything work again, and count the calls from 0."""
-        self._faults.clear()
+        super().reset()
         self.calls.clear()
 
     async def before(self, operation: str, subject: str) -> None:
         """Count the call, and fail it if it is one that was chosen."""
         self.calls[operation] += 1
-        self._faults.check(operation, subject)
+        self.raise_chosen(operation, subject)

@@ -1,4 +1,4 @@
-"""Temporary files: their names, and what becomes of those whose writer died."""
+"""Temporary files: their names, their locks, and the removal of those that crashed writers left."""
 
 from __future__ import annotations
 
@@ -18,25 +18,16 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# The group is the tag of the host.
 _PATTERN = re.compile(r"\..*\.([0-9a-f]{8})\.[0-9a-f]{16}\.asyncckpt-tmp", re.DOTALL)
 
-# What a file keeps of the name it is for: enough for a person, and short enough for any file system.
+# What a temporary name keeps of the name it is for: enough for a person, short enough for any file system.
 _KEPT_BYTES = 80
 
-# Types of file systems, by statfs(2), that cannot be mounted by several kernels at once.
-_ONE_KERNEL = frozenset(
-    {
-        0xEF53,  # ext2, ext3, ext4
-        0x58465342,  # XFS
-        0x9123683E,  # btrfs
-        0x01021994,  # tmpfs
-        0x858458F6,  # ramfs
-        0x794C7630,  # overlayfs
-        0x2FC12FC1,  # ZFS
-        0xF2F52010,  # F2FS
-        0xCA451A4E,  # bcachefs
-    }
-)
+# Types of file systems, by statfs(2), that cannot be mounted by several kernels at once: ext2 to ext4, XFS,
+# btrfs; tmpfs, ramfs, overlayfs; ZFS, F2FS, bcachefs.
+_ONE_KERNEL = {0xEF53, 0x58465342, 0x9123683E} | {0x01021994, 0x858458F6, 0x794C7630}
+_ONE_KERNEL |= {0x2FC12FC1, 0xF2F52010, 0xCA451A4E}
 _OLD_SECONDS = 24 * 3600
 
 _CANNOT_LOCK = frozenset({errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP})
@@ -63,14 +54,14 @@ def temporary_name(name: str) -> str:
 
 
 def is_temporary(name: str) -> bool:
-    """Tell whether a name is one of a temporary file, on whatever machine it was made."""
+    """Return whether a name is one of a temporary file, on whatever machine it was made."""
     return _PATTERN.fullmatch(name) is not None
 
 
 def hold(ops: FileOps, fd: int, path: str) -> bool:
-    """Lock a temporary file that was just made; False if a cleaner had it first.
+    """Lock a temporary file that was just made; False if a starting writer removes it as abandoned.
 
-    Where the file system knows no locks it stays unlocked, and safe: no cleaner can lock it either.
+    Where the file system knows no locks it stays unlocked, and safe: nobody else can lock it either.
     """
     try:
         ops.flock(fd)
@@ -87,9 +78,9 @@ def hold(ops: FileOps, fd: int, path: str) -> bool:
 
 
 def remove_abandoned(ops: FileOps, directory: str) -> None:
-    """Remove the temporary files of writers that died.
+    """Remove the temporary files of crashed writers.
 
-    A writer locks its file as long as it lives. A lock that can be taken proves that the writer is dead
+    A writer locks its file as long as it runs. A lock that can be taken proves that the writer is gone
 
     - on ext2, ext3, ext4, XFS, btrfs, tmpfs, ramfs, overlayfs, ZFS, F2FS and bcachefs: always, as all
       writers run under one kernel. The POSIX lock is tried as well, which is how a server of NFS or SMB
@@ -109,8 +100,8 @@ def remove_abandoned(ops: FileOps, directory: str) -> None:
         same_host = match[1] == host_tag()
         try:
             if entry.is_symlink():
-                # It lives for microseconds, until it is moved to its place, and its maker begins again if
-                # it is taken away.
+                # It exists for microseconds, until it is moved to its place; its writer begins again if it is
+                # removed meanwhile.
                 if same_host or _is_old(ops, directory, ops.lstat(entry.path)):
                     ops.unlink(entry.path)
             elif entry.is_file(follow_symlinks=False):
@@ -128,12 +119,12 @@ def _remove_unlocked(ops: FileOps, directory: str, path: str, *, same_host: bool
         if _has_one_kernel(ops, fd):
             ops.lockf(fd)
         elif not (same_host or _is_old(ops, directory, ops.fstat(fd))):
-            logger.info("left %s for 24 hours: its writer may live on another machine", path)
+            logger.info("left %s for 24 hours: its writer may run on another machine", path)
             return
         # Should its writer have put the file in its place just now, then this path is gone: names
         # are never used twice.
         ops.unlink(path)
-        logger.info("removed %s, which a writer left when it died", path)
+        logger.info("removed %s, which a crashed writer left", path)
     except BlockingIOError:
         pass
     finally:
@@ -141,7 +132,6 @@ def _remove_unlocked(ops: FileOps, directory: str, path: str, *, same_host: bool
 
 
 def _has_one_kernel(ops: FileOps, fd: int) -> bool:
-    """Tell whether all who mount the file system of an open file run under this kernel."""
     try:
         return ops.fstatfs(fd) in _ONE_KERNEL
     except OSError:
@@ -149,8 +139,8 @@ def _has_one_kernel(ops: FileOps, fd: int) -> bool:
 
 
 def _is_old(ops: FileOps, directory: str, status: os.stat_result) -> bool:
-    """Tell whether a file was last modified at least 24 hours before one that is made now beside it."""
-    path = os.path.join(directory, temporary_name("clock"))  # noqa: PTH118 - paths stay the str that the user gave
+    """Return whether a file was last modified at least 24 hours before one that is made now beside it."""
+    path = os.path.join(directory, temporary_name("clock"))  # noqa: PTH118 - paths stay the str that was given
     fd = ops.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
     try:
         now = ops.fstat(fd).st_mtime
@@ -169,7 +159,7 @@ def close_quietly(ops: FileOps, fd: int) -> None:
 
 
 def unlink_quietly(ops: FileOps, path: str) -> None:
-    """Remove a temporary file if it is still there; a failure is logged."""
+    """Remove a temporary file if it still exists; a failure is logged."""
     try:
         ops.unlink(path)
     except FileNotFoundError:

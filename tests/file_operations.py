@@ -1,4 +1,4 @@
-"""File operations that are recorded, or fail."""
+"""File operations of the local store that are recorded, or fail."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import threading
 from typing import TYPE_CHECKING, NamedTuple
 
 from asyncckpt.stores.fileops import FileOps
-from asyncckpt.testing.faults import Faults
+from asyncckpt.testing.doubles import Faults
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
 
 class Call(NamedTuple):
@@ -107,11 +107,6 @@ class RecordingOps(FileOps):
         self._before("ftruncate", fd)
         super().ftruncate(fd, size)
 
-    def ficlone(self, source: int, target: int) -> None:
-        """Record, then clone."""
-        self._before("ficlone", target)
-        super().ficlone(source, target)
-
     def pwrite(self, fd: int, data: memoryview, offset: int) -> int:
         """Record, then write."""
         self._before("pwrite", fd)
@@ -183,8 +178,10 @@ class RecordingOps(FileOps):
         super().rmtree(path)
 
 
-class FaultyOps(RecordingOps):
+class FaultyOps(Faults, RecordingOps):
     """Recorded file operations of which chosen ones fail.
+
+    A `close` that fails does close: the system never leaves a descriptor open then.
 
     Attributes:
         longest_write: how many bytes one call of `pwrite` takes at most; None for all.
@@ -192,42 +189,20 @@ class FaultyOps(RecordingOps):
     """
 
     def __init__(self, *, longest_write: int | None = None, longest_read: int | None = None) -> None:
-        super().__init__()
+        Faults.__init__(self)
+        RecordingOps.__init__(self)
         self.longest_write = longest_write
         self.longest_read = longest_read
-        self._faults = Faults()
-
-    def fail(
-        self,
-        operation: str,
-        error: OSError,
-        *,
-        at: int = 1,
-        times: int | None = 1,
-        where: Callable[[str], bool] | None = None,
-    ) -> None:
-        """Let calls of an operation fail, instead of carrying them out.
-
-        A `close` that fails does close: the system never leaves a descriptor open then.
-
-        Args:
-            operation: the name of the method of `FileOps`.
-            error: what it raises.
-            at: which call from now on is the first to fail, counted from 1.
-            times: how many fail from there on; None for all.
-            where: counts only calls for paths that this is true of.
-        """
-        self._faults.add(operation, error, at=at, times=times, where=where)
 
     def reset(self) -> None:
         """Let everything work again."""
-        self._faults.clear()
+        super().reset()
         self.longest_write = self.longest_read = None
 
     def before(self, operation: str, path: str) -> None:
         """Record the call, and fail it if it is one that was chosen."""
         super().before(operation, path)
-        self._faults.check(operation, path)
+        self.raise_chosen(operation, path)
 
     def pwrite(self, fd: int, data: memoryview, offset: int) -> int:
         """Write no more than `longest_write` bytes."""
