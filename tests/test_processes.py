@@ -151,9 +151,11 @@ def test_a_failure_at_exit_is_printed(interpreter: Interpreter, tmp_path: Path) 
         ckpt = asyncckpt.Checkpointer(path, max_in_flight=2)
         store = FaultyStore(ckpt._store)
         store.fail("commit", OSError("the disk is gone"))
-        put_under(ckpt, store)
+        gate = Gate()
+        put_under(ckpt, SlowStore(store, gates={"draft": gate}))
         ckpt.save(1, state_of(1))
-        ckpt.save(2, state_of(2))
+        ckpt.save(2, state_of(2))  # would raise if the first had failed by now
+        gate.open()
         """)
     _, _, errors = interpreter.run(script, tmp_path)
     assert errors == f"asyncckpt: saving step 1 to {tmp_path}/step-00000001.pt failed: the disk is gone\n"

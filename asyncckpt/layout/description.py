@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import platform
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from asyncckpt._version import __version__
@@ -17,7 +16,6 @@ if TYPE_CHECKING:
 FORMAT = 1
 # The record is found with two small reads, so it has to stay small.
 MAX_BYTES = 48 << 10
-_VERSIONS = {"asyncckpt": __version__, "torch": version("torch"), "python": platform.python_version()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,13 +40,17 @@ class Description:
 
     def encode(self) -> bytes:
         """Return the content of the record: JSON, with NaN and the infinities as Python writes them."""
+        from torch.version import __version__ as torch_version  # noqa: PLC0415 - listing does without torch
+
+        # The build as well ("2.13.0+cu130"), which the metadata of the package does not name.
+        versions = {"asyncckpt": __version__, "torch": torch_version, "python": platform.python_version()}
         fields = {
             "format": FORMAT,
             "sequence": self.sequence,
             "step": self.step,
             "metrics": dict(self.metrics),
             "created": self.created,
-            "versions": {**_VERSIONS, **self.versions},
+            "versions": {**versions, **self.versions},
             "filename": self.filename,
         }
         return json.dumps(fields).encode()
