@@ -12,13 +12,20 @@ BIN  := $(VENV)/bin
 PIP  := $(BIN)/python -m pip --quiet --disable-pip-version-check
 DONE := $(VENV)/.done
 
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --dist worksteal
+N      ?= 20
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format bench bench-quick bench-targets bench-lightning clean
+.PHONY: help demo test test-slow test-all test-repeat test-matrix lint format bench bench-quick bench-targets bench-lightning clean
 
 help:
 	@echo 'make demo             train a small GPT, kill it, resume it, and show what its saves cost (2 minutes)'
-	@echo 'make test             run the tests'
+	@echo 'make test             run the tests, without those marked slow (minutes)'
+	@echo 'make test-slow        run those marked slow: benchmark scripts, every point of a sweep, ...'
+	@echo 'make test-all         run all of them'
+	@echo 'make test-repeat      run the tests N=20 times beside a busy process, until one fails'
+	@echo 'make test-matrix      run all tests on each Python and torch that is declared (see .ci/matrix)'
 	@echo 'make lint             run ruff, mypy and import-linter'
 	@echo 'make format           let ruff format and fix what it can'
 	@echo 'make bench            compare with the peers: same state, same disk, one run (an hour)'
@@ -40,7 +47,20 @@ demo: $(DONE)/demo
 	$(BIN)/python examples/demo.py
 
 test: $(DONE)/test
-	$(BIN)/python -m pytest --numprocesses auto --dist worksteal $(ARGS)
+	$(PYTEST) -m 'not slow' $(ARGS)
+
+test-slow: $(DONE)/test
+	$(PYTEST) -m slow $(ARGS)
+
+test-all: $(DONE)/test
+	$(PYTEST) $(ARGS)
+
+test-repeat: $(DONE)/test
+	$(BIN)/python tests/repeat.py $(N) $(PYTEST) -m 'not slow' $(ARGS)
+
+# ONLY names some of its environments; ARGS go to pytest.
+test-matrix:
+	.ci/matrix $(ONLY) $(if $(ARGS),-- $(ARGS))
 
 # mypy runs once for each directory of scripts: their modules may have the same names.
 lint: $(DONE)/demo $(DONE)/test $(DONE)/lint

@@ -14,6 +14,22 @@ if TYPE_CHECKING:
 pytest.register_assert_rewrite("asyncckpt.testing.store_contract")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Give slow tests the time that they need on a busy machine."""
+    for item in items:
+        if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(600))
+
+
+@pytest.fixture(
+    params=[pytest.param(1, id="every point", marks=pytest.mark.slow), pytest.param(17, id="some")]
+)
+def stride(request: pytest.FixtureRequest) -> int:
+    """How far apart the points of a call are at which it is interrupted."""
+    number: int = request.param
+    return number
+
+
 @pytest.fixture(scope="session")
 def moto() -> Iterator[MotoServer]:
     """An S3 server with a bucket; each test has a prefix of its own in it."""

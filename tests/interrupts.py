@@ -74,6 +74,8 @@ def interrupt_everywhere(
     before: Callable[[], object],
     after: Callable[[str], object],
     error: type[Exception] | None = None,
+    *,
+    stride: int = 1,
 ) -> int:
     """Call `call` again and again, interrupted at the first point, the second, and so on, until it ends.
 
@@ -82,9 +84,10 @@ def interrupt_everywhere(
         before: called before each.
         after: called behind each interrupt, with the point at which it came; to look at what is left.
         error: what fails there, in place of a Ctrl-C.
+        stride: interrupt it at every so-many-th point only.
 
     Returns:
-        At how many points it was interrupted.
+        How many points there were, rounded up to the stride.
     """
     number, expected = 0, (KeyboardInterrupt, asyncckpt.AsyncCkptError, error or KeyboardInterrupt)
     gc.freeze()  # what is there already need not be looked at each time
@@ -101,7 +104,7 @@ def interrupt_everywhere(
             return number
         gc.collect()
         after(interrupt.where)
-        number += 1
+        number += stride
 
 
 def held() -> tuple[int, int, int, int]:

@@ -116,9 +116,9 @@ class TestTorchLoads:
             fake = torch.load(path)
         content = path.read_bytes()
         for name, tensor in state["tensors"].items():
-            storage = fake["tensors"][name].untyped_storage()
-            found = content[storage._checkpoint_offset :][: storage.nbytes()]
-            assert found == bytes(tensor.untyped_storage())
+            offset = fake["tensors"][name].untyped_storage()._checkpoint_offset
+            content_of_storage = bytes(tensor.untyped_storage())  # torch 2.7 gets the fake one's size wrong
+            assert content[offset:].startswith(content_of_storage)
         assert fake["view"].stride() == state["view"].stride()
 
     def test_as_an_open_file_and_as_bytes(self, path: Path, state: dict[str, Any]) -> None:

@@ -40,7 +40,7 @@ def overlapping(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.usefixtures("overlapping")
 @pytest.mark.parametrize("error", [None, MemoryError], ids=["Ctrl-C", "a failing call"])
 @pytest.mark.parametrize("memory", ["warm", "cold"])
-def test_save(tmp_path: Path, memory: str, error: type[Exception] | None) -> None:
+def test_save(tmp_path: Path, memory: str, error: type[Exception] | None, stride: int) -> None:
     ckpt = Checkpointer(tmp_path, keep=asyncckpt.LastN(1))
     step = 0
 
@@ -67,11 +67,14 @@ def test_save(tmp_path: Path, memory: str, error: type[Exception] | None) -> Non
     ckpt.save(0, state_of(0))
     settle(ckpt)
     steady = held()[1:]
-    assert interrupt_everywhere(lambda: ckpt.save(step, state_of(step)), before, after, error) > 100
+    assert (
+        interrupt_everywhere(lambda: ckpt.save(step, state_of(step)), before, after, error, stride=stride)
+        > 100
+    )
     settle(ckpt)
 
 
-def test_save_that_replaces_another_one(tmp_path: Path) -> None:
+def test_save_that_replaces_another_one(tmp_path: Path, stride: int) -> None:
     gate, queued = Gate(), []
     store = gated_store(tmp_path, gate, "draft")
     ckpt = Checkpointer(store=store, max_in_flight=2, when_busy="replace", keep=asyncckpt.LastN(1))
@@ -92,13 +95,13 @@ def test_save_that_replaces_another_one(tmp_path: Path) -> None:
         assert queued[-1].committed.done(), where
         assert (ckpt._saver.in_flight, held()[0]) == (0, 0), where
 
-    assert interrupt_everywhere(lambda: ckpt.save(step, state_of(step)), before, after) > 100
+    assert interrupt_everywhere(lambda: ckpt.save(step, state_of(step)), before, after, stride=stride) > 100
     gate.open()
     settle(ckpt)
     assert queued[-1].skipped
 
 
-def test_save_that_waits_for_a_place(tmp_path: Path) -> None:
+def test_save_that_waits_for_a_place(tmp_path: Path, stride: int) -> None:
     store = SlowStore(LocalStore(str(tmp_path)), delays={"commit": 0.001})
     ckpt = Checkpointer(store=store, keep=asyncckpt.LastN(1))
     step = 0
@@ -116,7 +119,7 @@ def test_save_that_waits_for_a_place(tmp_path: Path) -> None:
     before()
     settle(ckpt)
     steady = held()
-    assert interrupt_everywhere(lambda: ckpt.save(step, state_of(step)), before, after) > 100
+    assert interrupt_everywhere(lambda: ckpt.save(step, state_of(step)), before, after, stride=stride) > 100
     settle(ckpt)
     latest = ckpt.latest()
     assert latest is not None
@@ -126,7 +129,7 @@ def test_save_that_waits_for_a_place(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "call", [Checkpointer.wait, Checkpointer.close, lambda ckpt: ckpt.__exit__(None, None, None)]
 )
-def test_wait(tmp_path: Path, call: Callable[[Checkpointer], object]) -> None:
+def test_wait(tmp_path: Path, call: Callable[[Checkpointer], object], stride: int) -> None:
     store = SlowStore(LocalStore(str(tmp_path)), delays={"commit": 0.001})
     ckpts = [Checkpointer(store=store)]
     step = 0
@@ -147,11 +150,11 @@ def test_wait(tmp_path: Path, call: Callable[[Checkpointer], object]) -> None:
     before()
     settle(ckpts[-1])
     steady = held()
-    assert interrupt_everywhere(lambda: call(ckpts[-1]), before, after) > 20
+    assert interrupt_everywhere(lambda: call(ckpts[-1]), before, after, stride=stride) > 20
 
 
 @pytest.mark.parametrize("engine", ["running", "not yet started"])
-def test_construction(tmp_path: Path, engine: str) -> None:
+def test_construction(tmp_path: Path, engine: str, stride: int) -> None:
     with Checkpointer(tmp_path) as ckpt:
         ckpt.save(1, state_of(1))
 
@@ -172,11 +175,11 @@ def test_construction(tmp_path: Path, engine: str) -> None:
 
     save()
     steady = held()[2:]
-    assert interrupt_everywhere(lambda: Checkpointer(tmp_path), before, after) > 30
+    assert interrupt_everywhere(lambda: Checkpointer(tmp_path), before, after, stride=stride) > 30
 
 
 @pytest.mark.parametrize("call", ["load", "restore", "verify"])
-def test_reading(tmp_path: Path, call: str) -> None:
+def test_reading(tmp_path: Path, call: str, stride: int) -> None:
     live = state_of(0, 50_000)
     ckpt = Checkpointer(tmp_path)
     ckpt.save(1, state_of(1, 50_000)).committed.result(30)
@@ -193,4 +196,4 @@ def test_reading(tmp_path: Path, call: str) -> None:
         assert live["w"].unique().tolist() == [live["n"]], where
         wait_until(lambda: held() == steady, where)
 
-    assert interrupt_everywhere(read, before, after) > 50
+    assert interrupt_everywhere(read, before, after, stride=stride) > 50

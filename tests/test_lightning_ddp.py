@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 # Each process writes down what it knows: at the end of a run, or when the callback raises. The barrier there
 # is needed as the launchers end all processes once one of them has failed.
 SCRIPT = """\
+import atexit
 import json
 import os
 import sys
@@ -56,7 +57,18 @@ def tell(trainer, error):
         json.dump(known, file)
 
 
+def end_gloo():
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 class Told(Model):
+    def setup(self, stage):
+        # Lightning leaves gloo's threads running. One that drops the last reference to a tensor while the
+        # interpreter finalizes aborts the process (pytorch/pytorch#190489).
+        atexit.unregister(end_gloo)
+        atexit.register(end_gloo)
+
     # It comes after that of the callbacks.
     def teardown(self, stage):
         tell(self.trainer, None)

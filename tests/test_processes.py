@@ -146,9 +146,11 @@ def test_a_failure_at_exit_is_printed(interpreter: Interpreter, tmp_path: Path) 
     script = program("""
         store = FaultyStore(local)
         store.fail("commit", OSError("the disk is gone"))
-        ckpt = asyncckpt.Checkpointer(store=store, max_in_flight=2)
+        gate = Gate()
+        ckpt = asyncckpt.Checkpointer(store=SlowStore(store, gates={"draft": gate}), max_in_flight=2)
         ckpt.save(1, state_of(1))
-        ckpt.save(2, state_of(2))
+        ckpt.save(2, state_of(2))  # would raise if the first had failed by now
+        gate.open()
         """)
     _, _, errors = interpreter.run(script, tmp_path)
     assert errors == f"asyncckpt: saving step 1 to {tmp_path}/step-00000001.pt failed: the disk is gone\n"
@@ -160,8 +162,6 @@ def test_a_callback_that_exits_does_not_stop_the_saves(
     interpreter: Interpreter, tmp_path: Path, how: str
 ) -> None:
     script = program("""
-        faulthandler.dump_traceback_later(20, exit=True)
-
         def leave(*_):
             sys.exit(3)
 
@@ -174,8 +174,8 @@ def test_a_callback_that_exits_does_not_stop_the_saves(
         if sys.argv[2] == "callback":
             save.committed.add_done_callback(leave)
         gate.open()
-        save.committed.result(5)
-        ckpt.save(3, state_of(3)).committed.result(5)
+        save.committed.result()
+        ckpt.save(3, state_of(3)).committed.result()
         """)
     _, _, errors = interpreter.run(script, tmp_path, how)
     assert "Timeout" not in errors, errors

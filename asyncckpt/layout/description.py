@@ -41,9 +41,10 @@ class Description:
 
     def encode(self) -> bytes:
         """Return the content of the record: JSON, with NaN and the infinities as Python writes them."""
-        import torch  # noqa: PLC0415 - who only reads descriptions does without
+        from torch.version import __version__ as torch_version  # noqa: PLC0415 - listing does without torch
 
-        versions = {"asyncckpt": __version__, "torch": str(torch.__version__), "python": python_version()}
+        # The build as well ("2.13.0+cu130"), which the metadata of the package does not name.
+        versions = {"asyncckpt": __version__, "torch": torch_version, "python": python_version()}
         fields = {
             "format": FORMAT,
             "sequence": self.sequence,
