@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Union
 
 from asyncckpt._caller_warning import warn_caller
@@ -49,7 +50,8 @@ class Finder:
             raise TypeError(
                 f"keep must be a policy such as LastN(3), or have its method keep(); it is {keep!r}"
             )
-        self._catalog = Catalog(self._store, self._names)
+        # Not a method: what has it does not keep this alive.
+        self._list = partial(_series, Catalog(self._store, self._names), self.directory, self._names)
 
     def checkpoints(self) -> list[Checkpoint]:
         """Return the committed checkpoints of the series, in order of commit."""
@@ -156,9 +158,6 @@ class Finder:
     def _look(self) -> Series:
         return get_engine().call(self._list)
 
-    async def _list(self) -> Series:
-        return Series(self.directory, self._names, await self._catalog.entries())
-
     def _load(self, which: Which, map_location: MapLocation, *, weights_only: bool, fallback: bool) -> Loaded:
         def load(store: Store, name: str) -> Loaded:
             image = get_engine().call(read_image, store, name)
@@ -236,6 +235,10 @@ class Finder:
         if mode is None:
             mode = policy.mode if policy is not None and policy.metric == metric else "min"
         return metric, mode
+
+
+async def _series(catalog: Catalog, directory: str, names: NameTemplate) -> Series:
+    return Series(directory, names, await catalog.entries())
 
 
 def locate(

@@ -55,6 +55,9 @@ class Operation(ABC):
     async def run(self) -> None:
         """Carry it out, on the engine's event loop; deals with its own errors."""
 
+    def left(self) -> None:  # noqa: B027 - most need not know
+        """Called when it has been carried out and is out of the line."""
+
     def awaits_caller(self) -> bool:
         """Return whether it cannot end before the calling thread goes on copying."""
         return False
@@ -264,6 +267,7 @@ class Engine:
     def _finished(self, operation: Operation) -> None:
         with self._changed:
             self._line.remove(operation)
+        operation.left()
         self._changed.notify_all()
 
 

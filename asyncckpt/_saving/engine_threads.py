@@ -152,6 +152,7 @@ class EngineThreads:
             self._post(partial(self._carry_out, run, done))
             done.get()
             finished()
+            del taken, run, finished  # they would keep the last operation until the next one comes
         self._stop()
         self._loop_thread.join()
         self._after()

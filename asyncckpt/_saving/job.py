@@ -108,8 +108,10 @@ class Job(Operation):
                 await self._target.evict(checkpoint)
             except BaseException as error:  # noqa: BLE001 - a policy of the user's may even raise SystemExit
                 saver.reports.not_evicted(checkpoint, error)
-        finally:
-            saver.finished(self)
+
+    def left(self) -> None:
+        """Count it as pending no more."""
+        self._saver.finished(self)
 
     def _copy(self, snapshot: Snapshot) -> None:
         try:
