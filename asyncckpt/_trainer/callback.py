@@ -294,6 +294,9 @@ class BackgroundCheckpoint(Base):
         session.before = derive(session.before, settled, self.mode, self.save_top_k)
         if has_lost:
             self._list_anew()
+        # What these made room for has failed.
+        listed = {*self.best_k_models, self.best_model_path, self.last_model_path}
+        session.obsolete = [path for path in session.obsolete if path not in listed]
 
     def _list_anew(self) -> None:
         """List what was saved and has not failed."""
@@ -306,19 +309,16 @@ class BackgroundCheckpoint(Base):
 
         It would not, if a user's code takes part: a subclass, a patched trainer, an `on_save_checkpoint`.
         """
-        io = self._session.io
-        state = saved.step, saved.last_model_path
-        if (
-            saved.kind != "last"
-            or saved.path == newest.path
-            or state != (newest.step, newest.last_model_path)
-        ):
-            return False
-        if trainer.strategy.checkpoint_io is not io or not io.writes_itself:
+        io = trainer.strategy.checkpoint_io
+        if saved.kind != "last" or io is not self._session.io or not io.writes_itself:
             return False
         owners = (trainer.lightning_module, *trainer.callbacks)
         parts = (type(self), trainer.save_checkpoint, *(owner.on_save_checkpoint for owner in owners))
-        return all(_package(part) in {"asyncckpt", "lightning", "pytorch_lightning"} for part in parts)
+        return (
+            saved.path != newest.path
+            and (saved.step, saved.last_model_path) == (newest.step, newest.last_model_path)
+            and all(_package(part) in {"asyncckpt", "lightning", "pytorch_lightning"} for part in parts)
+        )
 
     def _refresh_best(self, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
         """Let the link to the best lead to what is the best now."""
@@ -344,12 +344,11 @@ class BackgroundCheckpoint(Base):
     def _remove_obsolete(self, trainer: Trainer) -> None:
         """Remove files once all that is pending is committed, which includes what they make room for."""
         session = self._session
-        listed = {*self.best_k_models, self.best_model_path, self.last_model_path}
-        again = [path for path in session.postponed if path not in listed and self._fs.exists(path)]
-        session.postponed = [path for path in again if session.is_linked(self.last_model_path, path)]
-        obsolete = [*session.obsolete, *(path for path in again if path not in session.postponed)]
-        session.obsolete = []
+        obsolete, session.obsolete = session.obsolete, []
         for path in obsolete:
+            if session.is_linked(self.last_model_path, path):
+                session.obsolete.append(path)
+                continue
             session.io.causes = session.pending()
             super()._remove_checkpoint(trainer, path)
             removal, _ = session.take(path)
