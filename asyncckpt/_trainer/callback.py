@@ -171,22 +171,19 @@ class BackgroundCheckpoint(Base):
 
     def file_exists(self, filepath: Any, trainer: Trainer) -> bool:
         """Return whether a file exists, or will once what is pending is carried out; equal on all ranks."""
-        pending = get_engine().pending(posixpath.join(*locate(filepath)))
-        if str(filepath) in self._session.obsolete:
-            pending = False
+        is_obsolete = str(filepath) in self._session.obsolete
+        pending = False if is_obsolete else get_engine().pending(posixpath.join(*locate(filepath)))
         self._fs.invalidate_cache()
         if pending is None or not trainer.is_global_zero:
             return super().file_exists(filepath, trainer)
-        agreed: bool = trainer.strategy.reduce_boolean_decision(pending, all=False)
-        return agreed
+        return bool(trainer.strategy.reduce_boolean_decision(pending, all=False))
 
     def _find_last_checkpoints(self, trainer: Trainer) -> set[str]:
         wait_for_pending()
         self._fs.invalidate_cache()
         found = super()._find_last_checkpoints(trainer)
-        if is_local(self.dirpath or ""):
-            return found
-        return {f"{self.dirpath}/{path.rpartition('/')[2]}" for path in found}
+        names = {f"{self.dirpath}/{path.rpartition('/')[2]}" for path in found}
+        return found if is_local(self.dirpath or "") else names  # Lightning normalizes URLs as paths
 
     def _save_topk_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
         self._agree(trainer)
@@ -325,8 +322,7 @@ class BackgroundCheckpoint(Base):
         session, best = self._session, self.best_model_path
         if not self.save_best or not best:
             return
-        is_pending = any(saved.path == best for saved in session.saves)
-        if not is_pending and not self.file_exists(best, trainer):
+        if all(saved.path != best for saved in session.saves) and not self.file_exists(best, trainer):
             _warnings.warn(f"{best} is gone, so there is no link or copy of it.")
             return
         path = self.format_checkpoint_name(monitor_candidates, self.CHECKPOINT_NAME_BEST)
@@ -338,17 +334,14 @@ class BackgroundCheckpoint(Base):
         make(trainer, best, path)
         session.io.causes = ()
         session.note(SavedFile("best", path))
-        if former[1] not in {"", path}:
-            session.obsolete.append(former[1])
+        session.obsolete += {former[1]} - {"", path}
 
     def _remove_obsolete(self, trainer: Trainer) -> None:
         """Remove files once all that is pending is committed, which includes what they make room for."""
         session = self._session
-        obsolete, session.obsolete = session.obsolete, []
-        for path in obsolete:
-            if session.is_linked(self.last_model_path, path):
-                session.obsolete.append(path)
-                continue
+        linked = [path for path in session.obsolete if session.is_linked(self.last_model_path, path)]
+        obsolete, session.obsolete = session.obsolete, linked
+        for path in (path for path in obsolete if path not in linked):
             session.io.causes = session.pending()
             super()._remove_checkpoint(trainer, path)
             removal, _ = session.take(path)
@@ -396,8 +389,7 @@ def _is_last_epoch(trainer: Trainer) -> bool:
 
 
 def _package(owner: Any) -> str:
-    package: str = owner.__module__.partition(".")[0]
-    return package
+    return str(owner.__module__).partition(".")[0]
 
 
 class WithLinkBest(BackgroundCheckpoint if TYPE_CHECKING else object):  # type: ignore[misc]
