@@ -171,22 +171,19 @@ class BackgroundCheckpoint(Base):
 
     def file_exists(self, filepath: Any, trainer: Trainer) -> bool:
         """Return whether a file exists, or will once what is pending is carried out; equal on all ranks."""
-        pending = get_engine().pending(posixpath.join(*locate(filepath)))
-        if str(filepath) in self._session.obsolete:
-            pending = False
+        is_obsolete = str(filepath) in self._session.obsolete
+        pending = False if is_obsolete else get_engine().pending(posixpath.join(*locate(filepath)))
         self._fs.invalidate_cache()
         if pending is None or not trainer.is_global_zero:
             return super().file_exists(filepath, trainer)
-        agreed: bool = trainer.strategy.reduce_boolean_decision(pending, all=False)
-        return agreed
+        return bool(trainer.strategy.reduce_boolean_decision(pending, all=False))
 
     def _find_last_checkpoints(self, trainer: Trainer) -> set[str]:
         wait_for_pending()
         self._fs.invalidate_cache()
         found = super()._find_last_checkpoints(trainer)
-        if is_local(self.dirpath or ""):
-            return found
-        return {f"{self.dirpath}/{path.rpartition('/')[2]}" for path in found}
+        names = {f"{self.dirpath}/{path.rpartition('/')[2]}" for path in found}
+        return found if is_local(self.dirpath or "") else names  # Lightning normalizes URLs as paths
 
     def _save_topk_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
         self._agree(trainer)
@@ -294,6 +291,9 @@ class BackgroundCheckpoint(Base):
         session.before = derive(session.before, settled, self.mode, self.save_top_k)
         if has_lost:
             self._list_anew()
+        # What these made room for has failed.
+        listed = {*self.best_k_models, self.best_model_path, self.last_model_path}
+        session.obsolete = [path for path in session.obsolete if path not in listed]
 
     def _list_anew(self) -> None:
         """List what was saved and has not failed."""
@@ -306,27 +306,23 @@ class BackgroundCheckpoint(Base):
 
         It would not, if a user's code takes part: a subclass, a patched trainer, an `on_save_checkpoint`.
         """
-        io = self._session.io
-        state = saved.step, saved.last_model_path
-        if (
-            saved.kind != "last"
-            or saved.path == newest.path
-            or state != (newest.step, newest.last_model_path)
-        ):
-            return False
-        if trainer.strategy.checkpoint_io is not io or not io.writes_itself:
+        io = trainer.strategy.checkpoint_io
+        if saved.kind != "last" or io is not self._session.io or not io.writes_itself:
             return False
         owners = (trainer.lightning_module, *trainer.callbacks)
         parts = (type(self), trainer.save_checkpoint, *(owner.on_save_checkpoint for owner in owners))
-        return all(_package(part) in {"asyncckpt", "lightning", "pytorch_lightning"} for part in parts)
+        return (
+            saved.path != newest.path
+            and (saved.step, saved.last_model_path) == (newest.step, newest.last_model_path)
+            and all(_package(part) in {"asyncckpt", "lightning", "pytorch_lightning"} for part in parts)
+        )
 
     def _refresh_best(self, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
         """Let the link to the best lead to what is the best now."""
         session, best = self._session, self.best_model_path
         if not self.save_best or not best:
             return
-        is_pending = any(saved.path == best for saved in session.saves)
-        if not is_pending and not self.file_exists(best, trainer):
+        if all(saved.path != best for saved in session.saves) and not self.file_exists(best, trainer):
             _warnings.warn(f"{best} is gone, so there is no link or copy of it.")
             return
         path = self.format_checkpoint_name(monitor_candidates, self.CHECKPOINT_NAME_BEST)
@@ -338,18 +334,14 @@ class BackgroundCheckpoint(Base):
         make(trainer, best, path)
         session.io.causes = ()
         session.note(SavedFile("best", path))
-        if former[1] not in {"", path}:
-            session.obsolete.append(former[1])
+        session.obsolete += {former[1]} - {"", path}
 
     def _remove_obsolete(self, trainer: Trainer) -> None:
         """Remove files once all that is pending is committed, which includes what they make room for."""
         session = self._session
-        listed = {*self.best_k_models, self.best_model_path, self.last_model_path}
-        again = [path for path in session.postponed if path not in listed and self._fs.exists(path)]
-        session.postponed = [path for path in again if session.is_linked(self.last_model_path, path)]
-        obsolete = [*session.obsolete, *(path for path in again if path not in session.postponed)]
-        session.obsolete = []
-        for path in obsolete:
+        linked = [path for path in session.obsolete if session.is_linked(self.last_model_path, path)]
+        obsolete, session.obsolete = session.obsolete, linked
+        for path in (path for path in obsolete if path not in linked):
             session.io.causes = session.pending()
             super()._remove_checkpoint(trainer, path)
             removal, _ = session.take(path)
@@ -397,8 +389,7 @@ def _is_last_epoch(trainer: Trainer) -> bool:
 
 
 def _package(owner: Any) -> str:
-    package: str = owner.__module__.partition(".")[0]
-    return package
+    return str(owner.__module__).partition(".")[0]
 
 
 class WithLinkBest(BackgroundCheckpoint if TYPE_CHECKING else object):  # type: ignore[misc]

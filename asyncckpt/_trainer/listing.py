@@ -105,9 +105,8 @@ class Session:
         kind: of what is being saved.
         newest: what was saved last in this hook.
         best: the file that the link to the best leads to, and the path of that link.
-        obsolete: what is to be removed at the end of this hook.
-        removals, postponed: on the rank that writes, removals under way, and those that were left undone
-            because something else had failed.
+        obsolete: what is to be removed at the end of this hook, or of a later one if something failed.
+        removals: removals under way, on the rank that writes.
         untold: saves that loggers do not know of, with their cost, step, and the callback as of each.
         agreed: whether the ranks have agreed in this hook on what has failed.
         failures, cause: what is to be raised at the end of this hook.
@@ -121,7 +120,6 @@ class Session:
     best: tuple[str, str] = ("", "")
     obsolete: list[str] = field(default_factory=list)
     removals: dict[str, Outcome[None]] = field(default_factory=dict)
-    postponed: list[str] = field(default_factory=list)
     untold: deque[tuple[Outcome[Any], SaveStats | None, int, ModelCheckpoint]] = field(default_factory=deque)
     agreed: bool = False
     failures: list[str] = field(default_factory=list)
@@ -171,8 +169,10 @@ class Session:
         failures = []
         for path in [path for path, removal in self.removals.items() if wait or removal.done()]:
             failure = self._failure(path, self.removals.pop(path), "removed")
-            failures += [failure] if failure else []
-            self.postponed += [path] if failure == "" else []
+            if failure:
+                failures.append(failure)
+            elif failure is not None:
+                self.obsolete.append(path)
         return ends, failures
 
     def settle(self, ends: list[str | None], failures: list[str]) -> tuple[bool, list[SavedFile]]:
@@ -185,8 +185,10 @@ class Session:
 
     def _failure(self, path: str, outcome: Outcome[Any], what: str) -> str | None:
         error = outcome.exception()
-        if error is None or isinstance(error, SaveSkipped):
-            return None if error is None else ""
+        if isinstance(error, SaveSkipped):
+            return ""
+        if error is None or (isinstance(error, FileNotFoundError) and what == "removed"):
+            return None
         is_told = isinstance(error, SaveError)
         self.cause = self.cause or (error.__cause__ if is_told else None) or error
         return str(error) if is_told else f"{path} could not be {what}: {str(error) or repr(error)}"
