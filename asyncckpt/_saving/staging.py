@@ -10,13 +10,13 @@ from asyncckpt._caller_warning import warn_caller
 from asyncckpt._saving.weights_only import WeightsOnlyCheck
 from asyncckpt._snapshot.copy import Watermark, copy_ranges
 from asyncckpt._snapshot.freeze import Freezer
+from asyncckpt._snapshot.ranges import Ranges
 from asyncckpt.errors import SaveError
 from asyncckpt.layout.torch_zip import TorchZip
 
 if TYPE_CHECKING:
     from asyncckpt._snapshot.arena import Arena, Lease
     from asyncckpt._snapshot.frozen import FrozenState
-    from asyncckpt._snapshot.ranges import Ranges
     from asyncckpt.layout.plan import Body, FilePlan, Format
     from asyncckpt.types import SaveStats
 
@@ -36,7 +36,7 @@ class Snapshot:
         body: where each range lies in `lease`, which is where it will lie in the file.
         lease: the host buffer; released by whoever is done with the snapshot.
         stats: `copy` sets what it took.
-        ranges: what is to be copied; None once the copy has ended.
+        ranges: what is to be copied; empty once the copy has ended.
         filled: how far the copy has come, and whether it has ended.
     """
 
@@ -45,7 +45,7 @@ class Snapshot:
     body: Body
     lease: Lease
     stats: SaveStats
-    ranges: Ranges | None = field(repr=False)
+    ranges: Ranges = field(repr=False)
     filled: Watermark = field(default_factory=Watermark)
 
     def copy(self) -> None:
@@ -56,8 +56,7 @@ class Snapshot:
         """
         began = time.perf_counter()
         try:
-            if self.ranges is not None:
-                copy_ranges(self.ranges, self.body.starts.tolist(), self.lease, self.filled)
+            copy_ranges(self.ranges, self.body.starts.tolist(), self.lease, self.filled)
         except BaseException as error:
             failure = SaveError(f"could not copy the state to host memory: {error}")
             self.filled.end(failure)
@@ -70,7 +69,7 @@ class Snapshot:
 
     def end_copy(self) -> None:
         """Say that nothing more will be copied, whether all was or not."""
-        self.ranges = None
+        self.ranges = Ranges([], [], [])
         self.filled.end(SaveError("the copy of the state to host memory was broken off"))
 
     def plan(self, description: bytes) -> FilePlan:

@@ -6,6 +6,7 @@ torch's own pinned allocator would round a buffer up to the next power of two.
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,14 +24,15 @@ _PORTABLE = 1  # pinned for every device, not only for the current one
 def pin(mapping: Mapping) -> bool:
     """Pin all of `mapping`; returns whether that worked."""
     cudart = torch.cuda.cudart()
-    done = 0
     for offset in range(0, mapping.nbytes, PIECE):
         length = min(PIECE, mapping.nbytes - offset)
         if int(cudart.cudaHostRegister(mapping.address + offset, length, _PORTABLE)):
-            _unregister(mapping, done)
-            _clear_error()
+            _unregister(mapping, offset)
+            # Or torch would raise the refusal from whatever kernel it launches next.
+            with suppress(RuntimeError):
+                torch.zeros(1, device="cuda")
+            logger.warning("host memory could not be pinned; copies from the GPU will be slower")
             return False
-        done = offset + length
     return True
 
 
@@ -43,11 +45,3 @@ def _unregister(mapping: Mapping, nbytes: int) -> None:
     cudart = torch.cuda.cudart()
     for offset in range(0, nbytes, PIECE):
         cudart.cudaHostUnregister(mapping.address + offset)
-
-
-def _clear_error() -> None:
-    """Take the refusal from the runtime, or torch would raise it from whatever kernel it launches next."""
-    try:
-        torch.zeros(1, device="cuda")
-    except RuntimeError:
-        logger.warning("host memory could not be pinned; copies from the GPU will be slower")

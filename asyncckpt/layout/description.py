@@ -1,4 +1,4 @@
-"""What a checkpoint file says of itself, in a record that torch.load ignores."""
+"""The self-description of a checkpoint file: a record that torch.load ignores."""
 
 from __future__ import annotations
 

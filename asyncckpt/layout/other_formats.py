@@ -1,8 +1,8 @@
-"""Recognize files that are no checkpoint which can be looked at, by their first bytes."""
+"""Identify foreign formats by their magic bytes."""
 
 from __future__ import annotations
 
-# How much of a file has to be known: a tar file says that it is one behind its first header.
+# How much of a file has to be read: the magic of a tar file lies at 257.
 HEAD = 512
 _TAR_AT = 257
 _LEGACY = bytes.fromhex("80028a0a6cfc9c46f9206aa85019")

@@ -165,14 +165,14 @@ def plan(body: ZipBody, data_pickle: bytes, description: bytes) -> FilePlan:
 
 
 def tail_with_description(header: int, folder: str, count: int, entries: bytes, description: bytes) -> bytes:
-    """Return what stands in a described file from the place on where the directory is in an undescribed one.
+    """Return the end of a file to which a description is added: its record, then the zip's directory.
 
     Args:
-        header: offset of that directory.
-        folder: what the folder of all records is called.
-        count: how many there are.
+        header: offset of the directory in the file as it is, where the record goes.
+        folder: name of the folder of all records.
+        count: how many records there are.
         entries: the directory, without its end.
-        description: what asyncckpt says of the file; its record becomes the last before the directory.
+        description: content of the record.
     """
     record, entry = _record(f"{folder}/{DESCRIBES}", header, description)
     directory = entries + entry
