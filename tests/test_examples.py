@@ -16,6 +16,7 @@ import torch
 import asyncckpt
 import asyncckpt.lightning
 import asyncckpt.pytorch_lightning
+import asyncckpt.stores
 import asyncckpt.testing
 
 if TYPE_CHECKING:
@@ -120,7 +121,7 @@ def without_numbers(line: str) -> str:
 
 @pytest.mark.parametrize(
     "module",
-    [asyncckpt, asyncckpt.lightning, asyncckpt.pytorch_lightning, asyncckpt.testing],
+    [asyncckpt, asyncckpt.lightning, asyncckpt.pytorch_lightning, asyncckpt.stores, asyncckpt.testing],
     ids=lambda module: module.__name__,
 )
 def test_the_api_page_lists_every_public_name(module: ModuleType) -> None:
