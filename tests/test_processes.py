@@ -144,11 +144,12 @@ def test_pending_saves_are_finished_where_no_thread_can_be_started_any_more(
 
 def test_a_failure_at_exit_is_printed(interpreter: Interpreter, tmp_path: Path) -> None:
     script = program("""
-        store = FaultyStore(local)
+        store, gate = FaultyStore(local), Gate()
         store.fail("commit", OSError("the disk is gone"))
-        ckpt = asyncckpt.Checkpointer(store=store, max_in_flight=2)
+        ckpt = asyncckpt.Checkpointer(store=SlowStore(store, gates={"draft": gate}), max_in_flight=2)
         ckpt.save(1, state_of(1))
-        ckpt.save(2, state_of(2))
+        ckpt.save(2, state_of(2))  # would raise if the first had failed by now
+        gate.open()
         """)
     _, _, errors = interpreter.run(script, tmp_path)
     assert errors == f"asyncckpt: saving step 1 to {tmp_path}/step-00000001.pt failed: the disk is gone\n"
