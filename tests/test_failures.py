@@ -65,10 +65,12 @@ def test_who_asks_for_the_result_is_told_and_nobody_else(
 def test_a_failure_nobody_asked_for_is_raised_once(
     store: FaultyStore, hear: Callable[[Checkpointer], None]
 ) -> None:
-    ckpt = Checkpointer(store=store, max_in_flight=3)
+    gate = Gate()
+    ckpt = Checkpointer(store=SlowStore(store, gates={"commit": gate}), max_in_flight=3)
     store.fail("commit", GONE, times=2)
     for step in (1, 2, 3):
-        ckpt.save(step, state_of(step))
+        ckpt.save(step, state_of(step))  # would raise if an earlier one had failed by now
+    gate.open()
     with pytest.raises(SaveError, match=r"step 1 to .*the disk is gone; saving step 2 to .*the disk is gone"):
         hear(ckpt)
     ckpt.wait()

@@ -144,9 +144,8 @@ def test_pending_saves_are_finished_where_no_thread_can_be_started_any_more(
 
 def test_a_failure_at_exit_is_printed(interpreter: Interpreter, tmp_path: Path) -> None:
     script = program("""
-        store = FaultyStore(local)
+        store, gate = FaultyStore(local), Gate()
         store.fail("commit", OSError("the disk is gone"))
-        gate = Gate()
         ckpt = asyncckpt.Checkpointer(store=SlowStore(store, gates={"draft": gate}), max_in_flight=2)
         ckpt.save(1, state_of(1))
         ckpt.save(2, state_of(2))  # would raise if the first had failed by now
