@@ -7,6 +7,8 @@ import os
 import subprocess
 import sys
 import textwrap
+import threading
+import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -14,10 +16,12 @@ import pytest
 import torch
 
 from asyncckpt._loading.series import Series
+from asyncckpt._threads import Condition
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
+    from types import FrameType
 
     from asyncckpt import Checkpointer
     from asyncckpt.stores.base import Store
@@ -54,6 +58,27 @@ def flip(path: Path, offset: int, bit: int = 0) -> None:
         byte = file.read(1)[0]
         file.seek(offset)
         file.write(bytes([byte ^ (1 << bit)]))
+
+
+def assert_waits(ended: Callable[[], object]) -> None:
+    """Return once a call in a thread of the test waits for asyncckpt's threads; fail if it ends instead."""
+    while not ended():
+        frames = sys._current_frames()
+        for thread in threading.enumerate():
+            ours = thread is threading.current_thread() or thread.name.startswith("asyncckpt")
+            if not ours and _waits(frames.get(thread.ident or 0)):
+                return
+        time.sleep(0.001)
+    pytest.fail("it has not waited")
+
+
+def _waits(frame: FrameType | None) -> bool:
+    while frame is not None:
+        # The first attempt has failed, and the call sleeps until something changes.
+        if frame.f_code is Condition.until.__code__ and "bell" in frame.f_locals:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def start_python(script: str, *arguments: str, env: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
