@@ -93,7 +93,7 @@ def start_python(script: str, *arguments: str, env: Mapping[str, str] | None = N
 def run_python(script: str, *arguments: str, env: Mapping[str, str] | None = None) -> tuple[int, str, str]:
     """Run a Python program to its end; returns its exit status, its output and its errors."""
     process = start_python(script, *arguments, env=env)
-    output, errors = process.communicate(timeout=60)
+    output, errors = process.communicate(timeout=100)
     return process.returncode, output, errors
 
 
