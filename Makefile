@@ -49,8 +49,9 @@ demo: $(DONE)/demo
 test: $(DONE)/test
 	$(PYTEST) -m 'not slow' $(ARGS)
 
+# By file: what a benchmark script has measured is looked at by all the tests of its file.
 test-slow: $(DONE)/test
-	$(PYTEST) -m slow $(ARGS)
+	$(PYTEST) -m slow --dist loadfile $(ARGS)
 
 test-all: $(DONE)/test
 	$(PYTEST) $(ARGS)

@@ -127,7 +127,7 @@ def settle(ckpt: Checkpointer) -> None:
 
 def wait_until(condition: Callable[[], bool], message: str) -> None:
     """Wait until a condition holds that nobody tells of."""
-    end = time.monotonic() + 30
+    end = time.monotonic() + 80
     while not condition():
         assert time.monotonic() < end, (message, held())
         time.sleep(0.002)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 # After so many seconds a program that hangs says where, and ends.
-PATIENCE = 60.0
+PATIENCE = 100.0
 
 
 class Program:

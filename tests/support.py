@@ -7,18 +7,22 @@ import os
 import subprocess
 import sys
 import textwrap
+import threading
+import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 
+from asyncckpt._threads import Condition
 from asyncckpt.stores import LocalStore
 from asyncckpt.testing import FaultyStore, SlowStore
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
+    from types import FrameType
 
     from asyncckpt.testing import Gate
 
@@ -57,6 +61,27 @@ def flip(path: Path, offset: int, bit: int = 0) -> None:
         file.write(bytes([byte ^ (1 << bit)]))
 
 
+def assert_waits(ended: Callable[[], object]) -> None:
+    """Return once a call in a thread of the test waits for asyncckpt's threads; fail if it ends instead."""
+    while not ended():
+        frames = sys._current_frames()
+        for thread in threading.enumerate():
+            ours = thread is threading.current_thread() or thread.name.startswith("asyncckpt")
+            if not ours and _waits(frames.get(thread.ident or 0)):
+                return
+        time.sleep(0.001)
+    pytest.fail("it has not waited")
+
+
+def _waits(frame: FrameType | None) -> bool:
+    while frame is not None:
+        # The first attempt has failed, and the call sleeps until something changes.
+        if frame.f_code is Condition.until.__code__ and "bell" in frame.f_locals:
+            return True
+        frame = frame.f_back
+    return False
+
+
 def start_python(script: str, *arguments: str, env: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
     """Start a Python program with asyncckpt at hand."""
     command = [sys.executable, "-W", "error", "-c", textwrap.dedent(script), *arguments]
@@ -69,7 +94,7 @@ def start_python(script: str, *arguments: str, env: Mapping[str, str] | None = N
 def run_python(script: str, *arguments: str, env: Mapping[str, str] | None = None) -> tuple[int, str, str]:
     """Run a Python program to its end; returns its exit status, its output and its errors."""
     process = start_python(script, *arguments, env=env)
-    output, errors = process.communicate(timeout=60)
+    output, errors = process.communicate(timeout=100)
     return process.returncode, output, errors
 
 

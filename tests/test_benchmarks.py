@@ -52,7 +52,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str, 
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="measures with what only Linux has"),
-    pytest.mark.timeout(300),
+    pytest.mark.slow,
 ]
 
 

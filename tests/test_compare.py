@@ -17,7 +17,7 @@ PEERS = ["torch_save_fsync", "lightning_async", "dcp_thread", "ours"]
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="measures with what only Linux has"),
-    pytest.mark.timeout(300),
+    pytest.mark.slow,
 ]
 
 

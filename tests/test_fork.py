@@ -34,7 +34,7 @@ sys.excepthook = give_up
 # Who hangs says where, and ends. The usual watchdog is a thread: the end of a forked child would wait for it.
 faulthandler.cancel_dump_traceback_later()
 faulthandler.register(signal.SIGALRM, chain=True)
-signal.alarm(40)
+signal.alarm(100)
 
 def state_of(value, size=1 << 20):
     return {"w": torch.full((size,), float(value))}
@@ -44,7 +44,7 @@ def child(body):
     pid = os.fork()
     if pid:
         return pid
-    signal.alarm(20)
+    signal.alarm(80)
     try:
         body()
     except BaseException as error:
@@ -174,13 +174,13 @@ ENDINGS = {
     "multiprocessing": """
         process = multiprocessing.get_context("fork").Process(target=body)
         process.start()
-        process.join(20)
+        process.join(80)
         assert process.exitcode == 0
         """,
     "os.fork": """
         pid = os.fork()
         if not pid:
-            signal.alarm(20)
+            signal.alarm(80)
             body()
             sys.exit(0)
         assert status_of(pid) == 0

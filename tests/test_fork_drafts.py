@@ -35,7 +35,7 @@ def give_up(*error):
 
 sys.excepthook = give_up
 faulthandler.cancel_dump_traceback_later()  # its thread does not survive a fork
-signal.alarm(40)
+signal.alarm(100)
 path = sys.argv[1]
 SIZE = (2 << 20) + 100
 DATA = memoryview(mmap.mmap(-1, SIZE))  # of whole pages, which go past the page cache
@@ -49,7 +49,7 @@ def held(operation, call, when):
         if when == "after":
             result = real(*args)
         arrived.set()
-        assert release.wait(30)
+        assert release.wait(80)
         return result if when == "after" else real(*args)
 
     calls, ops = itertools.count(1), FileOps()
@@ -71,7 +71,7 @@ def started(operation, call, when, commit=True):
     draft = LocalDraft(held(operation, call, when), path, "a.pt", SIZE)
     thread = threading.Thread(target=write)
     thread.start()
-    assert arrived.wait(20)
+    assert arrived.wait(80)
     return draft, thread
 
 def opened():
@@ -84,7 +84,7 @@ def child(body):
     pid = os.fork()
     if pid:
         return pid
-    signal.alarm(10)
+    signal.alarm(80)
     try:
         body()
     except BaseException as error:

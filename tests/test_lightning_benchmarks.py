@@ -24,7 +24,7 @@ PROGRAMS = {
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="measures with what only Linux has"),
-    pytest.mark.timeout(300),
+    pytest.mark.slow,
 ]
 
 

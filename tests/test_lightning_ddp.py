@@ -172,7 +172,12 @@ def known_to_both(directory: Path, name: str) -> Any:
 
 # One run of the program for each: to start its processes takes most of the time.
 @pytest.mark.parametrize(
-    ("strategy", "failing"), [("ddp", "at the next save"), ("ddp_fork", "at the end"), ("ddp_spawn", None)]
+    ("strategy", "failing"),
+    [
+        pytest.param("ddp", "at the next save", marks=pytest.mark.slow),
+        ("ddp_fork", "at the end"),
+        pytest.param("ddp_spawn", None, marks=pytest.mark.slow),
+    ],
 )
 def test_all_ranks_know_what_was_saved_and_what_failed(
     tmp_path: Path, strategy: str, failing: str | None

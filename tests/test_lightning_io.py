@@ -10,7 +10,7 @@ import sys
 import textwrap
 import threading
 from pathlib import Path
-from queue import Empty, Queue
+from queue import Queue
 from typing import TYPE_CHECKING, Any
 
 import fsspec
@@ -32,7 +32,7 @@ from asyncckpt._saving.saver import _savers
 from asyncckpt.lightning import AsyncCheckpointIO, ModelCheckpoint
 from asyncckpt.testing import FaultyStore, Gate, SlowStore
 from sameness import assert_same
-from support import flip, payload_offset, torch_round_trip
+from support import assert_waits, flip, payload_offset, torch_round_trip
 from trainers import QUIET, Model, StoreIO, batches, is_ours, trainer
 
 if TYPE_CHECKING:
@@ -174,11 +174,6 @@ def in_thread(func: Callable[[], object]) -> tuple[threading.Thread, Queue[objec
     return thread, queue
 
 
-def assert_waits(queue: Queue[object]) -> None:
-    with pytest.raises(Empty):
-        queue.get(timeout=0.2)
-
-
 # A Trainer
 
 
@@ -311,7 +306,7 @@ def test_fabric_saves_in_the_background_and_its_loads_wait(tmp_path: Path, gate:
         io.wait(timeout=0.01)
     assert not (tmp_path / "a.ckpt").exists()
     thread, loaded = in_thread(lambda: fabric.load(tmp_path / "a.ckpt", {"model": model}))
-    assert_waits(loaded)
+    assert_waits(loaded.qsize)
     gate.open()
     rest = loaded.get(timeout=30)
     thread.join()
@@ -331,7 +326,7 @@ def test_the_end_of_the_context_waits(tmp_path: Path, gate: Gate) -> None:
 
     thread, found = in_thread(save)
     gate.wait_for_arrival()
-    assert_waits(found)
+    assert_waits(found.qsize)
     gate.open()
     assert found.get(timeout=30) == ["a.ckpt"]
     thread.join()
@@ -391,7 +386,7 @@ def test_no_more_snapshots_than_max_in_flight_are_in_memory(tmp_path: Path, gate
         for number in range(limit):
             io.save_checkpoint(state, tmp_path / f"{number}.ckpt")
         thread, saved = in_thread(lambda io=io: io.save_checkpoint(state, tmp_path / "more.ckpt"))  # type: ignore[misc]
-        assert_waits(saved)
+        assert_waits(saved.qsize)
         assert get_engine().arena.statistics().leases == limit
         gate.open()
         saved.get(timeout=30)
@@ -413,7 +408,7 @@ def test_a_copy_of_a_plugin_has_nothing_pending(
     assert type(copied.checkpoint_io) is TorchCheckpointIO
     copied.save_checkpoint({"x": torch.zeros(3)}, tmp_path / "b.ckpt")
     thread, saved = in_thread(lambda: copied.save_checkpoint({"x": torch.zeros(3)}, tmp_path / "c.ckpt"))
-    assert_waits(saved)
+    assert_waits(saved.qsize)
     gate.open()
     saved.get(timeout=30)
     thread.join()

@@ -20,6 +20,7 @@ from asyncckpt.lightning import ModelCheckpoint, ModelCheckpointWithLinkBest
 from asyncckpt.testing import FaultyStore, Gate, SlowStore
 from asyncckpt.testing.doubles import WrapperStore
 from sameness import assert_same
+from support import assert_waits
 from trainers import QUIET, Model, StoreIO, batches, trainer
 
 if TYPE_CHECKING:
@@ -338,8 +339,7 @@ def test_a_save_after_fit_waits_for_the_disk(tmp_path: Path, gate: Gate) -> None
     saving = threading.Thread(target=run.save_checkpoint, args=(tmp_path / "own.ckpt",))
     saving.start()
     gate.wait_for_arrival(2)
-    saving.join(0.2)
-    assert saving.is_alive()
+    assert_waits(lambda: not saving.is_alive())
     gate.open()
     saving.join(60)
     assert load(tmp_path / "own.ckpt")["global_step"] == 4

@@ -369,9 +369,9 @@ class TestForkedChild:
                     target=lambda: (ready.set(), threading.Event().wait())
                 )
                 process.start()
-                ready.wait(20)
+                ready.wait()
                 process.terminate()
-                process.join(5)
+                process.join()
                 status = process.exitcode
                 process.kill()
                 assert status == -signal.SIGTERM, status

@@ -15,10 +15,11 @@ pytest.importorskip("moto")
 PROGRAM = Path(__file__).resolve().parents[1] / "benchmarks" / "upload.py"
 
 
+@pytest.mark.slow
 def test_every_way_has_its_figures(tmp_path: Path) -> None:
     found = tmp_path / "upload.json"
     command = [sys.executable, str(PROGRAM), "--megabytes", "16", "--repeat", "1", "--json", str(found)]
-    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=110, check=False)
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
     ways = json.loads(found.read_text())["ways"]
     assert set(ways) == {"asyncckpt", "s3fs pipe", "Lightning"}
