@@ -11,6 +11,9 @@ if TYPE_CHECKING:
 
     from asyncckpt.types import Checkpoint
 
+# Of checkpoints, whoever wrote them.
+SUFFIXES = frozenset({".pt", ".pth", ".ckpt", ".bin", ".safetensors"})
+
 _WHOLE = re.compile(r"(0\d*)?d?")  # formats that leave a step its digits
 _DIGITS = r"-?\d+"
 _STEP = rf"(?P<step>{_DIGITS})"

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import os
@@ -14,7 +13,6 @@ import time
 import warnings
 from collections import defaultdict
 from functools import wraps
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -28,17 +26,21 @@ from torch.utils.data import DataLoader
 import asyncckpt.lightning as ours
 import machine
 import states
-from asyncckpt._bench.limits import PlainCopy, bring_in_memory
-from asyncckpt._bench.place import clear_up_when_told_to_go
+from asyncckpt._bench.place import exit_on_signals
+from asyncckpt._bench.training import PlainCopy
+from bare import bring_in_memory
 from harness import (
     Options,
     forget_peak,
+    options,
     order,
+    positive,
     run_apart,
     status,
+    temporary_directory,
+    versions,
 )
-from measure import versions
-from targets import temporary_directory
+from report import heading, markdown, seconds, write_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -302,26 +304,20 @@ COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
 
 def draw(data: Mapping[str, Any]) -> str:
     """Return what is shown of a run, in Markdown, whose data are those that go into the JSON."""
-    on, state, options, rows = data["machine"], data["state"], data["options"], data["rows"]
-    loads = f"{on['load_before']:.1f} before, {on['load_after']:.1f} after"
+    state, how = data["state"], data["options"]
     copies = (
         f"{span(data, 'copy_s')} by {state['threads']} threads, {span(data, 'copy_by_one_thread_s')} by one"
     )
+    rows = [[cell(row) for cell in COLUMNS.values()] for row in data["rows"]]
     lines = [
-        f"{on['cpu']}, {on['cores']} cores, {on['memory_bytes'] / 2**30:.0f} GiB, Linux {on['kernel']}  ",
-        f"{on['file_system']}; huge pages: {on['huge_pages']}  ",
-        ", ".join(f"{name} {number}" for name, number in data["versions"].items()) + "  ",
-        f"State: {state['name']}, {state['bytes'] / 1e9:.3g} GB in {state['tensors']} tensors, fp32, CPU  ",
-        f"Took {data['seconds']:.0f} s; load average {loads}",
+        *heading(data),
         "",
-        "| " + " | ".join(COLUMNS) + " |",
-        "|" + "---|" * len(COLUMNS),
-        *("| " + " | ".join(cell(r) for cell in COLUMNS.values()) + " |" for r in rows),
+        *markdown(list(COLUMNS), rows),
         "",
         f"Bare copy into warm buffers: {copies}.",
-        f"Medians of {options['repeat']} processes for each way, with {options['saves']} warm saves each.",
+        f"Medians of {how['repeat']} processes for each way, with {how['saves']} warm saves each.",
     ]
-    if options["size"] == "small":
+    if how["size"] == "small":
         lines.append("A small state: it shows that the measuring works, not what is reached.")
     return "\n".join(lines)
 
@@ -339,14 +335,6 @@ def verdict(found: Mapping[str, Any]) -> str:
     return f" {'met' if found['met'] else 'MISSED'}: ≤ {found['target']:g}"
 
 
-def seconds(value: float) -> str:
-    """Return a time in the unit in which it is easily read."""
-    if value >= 1:
-        return f"{value:.2f} s"
-    milliseconds = value * 1e3
-    return f"{milliseconds:.{2 if milliseconds < 10 else 0}f} ms"
-
-
 def compare(ways: Sequence[str], directory: Path, repeat: int, saves: int, size: str) -> dict[str, Any]:
     """Measure some ways by turns, each repetition in another order."""
     began = time.perf_counter()
@@ -359,7 +347,7 @@ def compare(ways: Sequence[str], directory: Path, repeat: int, saves: int, size:
     some = samples[ways[0]]
     return {
         "machine": described | {"load_after": machine.load()},
-        "versions": versions() | {"lightning": version("lightning")},
+        "versions": versions("lightning"),
         "options": {"repeat": repeat, "saves": saves, "size": size, "dir": str(directory)},
         "state": {
             "name": "a small GPT-2 + Adam" if size == "small" else "GPT-2 124 M + Adam",
@@ -375,43 +363,26 @@ def compare(ways: Sequence[str], directory: Path, repeat: int, saves: int, size:
 
 def main() -> None:
     """Measure, print the table, and write the JSON if that is asked for."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument(
-        "--dir",
-        type=Path,
-        default=Path(),
-        metavar="DIR",
-        help="an existing directory, on the disk to measure",
-    )
-    parser.add_argument("--repeat", type=int, default=3, help="processes for each way (default: %(default)s)")
-    parser.add_argument("--saves", type=int, default=4, help="warm saves in each (default: %(default)s)")
+    parser = options(__doc__, repeat=3)
+    parser.add_argument("--saves", type=positive, default=4, help="warm saves in each (default: %(default)s)")
     parser.add_argument(
         "--size", choices=["gpt2", "small"], default="gpt2", help="of the state (default: %(default)s)"
     )
     parser.add_argument(
         "--only", nargs="+", choices=WAYS, metavar="WAY", help=f"some ways to save: {', '.join(WAYS)}"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write everything to a file")
     parser.add_argument("--measure", choices=WAYS, help="measure one way, in this process; prints samples")
     arguments = parser.parse_args()
-    if sys.platform != "linux":
-        parser.error("the measurements need Linux: /proc")
-    if not arguments.dir.is_dir():
-        parser.error(f"{arguments.dir} is not a directory")
-    if min(arguments.repeat, arguments.saves) < 1:
-        parser.error("--repeat and --saves must be at least 1")
-
     if arguments.measure is not None:
         logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
         warnings.simplefilter("ignore")  # about the speed of data loading and the like
-        options = Options(arguments.dir.resolve(), arguments.saves, arguments.size == "small")
-        print(json.dumps(measure(WAYS[arguments.measure], options)))
+        how = Options(arguments.dir.resolve(), arguments.saves, arguments.size == "small")
+        print(json.dumps(measure(WAYS[arguments.measure], how)))
         return
-    clear_up_when_told_to_go()
+    exit_on_signals()
     ways = [key for key in WAYS if key in (arguments.only or WAYS)]
     data = compare(ways, arguments.dir, arguments.repeat, arguments.saves, arguments.size)
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(arguments.json, data)
     print(draw(data))
 
 

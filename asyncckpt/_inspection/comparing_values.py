@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING
 
-import torch
 from anyio import CapacityLimiter, Lock
 
 from asyncckpt._inspection.tensor_values import is_native, pieces, place_of, span, view
@@ -17,6 +16,8 @@ from asyncckpt.errors import CorruptCheckpointError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
+
+    import torch
 
     from asyncckpt._inspection.comparing import TensorPair
     from asyncckpt._inspection.contents import Contents
@@ -141,6 +142,8 @@ class _Operand:
 
     def elements(self, data: bytearray, shape: tuple[int, ...]) -> torch.Tensor:
         """Return the bytes of each element in a last dimension."""
+        import torch  # noqa: PLC0415
+
         size = self.dtype.itemsize
         return view(data, torch.uint8, (*shape, size), (*(step * size for step in self.stride), 1))
 

@@ -7,17 +7,17 @@ from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING
 
-import torch
-
 from asyncckpt.errors import CorruptCheckpointError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
+    import torch
+
     from asyncckpt._outline.nodes import TensorOutline
     from asyncckpt.stores.base import OpenFile
 
-_NUMBERS = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32)
+_NUMBERS = frozenset({"float32", "float64", "float16", "bfloat16", "int64", "int32"})
 
 # Windows that overlap view an element as often as they are large. Who asks for more wants to waste our time.
 _MAX_OVERLAP = 10_000
@@ -25,6 +25,8 @@ _MAX_OVERLAP = 10_000
 
 def dtype_of(name: str) -> torch.dtype | None:
     """Return the dtype of this name, None if this torch has none."""
+    import torch  # noqa: PLC0415 - a listing does without it
+
     dtype = vars(torch).get(name)  # getattr would import what torch imports when it is asked for
     return dtype if isinstance(dtype, torch.dtype) else None
 
@@ -64,6 +66,8 @@ def place_of(tensor: TensorOutline, payloads: Mapping[str, tuple[int, int]]) -> 
 
 def view(data: bytearray, dtype: torch.dtype, shape: Sequence[int], stride: Sequence[int]) -> torch.Tensor:
     """Return the view that begins at the first byte of `data`."""
+    import torch  # noqa: PLC0415
+
     return torch.frombuffer(data, dtype=torch.uint8).view(dtype).as_strided(shape, stride)
 
 
@@ -72,7 +76,7 @@ async def read_number(
 ) -> float | None:
     """Return the value of a tensor of one element; None if its dtype is not one that numbers have."""
     dtype, first = place_of(tensor, payloads)
-    if dtype not in _NUMBERS:
+    if tensor.dtype not in _NUMBERS:
         return None
     data = bytearray(dtype.itemsize)
     await file.read(first, memoryview(data))

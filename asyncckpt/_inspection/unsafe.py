@@ -6,8 +6,6 @@ import io
 import zipfile
 from typing import TYPE_CHECKING
 
-from torch.serialization import get_unsafe_globals_in_checkpoint
-
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -32,6 +30,8 @@ def _is_tellable(name: str) -> bool:
 
 def _refused(names: Sequence[str]) -> list[str]:
     """Ask torch about a file that names them and nothing else."""
+    from torch.serialization import get_unsafe_globals_in_checkpoint  # noqa: PLC0415
+
     globals_ = b"".join(b"c%b\n%b\n" % (module, name) for module, name in map(_split, names))
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w") as archive:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 # Integers beyond this are not exact as a float64.
 _EXACT = float(1 << 53)
-_WIDE = frozenset({torch.int64, torch.uint64})
 
 
 @dataclass(slots=True)
@@ -62,6 +63,8 @@ def difference(a: torch.Tensor, b: torch.Tensor, *, conj: bool = False, neg: boo
         conj: whether B is to be conjugated.
         neg: whether B is to be negated.
     """
+    import torch  # noqa: PLC0415
+
     is_complex = a.is_complex() or b.is_complex()
     in_a = _numbers(a, is_complex=is_complex)
     squares_of_a = float(in_a.dot(in_a))
@@ -74,7 +77,7 @@ def difference(a: torch.Tensor, b: torch.Tensor, *, conj: bool = False, neg: boo
         in_b.neg_()
     gap = in_a - in_b
     unequal = gap != 0
-    if a.dtype == b.dtype and a.dtype in _WIDE and not neg:
+    if a.dtype == b.dtype and a.dtype in {torch.int64, torch.uint64} and not neg:
         # Where they are close, so are their bits.
         bits_a, bits_b = (side.contiguous().view(torch.int64).flatten() for side in (a, b))
         unequal = bits_a != bits_b
@@ -96,6 +99,8 @@ def difference(a: torch.Tensor, b: torch.Tensor, *, conj: bool = False, neg: boo
 
 def _numbers(tensor: torch.Tensor, *, is_complex: bool) -> torch.Tensor:
     """Return a copy of the values as float64 in a row; complex numbers as two each."""
+    import torch  # noqa: PLC0415
+
     if is_complex:
         return torch.view_as_real(tensor.to(torch.complex128, copy=True).flatten()).flatten()
     return tensor.to(torch.float64, copy=True).flatten()

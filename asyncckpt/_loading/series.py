@@ -8,6 +8,7 @@ from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
 from asyncckpt._loading.catalog import Catalog, Entry
+from asyncckpt._naming import SUFFIXES
 from asyncckpt.errors import CheckpointNotFoundError, CorruptCheckpointError, StoreError
 from asyncckpt.retention import rank
 
@@ -23,8 +24,6 @@ if TYPE_CHECKING:
     # What a caller asks for: the checkpoint committed last, the best by a metric, or that of a step.
     Wanted = Literal["latest"] | tuple[str, Mode] | int
 
-# By these names checkpoints go, whoever wrote them.
-SUFFIXES = frozenset({".pt", ".pth", ".ckpt", ".bin", ".safetensors"})
 _NAMED = 3  # of other files, in a message
 
 logger = logging.getLogger("asyncckpt")

@@ -12,9 +12,8 @@ from asyncckpt._inspection.comparing_values import Side, compare_values
 from asyncckpt._inspection.contents import read_contents
 from asyncckpt._inspection.tensor_values import dtype_of
 from asyncckpt._outline.texts import clean, path_text, short
-from asyncckpt._saving.engine import get_engine
 from asyncckpt._threads import in_thread
-from asyncckpt.cli.locations import StorageOptions, file_at, options_for
+from asyncckpt.cli.locations import StorageOptions, call, file_at, options_for
 from asyncckpt.cli.output import AsJson, bytes_progress, counted, line, new_table, number, print_json
 from asyncckpt.cli.states import ROWS, ShowAll, json_path, json_value, print_rest, print_rows
 
@@ -69,8 +68,8 @@ def diff(
 
     Example: asyncckpt diff step-00000100.pt step-00000200.pt
     """
-    sides = [file_at(path, options_for(path, (a, b), option)) for path in (a, b)]
-    result = get_engine().call(_compared, *sides)
+    first, second = (file_at(path, options_for(path, (a, b), option)) for path in (a, b))
+    result = call(_compared, first, second)
     if as_json:
         print_json(_document(result))
     else:

@@ -6,7 +6,7 @@ import re
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
-from asyncckpt._loading.series import SUFFIXES
+from asyncckpt._naming import SUFFIXES
 from asyncckpt.errors import StoreError
 from asyncckpt.layout.other_formats import HEAD, recognize
 

@@ -11,10 +11,8 @@ from asyncckpt._inspection.contents import read_contents
 from asyncckpt._inspection.inventory import sums_by_module, take_inventory
 from asyncckpt._inspection.tensor_values import is_native
 from asyncckpt._inspection.unsafe import refused_globals
-from asyncckpt._loading.load import read_file
 from asyncckpt._outline.texts import clean, key_text, path_text, short
-from asyncckpt._saving.engine import get_engine
-from asyncckpt.cli.locations import StorageOptions, file_at
+from asyncckpt.cli.locations import StorageOptions, call, file_at
 from asyncckpt.cli.output import AsJson, counted, line, new_table, number, print_json, size
 from asyncckpt.cli.states import ROWS, ShowAll, json_path, json_value, print_rest, print_rows
 from asyncckpt.errors import CorruptCheckpointError
@@ -48,7 +46,9 @@ def inspect(
     Example: asyncckpt inspect model.pt
     """
     store, there = file_at(file, option)
-    contents = get_engine().call(read_file, read_contents, store, there.name)
+    from asyncckpt._loading.load import read_file
+
+    contents = call(read_file, read_contents, store, there.name)
     try:
         inventory = take_inventory(contents.outline, contents.payloads)
     except CorruptCheckpointError as error:
