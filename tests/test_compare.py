@@ -30,12 +30,14 @@ def run(*arguments: str) -> str:
     ).stdout
 
 
-def report(data: dict[str, Any]) -> str:
-    """Return the tables of a comparison, drawn in this process."""
+def report(data: dict[str, Any], folder: Path) -> str:
+    """Write table and pictures of a comparison into a folder, in this process; returns the table."""
+    path = folder / "compare.json"
+    path.write_text(json.dumps(data), encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(ROOT / "benchmarks")
-        tables: str = import_module("compare_report").draw(import_module("compare_data").Found(data))
-    return tables
+        import_module("compare_report").write(path)
+    return path.with_suffix(".md").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +109,7 @@ def test_the_table_is_that_of_the_file(compared: tuple[Path, Path, str]) -> None
 
 
 @pytest.fixture(scope="module")
-def changed(compared: tuple[Path, Path, str]) -> str:
+def changed(compared: tuple[Path, Path, str], tmp_path_factory: pytest.TempPathFactory) -> str:
     """The tables of a run in which one peer failed, one loaded something else, and one was quicker."""
     data = data_of(compared[1])
     for one in data["runs"]:
@@ -124,7 +126,7 @@ def changed(compared: tuple[Path, Path, str]) -> str:
         "error": "took too long",
     }
     data["runs"].append(again)
-    return report(data)
+    return report(data, tmp_path_factory.mktemp("changed"))
 
 
 def row_of(table: str, *parts: str) -> bool:
@@ -148,13 +150,14 @@ def test_a_peer_that_is_better_is_named(changed: str) -> None:
     assert row_of(behind, "stall, warm: asyncckpt", "Lightning AsyncCheckpointIO")
 
 
-def test_loads_alone_have_their_table(compared: tuple[Path, Path, str]) -> None:
+def test_loads_alone_have_their_table(compared: tuple[Path, Path, str], tmp_path: Path) -> None:
     data = data_of(compared[1])
     data["runs"] = [one for one in data["runs"] if one["kind"] == "loads"]
-    table = report(data)
+    table = report(data, tmp_path)
     assert row_of(table, "| | load | loads what was saved | ties kept |")
     assert row_of(table, "Lightning AsyncCheckpointIO", " ms | yes | no |")
     assert "What a save costs" not in table
+    assert not list(tmp_path.glob("*.png"))
 
 
 def test_nothing_is_left_behind(compared: tuple[Path, Path, str]) -> None:

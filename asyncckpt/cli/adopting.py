@@ -3,27 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
 from asyncckpt._name_parsing import NameParser, guess_template
 from asyncckpt._naming import SUFFIXES, NameTemplate
+from asyncckpt.cli import output
 from asyncckpt.cli.locations import Directory, StorageOptions, call, directory_at
-from asyncckpt.cli.output import (
-    AsJson,
-    bytes_progress,
-    complain,
-    counted,
-    line,
-    message,
-    number,
-    print_json,
-    size,
-)
 from asyncckpt.errors import AsyncCkptError, CheckpointNotFoundError, CorruptCheckpointError
 from asyncckpt.types import Checkpoint
 
@@ -47,19 +37,9 @@ _EXIT_STATUSES = {"refused": 1, "failed": 2}
 _NAMED = 5  # of other files, in a message
 
 
-@dataclass(frozen=True, slots=True)
-class _Outcome:
-    """What became of a file.
-
-    Attributes:
-        checkpoint: what it is, or was to be; the sequence is 0 unless it was adopted.
-        status: `adopted`; `refused` if it is damaged, misnamed or of another format; `failed` if it could not
-            be read or written.
-        error: why it was not adopted.
-    """
-
-    checkpoint: Checkpoint
-    status: str
+class _Outcome(NamedTuple):
+    checkpoint: Checkpoint  # its sequence is 0 unless it was adopted
+    status: str  # "adopted", "refused" as no such file is adopted, or "failed" as reading or writing did
     error: str | None = None
 
 
@@ -69,7 +49,7 @@ def adopt(
     filename: Filename,
     dry_run: DryRun = False,
     option: StorageOptions = None,
-    as_json: AsJson = False,
+    as_json: output.AsJson = False,
 ) -> None:
     """Describe files of torch.save in place, so that a Checkpointer with that filename continues with them.
 
@@ -100,20 +80,29 @@ def adopt(
             _print(outcome, "would adopt" if dry_run else "adopted")
     counts = Counter(outcome.status for outcome in outcomes)
     if as_json:
-        files = [_entry(outcome) for outcome in outcomes]
-        print_json({"dry_run": dry_run, "files": files, "described": seen.described, "others": seen.others})
+        files = [
+            {
+                "path": checkpoint.path,
+                "status": status,
+                "step": checkpoint.step,
+                "metrics": dict(checkpoint.metrics),
+                "sequence": checkpoint.sequence or None,
+                "error": error,
+            }
+            for checkpoint, status, error in outcomes
+        ]
+        found = {"dry_run": dry_run, "files": files, "described": seen.described, "others": seen.others}
+        output.print_json(found)
     else:
-        text = f"{'would adopt' if dry_run else 'adopted'} {counted(counts['adopted'], 'file')}"
+        text = f"{'would adopt' if dry_run else 'adopted'} {output.counted(counts['adopted'], 'file')}"
         text += "".join(f"; {counts[status]} {status}" for status in _EXIT_STATUSES if counts[status])
         text += f"; {len(seen.described)} described already" if seen.described else ""
-        text += f"; {counted(len(seen.others), 'other file')} left alone" if seen.others else ""
-        line(text + (" (--dry-run: nothing was changed)" if dry_run else ""), "dim")
-        newest = [outcome.checkpoint for outcome in outcomes if outcome.status == "adopted"][-1:]
-        for checkpoint in newest:
-            name = checkpoint.path.rpartition("/")[2]
-            line(f"newest {'would be' if dry_run else 'is'} {name}, step {checkpoint.step}", "dim")
-    status = next((number for status, number in _EXIT_STATUSES.items() if counts[status]), 0)
-    raise typer.Exit(status)
+        text += f"; {output.counted(len(seen.others), 'other file')} left alone" if seen.others else ""
+        output.line(text + (" (--dry-run: nothing was changed)" if dry_run else ""), "dim")
+        for newest in [outcome.checkpoint for outcome in outcomes if outcome.status == "adopted"][-1:]:
+            name, is_newest = newest.path.rpartition("/")[2], "would be" if dry_run else "is"
+            output.line(f"newest {is_newest} {name}, step {newest.step}", "dim")
+    raise typer.Exit(next((number for status, number in _EXIT_STATUSES.items() if counts[status]), 0))
 
 
 def _outcomes(store: Store, seen: Survey, names: NameTemplate, *, dry_run: bool) -> Iterator[_Outcome]:
@@ -124,12 +113,12 @@ def _outcomes(store: Store, seen: Survey, names: NameTemplate, *, dry_run: bool)
         placed = replace(checkpoint, sequence=sequence + 1)
         label = f"{index}/{len(seen.found)} {checkpoint.path.rpartition('/')[2]}"
         try:
-            with bytes_progress(label, checkpoint.nbytes) as advance:
+            with output.bytes_progress(label, checkpoint.nbytes) as advance:
                 call(partial(adopt_file, store, placed, advance, dry_run=dry_run))
         except CorruptCheckpointError as error:
-            yield _Outcome(checkpoint, "refused", message(error))
+            yield _Outcome(checkpoint, "refused", output.message(error))
         except (AsyncCkptError, OSError) as error:
-            yield _Outcome(checkpoint, "failed", message(error))
+            yield _Outcome(checkpoint, "failed", output.message(error))
         else:
             sequence += 1
             yield _Outcome(placed, "adopted")
@@ -137,6 +126,16 @@ def _outcomes(store: Store, seen: Survey, names: NameTemplate, *, dry_run: bool)
         path, step = store.path_of(name), names.step_of(name)
         reason = f"{path}: the template {names.template!r} does not make this name of step {step}"
         yield _Outcome(Checkpoint(step, path), "refused", reason)
+
+
+def _print(outcome: _Outcome, word: str) -> None:
+    checkpoint, _, error = outcome
+    if error is not None:
+        output.complain(error)
+        return
+    metrics = "".join(f", {name} {output.number(value)}" for name, value in checkpoint.metrics.items())
+    nbytes = output.size(checkpoint.nbytes)
+    output.line(f"{word} {nbytes:>8}  {checkpoint.path}  step {checkpoint.step}{metrics}")
 
 
 def _nothing_fits(directory: str, filename: str, seen: Survey) -> str:
@@ -149,24 +148,3 @@ def _nothing_fits(directory: str, filename: str, seen: Survey) -> str:
     advice = f"; try --filename {guess!r}" if guess is not None else ""
     listed = f"there are: {', '.join(names[:_NAMED])}{more}"
     return f"the template {filename!r} makes no name of a file in {directory}; {listed}{advice}"
-
-
-def _print(outcome: _Outcome, word: str) -> None:
-    checkpoint = outcome.checkpoint
-    if outcome.error is not None:
-        complain(outcome.error)
-        return
-    metrics = "".join(f", {name} {number(value)}" for name, value in checkpoint.metrics.items())
-    line(f"{word} {size(checkpoint.nbytes):>8}  {checkpoint.path}  step {checkpoint.step}{metrics}")
-
-
-def _entry(outcome: _Outcome) -> dict[str, Any]:
-    checkpoint = outcome.checkpoint
-    return {
-        "path": checkpoint.path,
-        "status": outcome.status,
-        "step": checkpoint.step,
-        "metrics": dict(checkpoint.metrics),
-        "sequence": checkpoint.sequence or None,
-        "error": outcome.error,
-    }

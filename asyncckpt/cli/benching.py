@@ -8,17 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from asyncckpt.cli import output
 from asyncckpt.cli.locations import StorageOptions, file_at, options_for, parsed_options, store_at
-from asyncckpt.cli.output import (
-    AsJson,
-    counted,
-    errors,
-    line,
-    new_table,
-    print_json,
-    print_table,
-    size,
-)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -29,7 +20,7 @@ Disk = Annotated[
 State = Annotated[
     str | None,
     typer.Option(
-        "--state", metavar="FILE", help="Save the state of this file instead of one of GPT-2's size."
+        "--state", metavar="FILE", help="Save the state of this file instead of one of GPT-2's output.size."
     ),
 ]
 WeightsOnly = Annotated[
@@ -56,7 +47,7 @@ def bench(  # noqa: PLR0913 - the options of the command
     weights_only: WeightsOnly = True,
     repeat: Repeat = 3,
     option: StorageOptions = None,
-    as_json: AsJson = False,
+    as_json: output.AsJson = False,
 ) -> None:
     """Measure what a training loses per save with torch.save and with asyncckpt, on your own disk.
 
@@ -74,14 +65,14 @@ def bench(  # noqa: PLR0913 - the options of the command
     own = options_for(directory, paths, option)
     about = "GPT-2 124 M + Adam" if state is None else PurePosixPath(state).name
     place = new_place(store_at(directory, own), parsed_options(own))
-    with place as folder, errors.status("making the state") as status:
+    with place as folder, output.errors.status("making the state") as status:
         made = _state(state, weights_only, options_for(state or "", paths, option))
         if not distinct_tensors(made):
             raise typer.BadParameter(f"{state} holds no tensors that could be saved", param_hint="--state")
         found = measure(made, folder, repeat, status.update)
     found = {"directory": directory, "state": about, "device": _device()} | found
     if as_json:
-        print_json(found)
+        output.print_json(found)
     else:
         _print(found)
 
@@ -108,7 +99,7 @@ def _device() -> str:
 
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    return f"CPU, {counted(torch.get_num_threads(), 'thread')}"
+    return f"CPU, {output.counted(torch.get_num_threads(), 'thread')}"
 
 
 def _print(found: Mapping[str, Any]) -> None:
@@ -117,20 +108,20 @@ def _print(found: Mapping[str, Any]) -> None:
     from asyncckpt._bench.short import SHARE
 
     nbytes = found["state_bytes"]
-    what = f"{found['state']}, {size(nbytes)} in {counted(found['tensors'], 'tensor')}"
-    line(f"{what}, to {found['directory']}; torch {torch.__version__}, {found['device']}")
-    table = new_table("", *_COLUMNS, right=list(_COLUMNS))
+    what = f"{found['state']}, {output.size(nbytes)} in {output.counted(found['tensors'], 'tensor')}"
+    output.line(f"{what}, to {found['directory']}; torch {torch.__version__}, {found['device']}")
+    table = output.new_table("", *_COLUMNS, right=list(_COLUMNS))
     for way in ("torch.save", "asyncckpt"):
         table.add_row(way, *(_seconds(found[way][name]) for name in _COLUMNS.values()))
     limits = found["limits"]
     table.add_row("limit: copy to host memory", "", _seconds(limits["copy_s"]), "", "", "")
     if "write_s" in limits:
-        rate = f"limit: this disk, {size(nbytes / limits['write_s'])}/s"
+        rate = f"limit: this disk, {output.size(nbytes / limits['write_s'])}/s"
         table.add_row(rate, "", "", "", _seconds(limits["write_s"]), "")
-    print_table(table)
-    line("Lost: the standstill, and what the steps beside the writing took longer.", "dim")
-    line(f"Save at most that often, and saves take less than {SHARE:.0%} of the training.", "dim")
-    line(f"Medians of {counted(len(found['samples']['ours_stall_s']), 'save')}.", "dim")
+    output.print_table(table)
+    output.line("Lost: the standstill, and what the steps beside the writing took longer.", "dim")
+    output.line(f"Save at most that often, and saves take less than {SHARE:.0%} of the training.", "dim")
+    output.line(f"Medians of {output.counted(len(found['samples']['ours_stall_s']), 'save')}.", "dim")
 
 
 def _seconds(value: float) -> str:

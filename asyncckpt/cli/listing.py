@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from asyncckpt._outline.texts import clean
+from asyncckpt.cli import output
 from asyncckpt.cli.formats import dcp_files, is_dcp, looks_like_checkpoint
 from asyncckpt.cli.locations import (
     Directory,
@@ -19,18 +20,6 @@ from asyncckpt.cli.locations import (
     nested_hint,
     store_at,
     stores_at,
-)
-from asyncckpt.cli.output import (
-    AsJson,
-    age,
-    counted,
-    line,
-    message,
-    new_table,
-    number,
-    print_json,
-    print_table,
-    size,
 )
 from asyncckpt.cli.series import by_series, metric_names, parse_metric, require_metric, series_text
 from asyncckpt.errors import CorruptCheckpointError, StoreError
@@ -56,21 +45,12 @@ _METRIC_COLUMNS = 4
 
 @dataclass(slots=True)
 class _Row:
-    """A file as it is listed.
-
-    Attributes:
-        checkpoint: its `created` is the time of the snapshot if the file holds it, else that of the last
-            change, or 0.0 if neither is known.
-        error: why it cannot be read.
-        series: text of its series if the directory has several, else empty.
-    """
-
     name: str
-    checkpoint: Checkpoint
+    checkpoint: Checkpoint  # `created` is the time of the snapshot, else of the last change, or 0.0
     writer: str | None = None
     epoch: int | None = None
-    error: str | None = None
-    series: str = ""
+    error: str | None = None  # why it cannot be read
+    series: str = ""  # if the directory has several
     newest: bool = False
     best: bool = False
 
@@ -81,7 +61,7 @@ def ls(
     best: Best = None,
     recursive: Recursive = False,
     option: StorageOptions = None,
-    as_json: AsJson = False,
+    as_json: output.AsJson = False,
 ) -> None:
     """List the checkpoints of a directory: what each one tells, the newest and the best of each series.
 
@@ -102,19 +82,21 @@ def ls(
         require_metric(ranking[0], good, "--best")
     rankings = {place: _mark(rows, ranking) for place, rows in found.items()}
     if as_json:
-        print_json([_as_json(row) for rows in found.values() for row in rows])
+        output.print_json([_as_json(row) for rows in found.values() for row in rows])
         return
     for place, rows in found.items():
         if recursive:
-            line(place, "bold")
+            output.line(place, "bold")
         _print_table(rows)
         _print_captions(rows, rankings[place])
     if not found:
-        line(f"there are no checkpoints in {directory}{'' if recursive else _instead(directory, option)}")
+        output.line(
+            f"there are no checkpoints in {directory}{'' if recursive else _instead(directory, option)}"
+        )
 
 
 def _instead(directory: str, option: Sequence[str] | None) -> str:
-    """Return what there is in a directory without checkpoints, as the end of a message."""
+    """Return what there is in a directory without checkpoints, as the end of a output.message."""
     if dcp_files(call(store_at(directory, option).list)):
         return ", which is one of torch.distributed.checkpoint: its dcp.load reads it"
     return nested_hint(directory, option)
@@ -142,7 +124,7 @@ async def _row(store: Store, file: StoredFile) -> _Row | None:
         if not await looks_like_checkpoint(store, file):
             return None
         unread = Checkpoint(None, store.path_of(file.name), {}, file.nbytes, file.modified)
-        return _Row(file.name, unread, error=message(error))
+        return _Row(file.name, unread, error=output.message(error))
     checkpoint = replace(summary.checkpoint, created=summary.checkpoint.created or file.modified)
     return _Row(file.name, checkpoint, summary.writer, summary.epoch)
 
@@ -193,7 +175,7 @@ def _print_table(rows: Sequence[_Row]) -> None:
     series = ["series"] if any(row.series for row in rows) else []
     metrics = _metrics(rows)[:_METRIC_COLUMNS]
     numbers = ["step", *epochs, *metrics, "size", "age"]
-    table = new_table("name", *series, *numbers, "", right=numbers)
+    table = output.new_table("name", *series, *numbers, "", right=numbers)
     now = time.time()
     for row in rows:
         checkpoint = row.checkpoint
@@ -202,22 +184,22 @@ def _print_table(rows: Sequence[_Row]) -> None:
         table.add_row(
             clean(row.name),
             *(row.series for _ in series),
-            *("" if value is None else number(value) for value in values),
-            size(checkpoint.nbytes),
-            age(now - checkpoint.created) if checkpoint.created else "",
+            *("" if value is None else output.number(value) for value in values),
+            output.size(checkpoint.nbytes),
+            output.age(now - checkpoint.created) if checkpoint.created else "",
             ", ".join(mark for mark, applies in marks.items() if applies),
             style="red" if row.error else None,
         )
-    print_table(table)
+    output.print_table(table)
 
 
 def _print_captions(rows: Sequence[_Row], ranking: Ranking) -> None:
     unread = [row.error for row in rows if row.error is not None]
     for error in unread:
-        line(f"damaged? {error}", "red")
+        output.line(f"damaged? {error}", "red")
     among = f"; {len(unread)} cannot be read" if unread else ""
-    total = size(sum(row.checkpoint.nbytes for row in rows))
-    line(f"{counted(len(rows), 'checkpoint')}, {total}{among}", "dim")
+    total = output.size(sum(row.checkpoint.nbytes for row in rows))
+    output.line(f"{output.counted(len(rows), 'checkpoint')}, {total}{among}", "dim")
     metrics = _metrics(rows)
     if ranking is not None:
         metric, mode = ranking
@@ -225,11 +207,11 @@ def _print_captions(rows: Sequence[_Row], ranking: Ranking) -> None:
             ("highest", "min", "lowest") if mode == "max" else ("lowest", "max", "highest")
         )
         of_each = ", of each series" if any(row.series for row in rows) else ""
-        line(f"best: {this} {metric} (--best {metric}:{other} for the {opposite}){of_each}", "dim")
+        output.line(f"best: {this} {metric} (--best {metric}:{other} for the {opposite}){of_each}", "dim")
     elif metrics:
-        line(f"best: give --best METRIC[:min|max], with one of {', '.join(metrics)}", "dim")
+        output.line(f"best: give --best METRIC[:min|max], with one of {', '.join(metrics)}", "dim")
     if folded := metrics[_METRIC_COLUMNS:]:
-        line(f"not shown: {', '.join(folded)} (--json has all)", "dim")
+        output.line(f"not shown: {', '.join(folded)} (--json has all)", "dim")
 
 
 def _metrics(rows: Sequence[_Row]) -> list[str]:

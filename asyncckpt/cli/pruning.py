@@ -11,20 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from asyncckpt._outline.texts import clean
+from asyncckpt.cli import output
 from asyncckpt.cli.formats import foreign_format, looks_like_checkpoint
 from asyncckpt.cli.locations import Directory, StorageOptions, call, directory_at
-from asyncckpt.cli.output import (
-    AsJson,
-    bytes_progress,
-    complain,
-    counted,
-    line,
-    message,
-    new_table,
-    print_json,
-    print_table,
-    size,
-)
 from asyncckpt.cli.series import by_series, parse_metric, require_metric, series_text
 from asyncckpt.errors import AsyncCkptError, StoreError
 from asyncckpt.retention import AnyOf, BestK, EveryN, LastN, evict
@@ -60,26 +49,20 @@ Verify = Annotated[
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Remove nothing; say what would be removed.")]
 
 _FAILED = 1
-_REMOVED, _DRY = "removed", "would remove"
+_REMOVED = "removed"
 
 
 @dataclass(slots=True)
 class _Decision:
-    """What becomes of a checkpoint.
-
-    Attributes:
-        series: its template; None for that of files of old versions.
-        why: what keeps it; nothing if it is to be removed.
-        error: why it could not be removed; of one that stays, how it is damaged.
-        done: what was done, as shown in the table.
-    """
-
     name: str
     checkpoint: Checkpoint
-    series: str | None
-    why: list[str]
-    error: str | None = None
-    done: str = "keep"
+    series: str | None  # its template; None for that of files of old versions
+    why: list[str]  # what keeps it; nothing if it is to be removed
+    error: str | None = None  # why it could not be removed; of one that stays, how it is damaged
+    done: str = "keep"  # as shown in the table
+
+    def failed(self, done: str, error: Exception) -> None:
+        self.done, self.error = done, output.message(error)
 
 
 def prune(  # noqa: PLR0913 - the options of the command
@@ -90,7 +73,7 @@ def prune(  # noqa: PLR0913 - the options of the command
     verify: Verify = False,
     dry_run: DryRun = False,
     option: StorageOptions = None,
-    as_json: AsJson = False,
+    as_json: output.AsJson = False,
 ) -> None:
     """Remove the checkpoints of a directory that no --keep keeps.
 
@@ -104,52 +87,49 @@ def prune(  # noqa: PLR0913 - the options of the command
     """
     from asyncckpt._loading.catalog import Catalog
 
+    gone = "would remove" if dry_run else _REMOVED
     policies = {spec: _parse_policy(spec) for spec in keep}
     store = directory_at(directory, option)
     entries = call(Catalog(store).entries)
-    for entry in entries:
-        if isinstance(entry.error, StoreError):  # it may be the newest, or the best
-            raise entry.error
-    found = by_series(entry.checkpoint for entry in entries if entry.checkpoint)
-    if series is not None:
-        if series not in found:
-            there = ", ".join(map(series_text, found)) or "none at all"
-            raise typer.BadParameter(
-                f"there is no series {series!r}; there are: {there}", param_hint="--series"
-            )
-        found = {series: found[series]}
-    decisions = _decide(policies, found, _links_in(store))
+    decisions = _decide(policies, _series_in(entries, series), _links_in(store))
     damaged = call(_damaged, store, entries)
     staying = [decision for decision in decisions if decision.why]
     leaving = [decision for decision in decisions if not decision.why]
-    blocked = bool(leaving or verify) and _check(store, staying, wholly=verify)
-    _remove(store, leaving, blocked=blocked, dry_run=dry_run)
+    if leaving or verify:
+        _check(store, staying, wholly=verify)
+    blocked = any(decision.error for decision in staying)
+    for decision in leaving:
+        decision.done = "not removed" if blocked else gone
+        if decision.done == _REMOVED:
+            try:
+                call(store.remove, decision.name)
+            except StoreError as error:
+                decision.failed("failed", error)
     others = len(entries) - len(decisions) - len(damaged)
     failed = [decision for decision in decisions if decision.error]
-    removed = [decision for decision in leaving if decision.done in {_REMOVED, _DRY}]
+    removed = [decision for decision in leaving if decision.done == gone]
     if as_json:
+        found_damaged = [{"name": entry.file.name, "error": str(entry.error)} for entry in damaged]
         document = {
             "dry_run": dry_run,
             "blocked": blocked,
             "kept": [_entry(decision) | {"why": decision.why} for decision in staying],
             "removed": [_entry(decision) for decision in removed],
             "failed": [_entry(decision) | {"error": decision.error} for decision in failed],
-            "damaged": [{"name": entry.file.name, "error": str(entry.error)} for entry in damaged],
-            "others": others,
         }
-        print_json(document)
+        output.print_json(document | {"damaged": found_damaged, "others": others})
     else:
         _print_table(decisions, damaged)
-        freed = size(sum(decision.checkpoint.nbytes for decision in removed))
-        text = f"{_DRY if dry_run else _REMOVED} {counted(len(removed), 'checkpoint')}, {freed}"
+        freed = output.size(sum(decision.checkpoint.nbytes for decision in removed))
+        text = f"{gone} {output.counted(len(removed), 'checkpoint')}, {freed}"
         text += f"; {len(decisions) - len(removed)} stay"
-        text += f"; {counted(len(damaged), 'damaged file')} left alone" if damaged else ""
-        text += f"; {counted(others, 'other file')} left alone" if others else ""
-        line(text + (" (--dry-run: nothing was removed)" if dry_run else ""), "dim")
+        text += f"; {output.counted(len(damaged), 'damaged file')} left alone" if damaged else ""
+        text += f"; {output.counted(others, 'other file')} left alone" if others else ""
+        output.line(text + (" (--dry-run: nothing was removed)" if dry_run else ""), "dim")
     for decision in failed:
-        complain(decision.error or decision.name)
+        output.complain(decision.error or decision.name)
     if blocked:
-        complain("nothing was removed, as these are to stay: move or remove them, then prune again")
+        output.complain("nothing was removed, as these are to stay: move or remove them, then prune again")
     if failed:
         raise typer.Exit(_FAILED)
 
@@ -169,6 +149,19 @@ def _parse_policy(spec: str) -> Policy:
     raise typer.BadParameter(
         f"{spec!r} is no policy; use best:K:METRIC[:min|max], last:N or every:N", param_hint="--keep"
     )
+
+
+def _series_in(entries: Sequence[Entry], only: str | None) -> Mapping[str | None, Sequence[Checkpoint]]:
+    for entry in entries:
+        if isinstance(entry.error, StoreError):  # it may be the newest, or the best
+            raise entry.error
+    found = by_series(entry.checkpoint for entry in entries if entry.checkpoint)
+    if only is None:
+        return found
+    if only not in found:
+        there = ", ".join(map(series_text, found)) or "none at all"
+        raise typer.BadParameter(f"there is no series {only!r}; there are: {there}", param_hint="--series")
+    return {only: found[only]}
 
 
 def _links_in(store: Store) -> Mapping[str, Sequence[str]]:
@@ -217,50 +210,22 @@ def _decide(
     return decisions
 
 
-def _check(store: Store, staying: Sequence[_Decision], *, wholly: bool) -> bool:
-    """Check the structure of all, and every byte of the newest or of all; returns whether any is damaged."""
-    from asyncckpt._loading.load import verify_file
-
-    call(_check_structures, store, staying)
-    newest = {decision.series: decision for decision in staying}
-    whole = [decision for decision in (staying if wholly else newest.values()) if decision.error is None]
-    for number, decision in enumerate(whole, 1):
-        label = f"{number}/{len(whole)} {decision.name}"
-        try:
-            with bytes_progress(label, decision.checkpoint.nbytes) as advance:
-                call(verify_file, store, decision.name, advance)
-        except (AsyncCkptError, OSError) as error:
-            _fail(decision, "damaged", error)
-    return any(decision.error for decision in staying)
-
-
-async def _check_structures(store: Store, staying: Sequence[_Decision]) -> None:
-    from asyncckpt._loading.catalog import READERS
-    from asyncckpt._loading.load import read_file
+def _check(store: Store, staying: Sequence[_Decision], *, wholly: bool) -> None:
+    """Read the newest of each series whole, or all, and the structure of the others."""
+    from asyncckpt._loading.load import read_file, verify_file
     from asyncckpt._loading.structure import check_structure
-    from asyncckpt._threads import for_each
 
-    async def check(decision: _Decision) -> None:
+    whole = staying if wholly else [*{decision.series: decision for decision in staying}.values()]
+    for decision in staying:
         try:
-            await read_file(check_structure, store, decision.name)
+            if decision in whole:
+                label = f"{whole.index(decision) + 1}/{len(whole)} {decision.name}"
+                with output.bytes_progress(label, decision.checkpoint.nbytes) as advance:
+                    call(verify_file, store, decision.name, advance)
+            else:
+                call(read_file, check_structure, store, decision.name)
         except (AsyncCkptError, OSError) as error:
-            _fail(decision, "damaged", error)
-
-    await for_each(check, staying, READERS)
-
-
-def _remove(store: Store, leaving: Sequence[_Decision], *, blocked: bool, dry_run: bool) -> None:
-    for decision in leaving:
-        decision.done = "not removed" if blocked else _DRY if dry_run else _REMOVED
-        if decision.done == _REMOVED:
-            try:
-                call(store.remove, decision.name)
-            except StoreError as error:
-                _fail(decision, "failed", error)
-
-
-def _fail(decision: _Decision, done: str, error: Exception) -> None:
-    decision.done, decision.error = done, message(error)
+            decision.failed("damaged", error)
 
 
 def _entry(decision: _Decision) -> dict[str, Any]:
@@ -277,18 +242,18 @@ def _entry(decision: _Decision) -> dict[str, Any]:
 
 def _print_table(decisions: Sequence[_Decision], damaged: Sequence[Entry]) -> None:
     series = ["series"] if len({decision.series for decision in decisions}) > 1 else []
-    table = new_table("", "name", *series, "size", "why", right=["size"])
+    table = output.new_table("", "name", *series, "size", "why", right=["size"])
     for decision in decisions:
         table.add_row(
             decision.done,
             clean(decision.name),
             *(series_text(decision.series) for _ in series),
-            size(decision.checkpoint.nbytes),
+            output.size(decision.checkpoint.nbytes),
             clean(", ".join(decision.why)),
             style="red" if decision.error else None,
         )
     for entry in damaged:
-        name, nbytes = clean(entry.file.name), size(entry.file.nbytes)
+        name, nbytes = clean(entry.file.name), output.size(entry.file.nbytes)
         table.add_row("damaged", name, *("" for _ in series), nbytes, str(entry.error))
     if table.row_count:
-        print_table(table)
+        output.print_table(table)

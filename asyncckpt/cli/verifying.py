@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
+from asyncckpt.cli import output
 from asyncckpt.cli.formats import (
     DCP,
     dcp_files,
@@ -25,7 +25,6 @@ from asyncckpt.cli.locations import (
     options_for,
     stores_at,
 )
-from asyncckpt.cli.output import AsJson, bytes_progress, complain, counted, line, message, print_json, size
 from asyncckpt.errors import AsyncCkptError, CheckpointNotFoundError, CorruptCheckpointError
 
 if TYPE_CHECKING:
@@ -41,24 +40,19 @@ _EXIT_STATUSES = {"failed": 1, "unreadable": 2, "good": 0}
 _NOTHING_CHECKED = 3
 
 
-@dataclass(frozen=True, slots=True)
-class _Verdict:
-    """What was found of a file, or of a directory that is one checkpoint.
-
-    Attributes:
-        status: `good`; `failed`; `unreadable`; `unchecked` without checksums that can be compared; `gone` if
-            it was removed or replaced while it was read.
-        error: why it is not good.
-    """
-
-    path: str
+class _Verdict(NamedTuple):
+    path: str  # of a file, or of a directory that is one checkpoint
     nbytes: int
-    status: str
-    error: str | None = None
+    status: str  # "good", "failed", "unreadable", "unchecked" or "gone"
+    error: str | None = None  # why it is not good
 
 
 def verify(
-    paths: Paths, *, recursive: Recursive = False, option: StorageOptions = None, as_json: AsJson = False
+    paths: Paths,
+    *,
+    recursive: Recursive = False,
+    option: StorageOptions = None,
+    as_json: output.AsJson = False,
 ) -> None:
     """Read every byte of checkpoints and compare every checksum.
 
@@ -79,11 +73,11 @@ def verify(
                 _print(verdict)
     counts = Counter(verdict.status for verdict in verdicts)
     if as_json:
-        print_json([asdict(verdict) for verdict in verdicts])
+        output.print_json([verdict._asdict() for verdict in verdicts])
     elif len(verdicts) > 1:
-        total = size(sum(verdict.nbytes for verdict in verdicts))
+        total = output.size(sum(verdict.nbytes for verdict in verdicts))
         parts = ", ".join(f"{count} {status}" for status, count in counts.items())
-        line(f"{counted(len(verdicts), 'file')}, {total}: {parts}", "dim")
+        output.line(f"{output.counted(len(verdicts), 'file')}, {total}: {parts}", "dim")
     raise typer.Exit(next((n for status, n in _EXIT_STATUSES.items() if status in counts), _NOTHING_CHECKED))
 
 
@@ -98,7 +92,7 @@ def _verdicts(path: str, option: Sequence[str] | None, *, recursive: bool) -> It
             hint = "" if recursive else nested_hint(path, option)
             raise CheckpointNotFoundError(f"there is no checkpoint in {path}{hint}")
     except (AsyncCkptError, OSError) as error:
-        yield _Verdict(path, 0, "unreadable", message(error))
+        yield _Verdict(path, 0, "unreadable", output.message(error))
 
 
 def _of_path(path: str, option: Sequence[str] | None, *, recursive: bool) -> Iterator[_Verdict]:
@@ -144,25 +138,25 @@ def _verified(store: Store, file: StoredFile, label: str) -> _Verdict:
     if is_dcp(file.name):
         return _Verdict(path, nbytes, "unchecked", f"one file of a directory {DCP}")
     try:
-        with bytes_progress(label, nbytes) as advance:
+        with output.bytes_progress(label, nbytes) as advance:
             call(verify_file, store, file.name, advance)
     except CheckpointNotFoundError:
         return _Verdict(path, nbytes, "gone", "it was removed or replaced while it was read")
     except CorruptCheckpointError as error:
         foreign = call(foreign_format, store, file)
         if foreign is None:
-            return _Verdict(path, nbytes, "failed", message(error))
+            return _Verdict(path, nbytes, "failed", output.message(error))
         return _Verdict(path, nbytes, "unchecked", f"{foreign}, which has no checksums that verify knows")
     except (AsyncCkptError, OSError) as error:
-        return _Verdict(path, nbytes, "unreadable", message(error))
+        return _Verdict(path, nbytes, "unreadable", output.message(error))
     return _Verdict(path, nbytes, "good")
 
 
 def _print(verdict: _Verdict) -> None:
     text = verdict.error or verdict.path
     if verdict.status == "unreadable":
-        complain(text)
+        output.complain(text)
         return
     if verdict.status in {"unchecked", "gone"}:
         text = f"{verdict.path}: {verdict.error}"
-    line(f"{verdict.status:<9} {size(verdict.nbytes):>8}  {text}", _STYLES.get(verdict.status))
+    output.line(f"{verdict.status:<9} {output.size(verdict.nbytes):>8}  {text}", _STYLES.get(verdict.status))
