@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
 
+_MINUTES = 300  # seconds that are written as minutes
+
 
 def seconds(value: float) -> str:
     """Return a time in the unit in which it is easily read."""
@@ -41,7 +43,9 @@ def heading(data: Mapping[str, Any]) -> list[str]:
     if state := data.get("state"):
         lines.append(f"State: {state['name']}, {size(state['bytes'])} in {state['tensors']} tensors, fp32")
     loads = f"{on['load_before']:.1f} before, {on['load_after']:.1f} after"
-    lines.append(f"Took {data['seconds']:.0f} s; load average {loads}")
+    took = data["seconds"]
+    took = f"{took / 60:.0f} minutes" if took >= _MINUTES else f"{took:.0f} s"
+    lines.append(f"Took {took}; load average {loads}")
     return [f"{line}  " for line in lines]
 
 

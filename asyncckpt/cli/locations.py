@@ -111,7 +111,7 @@ def nested_hint(path: str, options: Sequence[str] | None) -> str:
     """Return which directories below hold checkpoints, as the end of a message; empty if none does."""
     found = []
     with suppress(OSError):
-        for directory, names in islice(_walk(path, options, _DEPTH), _LOOKED_AT):
+        for directory, names in _walk(path, options, _DEPTH):
             if directory != path and any(PurePosixPath(n).suffix in SUFFIXES or is_dcp(n) for n in names):
                 found.append(directory)
     if not found:
