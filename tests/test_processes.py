@@ -133,8 +133,8 @@ def test_pending_saves_are_finished_where_no_thread_can_be_started_any_more(
             threading.Thread.start = refuse
             gate.open()
 
-        threading._register_atexit(no_more_threads)
         ckpt = asyncckpt.Checkpointer(path, max_in_flight=3)
+        threading._register_atexit(no_more_threads)
         exec(sys.argv[2])
         gate = Gate()
         put_under(ckpt, SlowStore(ckpt._store, gates={"draft": gate}))
