@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import logging
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from asyncckpt._saving.engine import Statistics, release, set_memory_limit, statistics
-from asyncckpt._saving.save import Save
 from asyncckpt._version import __version__
-from asyncckpt.checkpointer import Checkpointer
 from asyncckpt.errors import (
     AsyncCkptError,
     BusyError,
@@ -25,11 +24,16 @@ from asyncckpt.errors import (
     UnpicklableStateError,
     UnsafeStateError,
 )
-from asyncckpt.functions import load, save, wait
-from asyncckpt.random_state import RandomState
 from asyncckpt.retention import BestK, EveryN, KeepAll, LastN, Policy
 from asyncckpt.signals import StopOnSignal
 from asyncckpt.types import Checkpoint, SaveStats
+
+if TYPE_CHECKING:
+    from asyncckpt._saving.engine import Statistics, release, set_memory_limit, statistics
+    from asyncckpt._saving.save import Save
+    from asyncckpt.checkpointer import Checkpointer
+    from asyncckpt.functions import load, save, wait
+    from asyncckpt.random_state import RandomState
 
 __all__ = [
     "AsyncCkptError",
@@ -67,5 +71,32 @@ __all__ = [
     "statistics",
     "wait",
 ]
+
+# Imported on first use: the import of torch takes a second, and most shell commands do without it.
+_NEED_TORCH = {
+    "Checkpointer": "checkpointer",
+    "RandomState": "random_state",
+    "Save": "_saving.save",
+    "Statistics": "_saving.engine",
+    "load": "functions",
+    "release": "_saving.engine",
+    "save": "functions",
+    "set_memory_limit": "_saving.engine",
+    "statistics": "_saving.engine",
+    "wait": "functions",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _NEED_TORCH:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_NEED_TORCH[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_NEED_TORCH})
+
 
 logging.getLogger("asyncckpt").addHandler(logging.NullHandler())

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import platform
@@ -23,14 +22,13 @@ import compare_data
 import compare_plan
 import compare_report
 import machine
-from asyncckpt._bench.place import clear_up_when_told_to_go
-from harness import run_apart
-from measure import versions
+from asyncckpt._bench.place import exit_on_signals
+from harness import options, run_apart, temporary_directory, versions
 from peers import PEERS
 from peers.fsync_notes import Notes
-from targets import temporary_directory
 
 if TYPE_CHECKING:
+    import argparse
     from collections.abc import Iterable
 
     from compare_plan import Job
@@ -102,11 +100,10 @@ def about_peers(keys: Iterable[str]) -> dict[str, dict[str, str | bool]]:
     return found
 
 
-def options() -> argparse.Namespace:
+def arguments() -> argparse.Namespace:
     """Read and check the command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = options(__doc__, repeat=2, to_json=False)
     add = parser.add_argument
-    add("--dir", type=Path, default=Path(), help="an existing directory, on the disk to measure")
     add("--quick", action="store_true", help="a small state, once: does the measuring work?")
     add("--only", nargs="+", choices=PEERS, metavar="PEER", help=f"some of {', '.join(PEERS)}")
     add("--state", nargs="+", metavar="STATE", help="some of gpt2, resnet, lora; or a file of torch.save")
@@ -117,20 +114,8 @@ def options() -> argparse.Namespace:
         metavar="PART",
         help="some of %(choices)s; --state leaves out the last two, which have states of their own",
     )
-    add(
-        "--repeat",
-        type=int,
-        default=2,
-        help="processes for each peer with the first state (default: %(default)s)",
-    )
     add("--out", type=Path, help="where compare.json, compare.md and the pictures go; else only prints")
     found = parser.parse_args()
-    if sys.platform != "linux":
-        parser.error("the measurements need Linux: /proc, O_DIRECT, and posix_fadvise")
-    if not found.dir.is_dir():
-        parser.error(f"{found.dir} is not a directory")
-    if found.repeat < 1:
-        parser.error("--repeat must be at least 1")
     for state in found.state or ():
         if state not in compare_plan.STATES and not Path(state).is_file():
             parser.error(f"{state} is neither a file nor one of {', '.join(compare_plan.STATES)}")
@@ -143,8 +128,8 @@ def options() -> argparse.Namespace:
 
 def main() -> None:
     """Measure, write the JSON, and draw table and pictures from it, also of a run that was stopped."""
-    given = options()
-    clear_up_when_told_to_go()
+    given = arguments()
+    exit_on_signals()
     began = time.perf_counter()
     described = machine.describe(given.dir)
     peers = [key for key in PEERS if key in (given.only or PEERS)]

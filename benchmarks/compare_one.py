@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 import states
-from asyncckpt._bench.limits import Bare, PlainCopy, bring_in_memory
-from asyncckpt._bench.loop import Loop, training_step
 from asyncckpt._bench.place import sync
+from asyncckpt._bench.training import PlainCopy, steps_for, steps_while, training_step
+from bare import Bare, bring_in_memory
 from harness import Options, forget_cached
 from peers import PEERS
 from peers.fsync_notes import Notes
@@ -108,17 +108,17 @@ def saves(setting: Setting) -> dict[str, Any]:
     """Save beside a training loop: once to warm up, then `repeat` times, then once with memory at hand."""
     state = setting.make_state()
     copy = PlainCopy(state)
-    loop = Loop(training_step(states.device()))
+    step = training_step(states.device())
     samples: defaultdict[str, list[Any]] = defaultdict(list)
-    alone = loop.run(0.1 if setting.options.quick else 1.0)
+    alone = steps_for(step, 0.1 if setting.options.quick else 1.0)
     with setting.started(state) as peer:
         for turn in range(setting.options.repeat + 1):
-            alone, found = _save_in_loop(setting, peer, state, loop, alone)
+            alone, found = _save_in_loop(setting, peer, state, step, alone)
             for name, value in found.items():
                 samples[name if turn else f"first_{name}"].append(value)
             samples["copy_s"].append(copy.run())
         setting.bring_in_memory(state)
-        _, found = _save_in_loop(setting, peer, state, loop, alone)
+        _, found = _save_in_loop(setting, peer, state, step, alone)
         samples["at_hand_durable_s"].append(found["durable_s"])
     trace = samples.pop("steps_ms")[-1]
     del samples["first_steps_ms"]
@@ -128,7 +128,7 @@ def saves(setting: Setting) -> dict[str, Any]:
 
 
 def _save_in_loop(
-    setting: Setting, peer: Peer, state: Any, loop: Loop, before: list[float]
+    setting: Setting, peer: Peer, state: Any, step: Callable[[], object], before: list[float]
 ) -> tuple[list[float], dict[str, Any]]:
     """Save once while the loop goes on; returns the undisturbed steps after it, and what was found."""
     name = "checkpoint"
@@ -138,7 +138,7 @@ def _save_in_loop(
     peer.save(state, name)
     stall = time.perf_counter() - began
     waiting = Waiting(peer)
-    steps = loop.run_while(waiting.is_alive)
+    steps = steps_while(step, waiting.is_alive)
     ended = time.perf_counter()
     complete = waiting.end()
     files = _files(peer.path(name))
@@ -147,7 +147,7 @@ def _save_in_loop(
     nbytes = sum(file.stat().st_size for file in files)
     peer.remove(name)
     setting.options.settle()
-    after = loop.run(0.1 if setting.options.quick else 1.0)
+    after = steps_for(step, 0.1 if setting.options.quick else 1.0)
     alone = mean([*before, *after])
     return after, {
         "stall_s": stall,
@@ -173,7 +173,7 @@ def bare(setting: Setting) -> dict[str, Any]:
     """Write as many bytes as the state has beside the same loop, in a process that does nothing else."""
     state = setting.make_state()
     nbytes = states.bytes_of(state)
-    loop = Loop(training_step(states.device()))
+    step = training_step(states.device())
     samples: defaultdict[str, list[float]] = defaultdict(list)
     path = setting.options.directory / "bare"
     copy = PlainCopy(state)
@@ -187,9 +187,9 @@ def bare(setting: Setting) -> dict[str, Any]:
             samples["write_alone_s"].append(process.write(path, nbytes).seconds)
             setting.options.settle()
             process.begin_write(path, nbytes)
-            samples["step_s"].append(mean(loop.run_while(process.writing)))
+            samples["step_s"].append(mean(steps_while(step, process.writing)))
             samples["write_s"].append(process.end_write(path).seconds)
-            samples["alone_step_s"].append(mean(loop.run(0.1 if setting.options.quick else 1.0)))
+            samples["alone_step_s"].append(mean(steps_for(step, 0.1 if setting.options.quick else 1.0)))
     samples["state_bytes"].append(float(nbytes))
     samples["tensors"].append(float(len(states.distinct_tensors(state))))
     return samples

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import compare_data
 from compare_data import percentile, title
+from report import heading, markdown, seconds, size
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Mapping
     from typing import TypeAlias
 
     from compare_data import Found
@@ -149,15 +150,8 @@ def draw(found: Found) -> str:
 
 
 def _heading(found: Found) -> str:
-    data, on = found.data, found.data["machine"]
-    memory = f"{on['memory_bytes'] / 2**30:.0f} GiB"
-    loads = f"{on['load_before']:.1f} before, {on['load_after']:.1f} after"
-    lines = [
-        f"{on['cpu']}, {on['cores']} cores, {memory}, {data['gpu'] or 'no GPU'}  ",
-        f"{data['system']}, {on['file_system']}  ",
-        ", ".join(f"{name} {number}" for name, number in data["versions"].items()) + "  ",
-        f"Took {data['seconds'] / 60:.0f} minutes; load average {loads}",
-    ]
+    data = found.data
+    lines = heading(data)
     if data["stopped"]:
         lines += ["", "Stopped before its end: what is missing was not measured."]
     if data["options"]["quick"]:
@@ -179,7 +173,7 @@ def _costs(found: Found, state: str) -> str:
         [
             f"### What a save costs: {title(state)}, {size(nbytes)} in {tensors:.0f} tensors",
             "",
-            *_markdown(COSTS, rows + _rows(found, state, "saves", COSTS)),
+            *markdown(["", *COSTS], rows + _rows(found, state, "saves", COSTS)),
             "",
             f"Up to {count} warm saves of each. With fewer than a hundred, p99 is the greatest.",
         ]
@@ -202,7 +196,7 @@ def _takes(found: Found, state: str) -> str:
         for peer in found.peers
         if any(found.measured(kind, state, peer) for kind in kinds)
     ]
-    return "\n".join([head, "", *_markdown(columns, rows)])
+    return "\n".join([head, "", *markdown(["", *columns], rows)])
 
 
 def _burst(found: Found, state: str) -> str:
@@ -214,7 +208,7 @@ def _burst(found: Found, state: str) -> str:
     columns["all complete"] = lambda row: seconds(row.middle("burst", "all_complete_s"))
     columns["peak memory over the live state"] = lambda row: size(row.middle("burst", "peak_bytes"))
     head = f"### {count} saves back to back: {title(state)}"
-    return "\n".join([head, "", *_markdown(columns, _rows(found, state, "burst", columns))])
+    return "\n".join([head, "", *markdown(["", *columns], _rows(found, state, "burst", columns))])
 
 
 def _growth(found: Found, of: str) -> str:
@@ -229,8 +223,8 @@ def _growth(found: Found, of: str) -> str:
         measured = [Row(found, point, peer) for point in points]
         if any(row.all(kind, "stall_s") or row.error(kind) for row in measured):
             rows.append([_name(found, peer), *map(cell, measured)])
-    head = [_count(point) for point in points]
-    return "\n".join([f"### Stall / complete, by {GROWTH[of]}", "", *_markdown(head, rows)])
+    head = ["", *(_count(point) for point in points)]
+    return "\n".join([f"### Stall / complete, by {GROWTH[of]}", "", *markdown(head, rows)])
 
 
 def _behind(found: Found) -> str:
@@ -264,13 +258,6 @@ def _name(found: Found, peer: str) -> str:
     return f"**{found.label(peer)}**" if found.own(peer) else found.label(peer)
 
 
-def _markdown(columns: Sequence[str] | Mapping[str, object], rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    yield "| | " + " | ".join(columns) + " |"
-    yield "|" + "---|" * (len(columns) + 1)
-    for row in rows:
-        yield "| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |"
-
-
 def _count(point: str) -> str:
     kind, _, number = point.partition(":")
     return size(float(number)) if kind == "bytes" else f"{int(number):,}"
@@ -280,24 +267,6 @@ def shortened(error: str) -> str:
     """Return the first line of an error, cut where it is too long for a table."""
     line = error.strip().splitlines()[0]
     return line if len(line) <= 120 else line[:119] + "…"
-
-
-def seconds(value: float) -> str:
-    """Return a time in the unit in which it is easily read."""
-    if math.isnan(value):
-        return "?"
-    if abs(value) >= 1:
-        return f"{value:.2f} s"
-    milliseconds = value * 1e3
-    return f"{milliseconds:.{1 if abs(milliseconds) < 10 else 0}f} ms"
-
-
-def size(nbytes: float) -> str:
-    """Return a number of bytes in the unit in which it is easily read."""
-    for unit, scale in (("GB", 1e9), ("MB", 1e6)):
-        if abs(nbytes) >= scale:
-            return f"{nbytes / scale:.3g} {unit}"
-    return "?" if math.isnan(nbytes) else f"{nbytes / 1e3:.3g} kB"
 
 
 def write(path: Path) -> None:

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
+import platform
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import states
+from asyncckpt import __version__
 from asyncckpt._bench.place import sync
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
+
+PACKAGES = ("torch", "numpy", "anyio", "isal")
 
 Samples = dict[str, list[float]]
 
@@ -43,6 +50,53 @@ class Options(NamedTuple):
         """Let the disk come to rest: what was removed before is forgotten, discards included."""
         sync(self.directory)
         time.sleep(0.05 if self.quick else 0.5)
+
+
+def options(doc: str | None, *, repeat: int | None = None, to_json: bool = True) -> argparse.ArgumentParser:
+    """Return a parser of what every benchmark takes: where to write, how often, and where results go."""
+    parser = argparse.ArgumentParser(description=(doc or "").partition("\n")[0])
+    if sys.platform != "linux":
+        parser.error("the measurements need Linux: /proc, O_DIRECT, and posix_fadvise")
+    place = "an existing directory, on the disk to measure"
+    parser.add_argument("--dir", type=existing, default=Path(), metavar="DIR", help=place)
+    often = "how often everything is measured" + ("" if repeat is None else " (default: %(default)s)")
+    parser.add_argument("--repeat", type=positive, default=repeat, help=often)
+    if to_json:
+        parser.add_argument("--json", type=Path, metavar="FILE", help="also write everything to a file")
+    return parser
+
+
+def existing(text: str) -> Path:
+    """Return the directory that an option names."""
+    if not Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is not a directory")
+    return Path(text)
+
+
+def positive(text: str) -> int:
+    """Return the number that an option gives, at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
+    return int(text)
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Return the versions of what takes part, and of `packages`."""
+    found = {"asyncckpt": __version__, "python": platform.python_version()}
+    for package in (*PACKAGES, *packages):
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
+
+
+@contextmanager
+def temporary_directory(parent: Path) -> Iterator[Path]:
+    """Make a directory for the files of one measurement."""
+    folder = Path(tempfile.mkdtemp(prefix="asyncckpt-bench-", dir=parent))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder)
 
 
 def forget_cached(path: Path) -> None:

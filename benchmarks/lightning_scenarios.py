@@ -10,20 +10,18 @@ every file waits before it is written. No cell of the table is fixed beforehand:
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import signal
 import sys
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from asyncckpt._bench.place import clear_up_when_told_to_go
-from harness import forget_peak, run_apart, status
+from asyncckpt._bench.place import exit_on_signals
+from harness import forget_peak, options, run_apart, status, temporary_directory
 from lightning_sides import (
     SAVES,
     SIDES,
@@ -40,10 +38,11 @@ from lightning_sides import (
     files_in,
     start_victim,
 )
-from targets import temporary_directory
+from report import markdown, write_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from pathlib import Path
 
     import lightning
     from lightning.pytorch.callbacks import ModelCheckpoint
@@ -338,16 +337,14 @@ def play_apart(key: str, directory: Path, names: Sequence[str]) -> dict[str, str
 
 def draw(seen: dict[str, dict[str, str]]) -> str:
     """Return the table, in Markdown."""
-    rows = [["scenario", *(SIDES[key].name for key in seen)], ["---"] * (1 + len(seen))]
-    rows += [[what, *(cells[what] for cells in seen.values())] for what in next(iter(seen.values()))]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    rows = [[what, *(cells[what] for cells in seen.values())] for what in next(iter(seen.values()))]
+    return "\n".join(markdown(["scenario", *(SIDES[key].name for key in seen)], rows))
 
 
 def main() -> None:
     """Run both sides and print the table."""
     names = [scenario.__name__ for scenario in SCENARIOS.values()]
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--dir", type=Path, default=Path(), metavar="DIR", help="an existing directory")
+    parser = options(__doc__)
     parser.add_argument(
         "--only",
         nargs="+",
@@ -356,23 +353,16 @@ def main() -> None:
         metavar="NAME",
         help=f"some scenarios: {', '.join(names)}",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the cells to a file")
     parser.add_argument("--side", choices=SIDES, help="run one side, in this process; prints its cells")
     arguments = parser.parse_args()
-    if sys.platform != "linux":
-        parser.error("the scenarios need Linux: /proc")
-    if not arguments.dir.is_dir():
-        parser.error(f"{arguments.dir} is not a directory")
-
     folder = arguments.dir.resolve()
     if arguments.side is not None:
         be_quiet()
         print(json.dumps(play(SIDES[arguments.side], folder, arguments.only)))
         return
-    clear_up_when_told_to_go()
+    exit_on_signals()
     seen = {key: play_apart(key, folder, arguments.only) for key in SIDES}
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(seen, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(arguments.json, seen)
     print(draw(seen))
 
 

@@ -7,15 +7,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
-from contextlib import suppress
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from asyncckpt import __version__
-from harness import Options, Samples
+from harness import Options, Samples, versions
 from measure_background import memory, steps
 from measure_loads import loads
 from measure_saves import first_save, many_tensors, small, warm_saves
@@ -33,17 +29,6 @@ MEASUREMENTS: dict[str, Callable[[Options], Samples]] = {
     "small": small,
     "loads": loads,
 }
-
-PACKAGES = ("torch", "numpy", "anyio", "isal")
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of what takes part."""
-    found = {"asyncckpt": __version__, "python": platform.python_version()}
-    for package in PACKAGES:
-        with suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return found
 
 
 def main() -> None:

@@ -12,8 +12,8 @@ import torch
 
 import states
 from asyncckpt import Checkpointer, LastN
-from asyncckpt._bench.limits import Bare
-from asyncckpt._bench.loop import Loop
+from asyncckpt._bench.training import steps_for, steps_while
+from bare import Bare
 from harness import Options, Samples, forget_peak, status
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def host_step() -> Callable[[], None]:
         for _ in range(calls):
             torch.mm(a, b, out=c)
 
-    single = median(Loop(partial(multiply, 1)).run(0.3))
+    single = median(steps_for(partial(multiply, 1), 0.3))
     return partial(multiply, max(1, round(STEP / single)))
 
 
@@ -42,7 +42,7 @@ def steps(options: Options) -> Samples:
     samples: defaultdict[str, list[float]] = defaultdict(list)
     state = options.training().state()
     torch.set_num_threads(1)
-    loop = Loop(host_step())
+    step_once = host_step()
     path = options.directory / "bare"
     with Checkpointer(options.directory, keep=LastN(1)) as ckpt:
         nbytes = ckpt.save(0, state).committed.result().nbytes
@@ -52,16 +52,16 @@ def steps(options: Options) -> Samples:
             bare.write(path, nbytes)
             for step in range(2, options.repeat + 2):
                 options.settle()
-                _note(samples, "undisturbed", loop.run(0.2 if options.quick else 1.0))
+                _note(samples, "undisturbed", steps_for(step_once, 0.2 if options.quick else 1.0))
                 options.settle()
                 cpu = _background_cpu()
                 save = ckpt.save(step, state)
-                _note(samples, "save", loop.run_while(_not_done(save)))
+                _note(samples, "save", steps_while(step_once, _not_done(save)))
                 ckpt.wait()
                 samples["save_cpu_s_per_gb"].append((_background_cpu() - cpu) / nbytes * 1e9)
                 options.settle()
                 bare.begin_write(path, nbytes)
-                _note(samples, "bare", loop.run_while(bare.writing))
+                _note(samples, "bare", steps_while(step_once, bare.writing))
                 samples["bare_cpu_s_per_gb"].append(bare.end_write(path).cpu / nbytes * 1e9)
     undisturbed = median(samples["undisturbed_median_s"])
     for kind in ("undisturbed", "save", "bare"):

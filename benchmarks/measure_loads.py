@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from asyncckpt import Checkpointer
-from asyncckpt._bench.limits import Bare, bring_in_memory
+from bare import Bare, bring_in_memory
 from harness import Options, Samples, forget_cached
 from states import tensors_of
 

@@ -10,7 +10,8 @@ import torch
 
 import states
 from asyncckpt import Checkpointer, LastN
-from asyncckpt._bench.limits import Bare, PlainCopy, bring_in_memory
+from asyncckpt._bench.training import PlainCopy
+from bare import Bare, bring_in_memory
 
 if TYPE_CHECKING:
     from collections.abc import Callable

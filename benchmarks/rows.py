@@ -1,4 +1,4 @@
-"""The targets, and what the samples of a run show of each."""
+"""The targets, what the samples of a run show of each, and the table of that."""
 
 from __future__ import annotations
 
@@ -6,12 +6,16 @@ from dataclasses import dataclass
 from statistics import median
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from report import heading
+from report import seconds as written
+
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     Samples = Mapping[str, Sequence[float]]
 
 MIB = 2**20
+SIGNS = {"<=": "≤", ">=": "≥"}
 
 
 @dataclass(frozen=True)
@@ -93,6 +97,40 @@ def summary(samples: Samples) -> dict[str, dict[str, float]]:
         name: {"n": len(values), "median": median(values), "least": min(values), "greatest": max(values)}
         for name, values in samples.items()
     }
+
+
+def draw(data: Mapping[str, Any]) -> str:
+    """Return what is shown of a run, whose data are those that go into the JSON."""
+    met = sum(row["met"] for row in data["rows"])
+    closing = [
+        f"{met} of {len(data['rows'])} met. Medians; least and greatest are those of single repetitions."
+    ]
+    if data["options"]["quick"]:
+        closing.append(
+            "A quick run with a small state: it shows that the measuring works, not what is reached."
+        )
+    return "\n".join([*heading(data), "", *_table(data["rows"]), "", *closing])
+
+
+def _table(rows: list[dict[str, Any]]) -> Iterator[str]:
+    yield f"{'':<48}{'target':>16}{'measured':>17}{'(least … greatest)':>21}"
+    for row in rows:
+        target = f"{SIGNS[row['relation']]} {row['limit']:g} {row['unit']}"
+        measured = f"{_number(row['value'])} {row['unit']}"
+        spread = f"({_number(row['low'])} … {_number(row['high'])})"
+        yield f"{row['what']:<48}{target:>16}{measured:>17}{spread:>21}  {_verdict(row)}"
+        for detail in row["details"]:
+            yield f"      {detail}"
+
+
+def _number(value: float) -> str:
+    return f"{value:.2f}" if abs(value) < 100 else f"{value:.0f}"
+
+
+def _verdict(row: Mapping[str, Any]) -> str:
+    if row["met"]:
+        return "met"
+    return f"MISSED: {row['value'] / row['limit']:.2f} of the target"
 
 
 def _stalls(samples: Mapping[str, Samples]) -> dict[str, Figure]:
@@ -197,8 +235,7 @@ def _parts(warm: Samples, *names: str) -> str:
 
 
 def _ms(seconds: Sequence[float]) -> str:
-    milliseconds = median(seconds) * 1e3
-    return f"{milliseconds:.{2 if milliseconds < 10 else 0}f} ms"
+    return written(median(seconds))
 
 
 def _rate(nbytes: float, seconds: Sequence[float]) -> str:

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from torch import nn
 
 from asyncckpt._bench.states import (
     GPT2,
     QUICK,
+    TIED,
     RandomTensors,
     Size,
-    Training,
     adam_state,
     bytes_of,
     device,
     distinct_tensors,
     gpt2,
-    on_device,
-    training,
 )
 
 if TYPE_CHECKING:
@@ -27,7 +26,6 @@ if TYPE_CHECKING:
 __all__ = [
     "GPT2",
     "QUICK",
-    "Size",
     "Training",
     "bytes_of",
     "device",
@@ -41,6 +39,36 @@ __all__ = [
     "tensors_of",
     "training",
 ]
+
+
+class Training(NamedTuple):
+    """What a training loop holds: a model, and an optimizer that has taken steps."""
+
+    model: nn.Module
+    optimizer: torch.optim.Adam
+
+    def state(self) -> dict[str, Any]:
+        """Return what is saved: a dict of state dicts."""
+        return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "step": 1000}
+
+
+def training(size: Size) -> Training:
+    """Make a GPT-2 and its Adam, all of random values, as they are after a thousand steps."""
+    state, model = gpt2(size), nn.Module()
+    for name, tensor in state["model"].items():
+        *path, leaf = name.split(".")
+        module = model
+        for part in path:
+            if part not in module._modules:  # hasattr would also find methods
+                module.add_module(part, nn.Module())
+            module = module.get_submodule(part)
+        tied, source = TIED
+        parameter = model.get_parameter(source) if name == tied else nn.Parameter(tensor)
+        module.register_parameter(leaf, parameter)
+    optimizer = torch.optim.Adam(model.parameters(), lr=6e-4)
+    moments = state["optimizer"]["state"].values()
+    optimizer.state.update(zip(model.parameters(), moments, strict=True))
+    return Training(model, optimizer)
 
 
 def many_tensors(count: int = 10_000) -> dict[str, Any]:
@@ -68,9 +96,9 @@ def resnet(width: int = 64, blocks: tuple[int, ...] = (3, 4, 6, 3)) -> dict[str,
     random, model = RandomTensors(), dict[str, torch.Tensor]()
 
     def convolution(name: str, into: int, out: int, side: int) -> None:
-        model[f"{name}.conv.weight"] = random((out, into, side, side))
+        model[f"{name}.conv.weight"] = random(out, into, side, side)
         for statistic in ("weight", "bias", "running_mean", "running_var"):
-            model[f"{name}.norm.{statistic}"] = random((out,))
+            model[f"{name}.norm.{statistic}"] = random(out)
         model[f"{name}.norm.num_batches_tracked"] = torch.tensor(1000)
 
     convolution("stem", 3, width, 7)
@@ -85,9 +113,9 @@ def resnet(width: int = 64, blocks: tuple[int, ...] = (3, 4, 6, 3)) -> dict[str,
             if channels != 4 * inner:
                 convolution(f"{name}.shortcut", channels, 4 * inner, 1)
             channels = 4 * inner
-    model["head.weight"], model["head.bias"] = random((1000, channels)), random((1000,))
+    model["head.weight"], model["head.bias"] = random(1000, channels), random(1000)
     trained = [tensor for name, tensor in model.items() if name.endswith(("weight", "bias"))]
-    momentum = {i: {"momentum_buffer": random(tuple(tensor.shape))} for i, tensor in enumerate(trained)}
+    momentum = {i: {"momentum_buffer": random(*tensor.shape)} for i, tensor in enumerate(trained)}
     groups = [{"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4, "params": list(momentum)}]
     optimizer = {"state": momentum, "param_groups": groups}
     return {"model": model, "optimizer": optimizer, "rng": torch.get_rng_state(), "epoch": 10, "step": 1000}
@@ -104,12 +132,12 @@ def lora(layers: int = 80, width: int = 512, rank: int = 16) -> dict[str, Any]:
     random = RandomTensors()
     projections = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     model = {
-        f"layers.{layer}.{projection}.lora_{side}.weight": random(shape)
+        f"layers.{layer}.{projection}.lora_{side}.weight": random(*shape)
         for layer in range(layers)
         for projection in projections
         for side, shape in (("A", (rank, width)), ("B", (width, rank)))
     }
-    optimizer = adam_state(list(model.values()), random)
+    optimizer = adam_state(model.values(), random)
     return {"model": model, "optimizer": optimizer, "step": 1000}
 
 
@@ -117,8 +145,8 @@ def spread(nbytes: int) -> dict[str, Any]:
     """Make a state of about `nbytes` in tensors of 4 MB and a rest."""
     whole, rest = divmod(nbytes // 4, 1 << 20)
     random = RandomTensors()
-    shapes = [(1 << 20,)] * whole + [(rest,)] * (rest > 0)
-    return {"step": 0, "model": {f"layers.{i}.weight": random(shape) for i, shape in enumerate(shapes)}}
+    lengths = [1 << 20] * whole + [rest] * (rest > 0)
+    return {"step": 0, "model": {f"layers.{i}.weight": random(length) for i, length in enumerate(lengths)}}
 
 
 def tensors_of(value: Any) -> Iterator[torch.Tensor]:
@@ -148,4 +176,5 @@ def named(name: str, *, quick: bool = False) -> Any:
         "resnet": lambda: resnet(8, (1, 1)) if quick else resnet(),
         "lora": lambda: lora(2, 64) if quick else lora(),
     }
-    return on_device(makers[kind](), device())
+    with device():
+        return makers[kind]()

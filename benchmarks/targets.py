@@ -5,23 +5,17 @@
 
 from __future__ import annotations
 
-import argparse
 import json
-import shutil
 import subprocess
 import sys
-import tempfile
 import time
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import machine
 import rows
-import table
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
+from harness import options, temporary_directory
+from report import write_json
 
 MEASURE = Path(__file__).resolve().with_name("measure.py")
 
@@ -94,37 +88,11 @@ class Run:
                 self.samples.setdefault(name, {}).setdefault(key, []).extend(values)
 
 
-@contextmanager
-def temporary_directory(parent: Path) -> Iterator[Path]:
-    """Make a directory for the files of one measurement."""
-    folder = Path(tempfile.mkdtemp(prefix="asyncckpt-bench-", dir=parent))
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder)
-
-
 def main() -> None:
     """Measure, print the table, and write the JSON if that is asked for."""
-    parser = argparse.ArgumentParser(description="Measure what asyncckpt is to reach, and say what is met.")
-    parser.add_argument(
-        "--dir",
-        type=Path,
-        default=Path(),
-        metavar="DIR",
-        help="an existing directory, on the disk to measure",
-    )
-    parser.add_argument("--repeat", type=int, help="how often everything is measured")
+    parser = options("Measure what asyncckpt is to reach, and say what is met.")
     parser.add_argument("--quick", action="store_true", help="a small state, a minute at most")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write everything to a file")
     arguments = parser.parse_args()
-    if sys.platform != "linux":
-        parser.error("the measurements need Linux: O_DIRECT, /proc, and posix_fadvise")
-    if not arguments.dir.is_dir():
-        parser.error(f"{arguments.dir} is not a directory")
-    if arguments.repeat is not None and arguments.repeat < 1:
-        parser.error("--repeat must be at least 1")
-
     began = time.perf_counter()
     described = machine.describe(arguments.dir)
     run = Run(arguments.dir, arguments.repeat, quick=arguments.quick)
@@ -143,9 +111,8 @@ def main() -> None:
         "medians": {name: rows.summary(found) for name, found in run.samples.items()},
         "samples": run.samples,
     }
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    print(table.draw(data))
+    write_json(arguments.json, data)
+    print(rows.draw(data))
 
 
 if __name__ == "__main__":

@@ -24,10 +24,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import machine
-from asyncckpt._bench.limits import PlainCopy
-from asyncckpt._bench.place import clear_up_when_told_to_go
-from harness import forget_peak, run_apart, status
-from measure import versions
+from asyncckpt._bench.place import exit_on_signals
+from asyncckpt._bench.training import PlainCopy
+from harness import forget_peak, run_apart, status, versions
+from report import heading, markdown, seconds, size, write_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -47,9 +47,10 @@ def measure(way: str, endpoint: str, nbytes: int) -> dict[str, float]:
     state = state_of(nbytes)
     act = {"asyncckpt": ours, "s3fs pipe": pipe, "Lightning": lightnings}[way]
     options = CLIENT | {"endpoint_url": endpoint}
-    size = sum(tensor.nbytes for tensor in state.values())
     copy = PlainCopy(state).run()
-    return {"bytes": size, "copy": copy} | act(state, f"s3://benchmark/{os.getpid()}", options)
+    return {"bytes": sum(tensor.nbytes for tensor in state.values()), "copy": copy} | act(
+        state, f"s3://benchmark/{os.getpid()}", options
+    )
 
 
 def ours(state: dict[str, torch.Tensor], url: str, options: dict[str, Any]) -> dict[str, float]:
@@ -109,8 +110,8 @@ def timed(act: Callable[[], object]) -> dict[str, float]:
     before = status("VmRSS")
     began = time.perf_counter()
     act()
-    seconds = time.perf_counter() - began
-    return {"seconds": seconds, "stall": seconds, "peak": status("VmHWM") - before, "snapshot": 0}
+    took = time.perf_counter() - began
+    return {"seconds": took, "stall": took, "peak": status("VmHWM") - before, "snapshot": 0}
 
 
 @contextmanager
@@ -145,23 +146,17 @@ def wait_for(port: int, process: subprocess.Popen[bytes]) -> None:
 
 def draw(data: dict[str, Any]) -> str:
     """Return a Markdown table of a run."""
-    about, numbers = data["machine"], ", ".join(f"{k} {v}" for k, v in data["versions"].items())
-    copy = f"the bare copy takes {data['copy'] * 1e3:.0f} ms"
-    lines = [
-        f"{about['cpu']}, {about['cores']} cores; {numbers}",
-        f"{data['bytes'] / 1e6:.0f} MB, medians of {data['repeat']}; {copy}",
-        "",
-        "| | MB/s until it is there | training stands still | peak memory over the live state |",
-        "|---|---|---|---|",
-    ]
+    rows = []
     for way, row in data["ways"].items():
-        rate = data["bytes"] / 1e6 / row["seconds"]
-        snapshot = f", of that the snapshot {row['snapshot'] / 1e6:.0f} MB" if row["snapshot"] else ""
-        local = f" (to a disk: {row['local'] * 1e3:.0f} ms)" if "local" in row else ""
-        stall, peak = f"{row['stall'] * 1e3:.0f} ms{local}", f"{row['peak'] / 1e6:.0f} MB"
-        lines.append(f"| {way} | {rate:.0f} | {stall} | {peak}{snapshot} |")
+        local = f" (to a disk: {seconds(row['local'])})" if "local" in row else ""
+        snapshot = f", of that the snapshot {size(row['snapshot'])}" if row["snapshot"] else ""
+        rate = f"{data['bytes'] / 1e6 / row['seconds']:.0f}"
+        rows.append([way, rate, seconds(row["stall"]) + local, size(row["peak"]) + snapshot])
+    columns = "", "MB/s until it is there", "training stands still", "peak memory over the live state"
+    about = f"{size(data['bytes'])}, medians of {data['repeat']}; the bare copy takes {seconds(data['copy'])}"
     over = data["ways"]["asyncckpt"]["peak"] - data["ways"]["asyncckpt"]["snapshot"]
     verdict = "met" if over <= LIMIT else "MISSED"
+    lines = [*heading(data), "", about, "", *markdown(columns, rows)]
     return "\n".join([*lines, "", f"Beside the snapshot: {over / 2**20:.0f} MiB ({verdict}: ≤ 64)"])
 
 
@@ -178,17 +173,19 @@ def main() -> None:
         way, url = options.measure
         sys.stdout.write(json.dumps(measure(way, url, nbytes)) + "\n")
         return
-    clear_up_when_told_to_go()
+    exit_on_signals()
     samples: dict[str, dict[str, list[float]]] = {way: defaultdict(list) for way in WAYS}
-    size = ["--megabytes", str(options.megabytes)]
+    began, described = time.perf_counter(), machine.describe(Path.cwd())
+    arguments = ["--megabytes", str(options.megabytes)]
     for turn in range(options.repeat):
         for way in WAYS[turn % 3 :] + WAYS[: turn % 3]:
             with server() as url:  # a fresh one each: what it holds makes it slower
                 create_bucket(url)
-                for name, value in run_apart(__file__, *size, "--measure", way, url).items():
+                for name, value in run_apart(__file__, *arguments, "--measure", way, url).items():
                     samples[way][name].append(value)
     data = {
-        "machine": machine.describe(Path.cwd()),
+        "machine": described | {"load_after": machine.load()},
+        "seconds": time.perf_counter() - began,
         "versions": versions(),
         "repeat": options.repeat,
         "bytes": samples["asyncckpt"]["bytes"][0],
@@ -196,8 +193,7 @@ def main() -> None:
         "ways": {way: {k: median(v) for k, v in found.items()} for way, found in samples.items()},
         "samples": samples,
     }
-    if options.json:
-        options.json.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    write_json(options.json, data)
     sys.stdout.write(draw(data) + "\n")
 
 

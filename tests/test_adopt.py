@@ -8,6 +8,7 @@ import os
 import zipfile
 from typing import TYPE_CHECKING, Any
 
+import anyio
 import fsspec
 import pytest
 import torch
@@ -20,7 +21,6 @@ from asyncckpt import Checkpointer, StoreError
 from asyncckpt._loading.adoption import adopt as adopt_file
 from asyncckpt._loading.adoption import survey
 from asyncckpt._naming import NameParser, NameTemplate, guess_template
-from asyncckpt._saving.engine import get_engine
 from asyncckpt.cli import locations
 from asyncckpt.cli.app import app
 from asyncckpt.stores import open_store
@@ -331,14 +331,14 @@ def test_it_is_all_or_nothing(run: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_a_file_that_is_replaced_meanwhile_stays(run: Path) -> None:
     path = run / "ckpt_003.pth"
     store = open_store(str(run))
-    found = get_engine().call(survey, store, NameParser(NameTemplate(TEMPLATE))).found[0]
+    found = anyio.run(survey, store, NameParser(NameTemplate(TEMPLATE))).found[0]
 
     def save_again(_: int) -> None:
         torch.save({"newer": True}, run / "new")
         (run / "new").replace(path)
 
     with pytest.raises(asyncckpt.CheckpointNotFoundError):
-        get_engine().call(adopt_file, store, found, save_again)
+        anyio.run(adopt_file, store, found, save_again)
     assert torch.load(path) == {"newer": True}
 
 

@@ -37,7 +37,7 @@ FIGURES = {
 def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str, Path]:
     directory = tmp_path_factory.mktemp("disk")
     result = directory.parent / "result.json"
-    command = [sys.executable, str(ROOT / "benchmarks" / "targets.py"), "--quick"]
+    command = [sys.executable, str(ROOT / "benchmarks" / "targets.py"), "--quick", "--repeat", "1"]
     command += ["--dir", str(directory), "--json", str(result)]
     done = subprocess.run(
         command,

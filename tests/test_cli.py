@@ -14,6 +14,7 @@ import torch
 from fsspec.implementations.memory import MemoryFileSystem
 from typer.testing import CliRunner
 
+import asyncckpt
 from asyncckpt import __version__
 from asyncckpt.cli import output
 from asyncckpt.cli.app import app
@@ -48,6 +49,24 @@ def test_each_command_has_an_example(command: str) -> None:
     shown = run(command, "-h")
     assert shown.exit_code == 0
     assert f"Example: asyncckpt {command} " in shown.stdout
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["ls", "."]])
+def test_help_and_listings_do_without_torch(arguments: list[str], tmp_path: Path) -> None:
+    with asyncckpt.Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(1, {"a": torch.ones(3)}, metrics={"val_loss": 0.5})
+    torch.save({"epoch": 3, "state_dict": {"a": torch.ones(3)}}, tmp_path / "other.ckpt")
+    script = """
+        import os, sys
+        from asyncckpt.cli.app import app
+
+        os.chdir(sys.argv[1])
+        app(sys.argv[2:], standalone_mode=False)
+        print("torch" in sys.modules, file=sys.stderr)
+    """
+    status, printed, errors = run_python(script, str(tmp_path), *arguments)
+    assert (status, errors) == (0, "False\n")
+    assert "Usage:" in printed or {"step-00000001.pt", "other.ckpt"} < set(printed.split())
 
 
 def test_the_version_is_shown() -> None:

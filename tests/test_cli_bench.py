@@ -13,7 +13,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from asyncckpt._bench.place import Place
+from asyncckpt._bench.place import new_place
 from asyncckpt.cli.app import app
 from asyncckpt.errors import StoreError
 from asyncckpt.stores import open_store
@@ -106,7 +106,7 @@ def test_a_directory_that_is_not_there_is_an_error(tmp_path: Path) -> None:
 def test_a_store_that_cannot_be_opened_is_an_error(
     arguments: list[str], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("asyncckpt.cli.benching.gpt2", lambda _: pytest.fail("a state was made"))
+    monkeypatch.setattr("asyncckpt._bench.states.gpt2", lambda _: pytest.fail("a state was made"))
     result = bench("--dir", tmp_path, *arguments)
     assert result.exit_code == 2
     assert told in result.stderr
@@ -115,10 +115,10 @@ def test_a_store_that_cannot_be_opened_is_an_error(
 def test_what_is_written_goes_when_the_terminal_is_closed(tmp_path: Path) -> None:
     script = """
         import signal, sys
-        from asyncckpt._bench.short import Short
+        from asyncckpt._bench import short
         from asyncckpt.cli.app import app
 
-        Short.run = lambda *_: signal.raise_signal(signal.SIGHUP)
+        short.measure = lambda *_: signal.raise_signal(signal.SIGHUP)
         app(["bench", "--dir", sys.argv[1], "--state", sys.argv[2]])
     """
     torch.save({"weight": torch.rand(3)}, tmp_path / "state.pt")
@@ -141,7 +141,7 @@ def test_tensors_are_found_wherever_they_are(tmp_path: Path, state: Path) -> Non
 
 def test_a_disk_that_is_too_full_is_an_error(tmp_path: Path) -> None:
     with (
-        Place(open_store(tmp_path), {}) as place,
+        new_place(open_store(tmp_path), {}) as place,
         pytest.raises(StoreError, match="GB free; the measurement needs"),
     ):
         place.require(10**18)

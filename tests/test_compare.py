@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,16 @@ def run(*arguments: str) -> str:
     return subprocess.run(
         command, env=environment, stdout=subprocess.PIPE, text=True, encoding="utf-8", check=True
     ).stdout
+
+
+def report(data: dict[str, Any], folder: Path) -> str:
+    """Write table and pictures of a comparison into a folder, in this process; returns the table."""
+    path = folder / "compare.json"
+    path.write_text(json.dumps(data), encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "benchmarks")
+        import_module("compare_report").write(path)
+    return path.with_suffix(".md").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -115,10 +126,7 @@ def changed(compared: tuple[Path, Path, str], tmp_path_factory: pytest.TempPathF
         "error": "took too long",
     }
     data["runs"].append(again)
-    path = tmp_path_factory.mktemp("changed") / "compare.json"
-    path.write_text(json.dumps(data), encoding="utf-8")
-    run("compare_report.py", str(path))
-    return path.with_suffix(".md").read_text(encoding="utf-8")
+    return report(data, tmp_path_factory.mktemp("changed"))
 
 
 def row_of(table: str, *parts: str) -> bool:
@@ -145,9 +153,7 @@ def test_a_peer_that_is_better_is_named(changed: str) -> None:
 def test_loads_alone_have_their_table(compared: tuple[Path, Path, str], tmp_path: Path) -> None:
     data = data_of(compared[1])
     data["runs"] = [one for one in data["runs"] if one["kind"] == "loads"]
-    (tmp_path / "compare.json").write_text(json.dumps(data), encoding="utf-8")
-    run("compare_report.py", str(tmp_path / "compare.json"))
-    table = (tmp_path / "compare.md").read_text(encoding="utf-8")
+    table = report(data, tmp_path)
     assert row_of(table, "| | load | loads what was saved | ties kept |")
     assert row_of(table, "Lightning AsyncCheckpointIO", " ms | yes | no |")
     assert "What a save costs" not in table

@@ -129,9 +129,9 @@ def test_pending_saves_are_finished_where_no_thread_can_be_started_any_more(
             threading.Thread.start = refuse
             gate.open()
 
-        threading._register_atexit(no_more_threads)
         gate = Gate(opened=True)
         ckpt = asyncckpt.Checkpointer(store=SlowStore(local, gates={"draft": gate}), max_in_flight=3)
+        threading._register_atexit(no_more_threads)
         exec(sys.argv[2])
         gate.close()
         for step in (1, 2, 3):

@@ -8,23 +8,21 @@ import signal
 import sys
 import time
 import uuid
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import anyio
 import torch
 from fsspec.core import url_to_fs
 
-from asyncckpt._saving.engine import get_engine
 from asyncckpt.checkpointer import Checkpointer
 from asyncckpt.errors import CheckpointNotFoundError, StoreError
 from asyncckpt.retention import LastN
 from asyncckpt.stores.local import LocalStore
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from types import TracebackType
-
-    from typing_extensions import Self
+    from collections.abc import Iterator, Mapping
 
     from asyncckpt.stores.base import Store
 
@@ -32,36 +30,17 @@ _PAUSE = 0.5
 
 
 class Place:
-    """A folder that is there for the length of a `with` block.
-
-    Args:
-        store: of a local directory, which has to exist, or of any other one.
-        options: those that the store was opened with.
+    """A folder of a store.
 
     Attributes:
         is_local: whether it is on a disk of this machine.
         url: the path or the URL of the folder.
     """
 
-    def __init__(self, store: Store, options: Mapping[str, Any]) -> None:
-        self._store = store
-        self._options = dict(options)
-        self._name = f"asyncckpt-bench-{uuid.uuid4().hex}"
+    def __init__(self, store: Store, name: str, options: Mapping[str, Any]) -> None:
         self.is_local = isinstance(store, LocalStore)
-        self.url = store.path_of(self._name)
-        if self.is_local and not Path(self.url).parent.is_dir():
-            directory = Path(self.url).parent
-            raise CheckpointNotFoundError(f"there is no directory {directory}; make it, or name another")
-
-    def __enter__(self) -> Self:
-        if self.is_local:
-            Path(self.url).mkdir()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
-    ) -> None:
-        get_engine().call(self._store.remove, self._name)
+        self.url = store.path_of(name)
+        self._options = dict(options)
 
     def require(self, nbytes: int) -> None:
         """Raise StoreError unless so many bytes are free, where that can be known."""
@@ -82,12 +61,12 @@ class Place:
 
     def torch_save(self, state: Any, name: str) -> None:
         """Save with torch.save, durably: synced and renamed on a disk, closed on a store."""
+        path = f"{self.url}/{name}"
         if not self.is_local:
-            files, path = url_to_fs(f"{self.url}/{name}", **self._options)
+            files, path = url_to_fs(path, **self._options)
             with files.open(path, "wb") as file:
                 torch.save(state, file)
             return
-        path = f"{self.url}/{name}"
         with open(f"{path}.tmp", "wb") as file:  # noqa: PTH123 - as users of torch.save write it
             torch.save(state, file)
             file.flush()
@@ -95,13 +74,30 @@ class Place:
         os.replace(f"{path}.tmp", path)  # noqa: PTH105 - the same
         sync(self.url)
 
-    def local(self, name: str) -> Path:
-        """Return the path of a file on a disk."""
-        return Path(self.url, name)
+
+@contextmanager
+def new_place(store: Store, options: Mapping[str, Any]) -> Iterator[Place]:
+    """Make a folder for the length of a `with` block.
+
+    Args:
+        store: of a local directory, which has to exist, or of any other one.
+        options: those that the store was opened with.
+    """
+    name = f"asyncckpt-bench-{uuid.uuid4().hex}"
+    place = Place(store, name, options)
+    if place.is_local:
+        if not Path(place.url).parent.is_dir():
+            directory = Path(place.url).parent
+            raise CheckpointNotFoundError(f"there is no directory {directory}; make it, or name another")
+        Path(place.url).mkdir()
+    try:
+        yield place
+    finally:
+        anyio.run(store.remove, name)
 
 
-def clear_up_when_told_to_go() -> None:
-    """Let SIGTERM and SIGHUP raise, as Ctrl-C does: what was started ends, what was written goes."""
+def exit_on_signals() -> None:
+    """Let SIGTERM and SIGHUP raise SystemExit, so that processes end and files are removed."""
 
     def leave(number: int, _: object) -> None:
         sys.exit(128 + number)

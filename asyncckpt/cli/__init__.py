@@ -8,7 +8,7 @@ import sys
 def main() -> None:
     """Run the command that the process was started with, and end the process."""
     try:
-        from asyncckpt.cli.app import app  # noqa: PLC0415 - what it needs is an extra
+        from asyncckpt.cli.app import app
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in {"rich", "typer"}:
             raise

@@ -1,4 +1,4 @@
-"""The commands, put together."""
+"""The commands, put together. Nothing here or in their modules imports torch before it is needed."""
 
 from __future__ import annotations
 
@@ -38,20 +38,19 @@ def _show_version(wanted: bool) -> None:  # noqa: FBT001 - typer calls it so
         raise typer.Exit
 
 
-Version = Annotated[
-    bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
-]
-
-
 @app.callback()
-def about(*, version: Version = False) -> None:
+def about(
+    *,
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit."),
+    ] = False,
+) -> None:
     """Look at checkpoints, check, compare and adopt them, and remove old ones."""
     del version
 
 
-def _telling(command: Callable[..., None]) -> Callable[..., None]:
-    """Have the errors that a user can do something about told in one line, with status 2."""
-
+def _with_errors_in_one_line(command: Callable[..., None]) -> Callable[..., None]:
     @wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
         try:
@@ -64,4 +63,4 @@ def _telling(command: Callable[..., None]) -> Callable[..., None]:
 
 
 for _command in (ls, inspect, verify, diff, prune, adopt, bench):
-    app.command()(_telling(_command))
+    app.command()(_with_errors_in_one_line(_command))

@@ -6,26 +6,10 @@ import pickle
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import typer
 
-from asyncckpt._bench.place import Place, clear_up_when_told_to_go
-from asyncckpt._bench.short import SHARE, Short
-from asyncckpt._bench.states import GPT2, device, distinct_tensors, gpt2, on_device
-from asyncckpt._loading.load import load_image
-from asyncckpt._loading.reader import read_image
-from asyncckpt._saving.engine import get_engine
+from asyncckpt.cli import output
 from asyncckpt.cli.locations import StorageOptions, file_at, options_for, parsed_options, store_at
-from asyncckpt.cli.output import (
-    AsJson,
-    counted,
-    errors,
-    line,
-    new_table,
-    print_json,
-    print_table,
-    size,
-)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -36,7 +20,7 @@ Disk = Annotated[
 State = Annotated[
     str | None,
     typer.Option(
-        "--state", metavar="FILE", help="Save the state of this file instead of one of GPT-2's size."
+        "--state", metavar="FILE", help="Save the state of this file instead of one of GPT-2's output.size."
     ),
 ]
 WeightsOnly = Annotated[
@@ -47,6 +31,14 @@ WeightsOnly = Annotated[
 ]
 Repeat = Annotated[int, typer.Option("--repeat", min=1, help="Saves of each kind that are measured.")]
 
+_COLUMNS = {
+    "first save": "first_stall_s",
+    "training stands still": "stall_s",
+    "lost per save": "lost_s",
+    "durable after": "durable_s",
+    "save at most every": "interval_s",
+}
+
 
 def bench(  # noqa: PLR0913 - the options of the command
     *,
@@ -55,7 +47,7 @@ def bench(  # noqa: PLR0913 - the options of the command
     weights_only: WeightsOnly = True,
     repeat: Repeat = 3,
     option: StorageOptions = None,
-    as_json: AsJson = False,
+    as_json: output.AsJson = False,
 ) -> None:
     """Measure what a training loses per save with torch.save and with asyncckpt, on your own disk.
 
@@ -64,28 +56,36 @@ def bench(  # noqa: PLR0913 - the options of the command
 
     Example: asyncckpt bench --dir /mnt/checkpoints --state last.pt
     """
-    clear_up_when_told_to_go()
+    from asyncckpt._bench.place import exit_on_signals, new_place
+    from asyncckpt._bench.short import measure
+    from asyncckpt._bench.states import distinct_tensors
+
+    exit_on_signals()
     paths = [path for path in (directory, state) if path is not None]
     own = options_for(directory, paths, option)
-    place = Place(store_at(directory, own), parsed_options(own))
     about = "GPT-2 124 M + Adam" if state is None else PurePosixPath(state).name
-    with place, errors.status("making the state") as status:
-        if state is None:
-            made = on_device(gpt2(GPT2), device())
-        else:
-            made = _loaded(state, weights_only, options_for(state, paths, option))
+    place = new_place(store_at(directory, own), parsed_options(own))
+    with place as folder, output.errors.status("making the state") as status:
+        made = _state(state, weights_only, options_for(state or "", paths, option))
         if not distinct_tensors(made):
             raise typer.BadParameter(f"{state} holds no tensors that could be saved", param_hint="--state")
-        short = Short(made, place)
-        short.run(repeat, status.update)
-    found = {"directory": directory, "state": about, "device": _device(), **short.result()}
+        found = measure(made, folder, repeat, status.update)
+    found = {"directory": directory, "state": about, "device": _device()} | found
     if as_json:
-        print_json(found)
+        output.print_json(found)
     else:
         _print(found)
 
 
-def _loaded(path: str, weights_only: bool, option: Sequence[str] | None) -> Any:  # noqa: FBT001 - as it is given
+def _state(path: str | None, weights_only: bool, option: Sequence[str] | None) -> Any:  # noqa: FBT001 - as given
+    from asyncckpt._bench.states import GPT2, device, gpt2
+    from asyncckpt._loading.load import load_image
+    from asyncckpt._loading.reader import read_image
+    from asyncckpt._saving.engine import get_engine
+
+    if path is None:
+        with device():
+            return gpt2(GPT2)
     store, file = file_at(path, option)
     try:
         image = get_engine().call(read_image, store, file.name)
@@ -98,30 +98,33 @@ def _loaded(path: str, weights_only: bool, option: Sequence[str] | None) -> Any:
 
 
 def _device() -> str:
+    import torch
+
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    return f"CPU, {counted(torch.get_num_threads(), 'thread')}"
+    return f"CPU, {output.counted(torch.get_num_threads(), 'thread')}"
 
 
 def _print(found: Mapping[str, Any]) -> None:
+    import torch
+
+    from asyncckpt._bench.short import SHARE
+
     nbytes = found["state_bytes"]
-    what = f"{found['state']}, {size(nbytes)} in {counted(found['tensors'], 'tensor')}"
-    line(f"{what}, to {found['directory']}; torch {torch.__version__}, {found['device']}")
-    columns = "first save", "training stands still", "lost per save", "durable after", "save at most every"
-    table = new_table("", *columns, right=columns)
+    what = f"{found['state']}, {output.size(nbytes)} in {output.counted(found['tensors'], 'tensor')}"
+    output.line(f"{what}, to {found['directory']}; torch {torch.__version__}, {found['device']}")
+    table = output.new_table("", *_COLUMNS, right=list(_COLUMNS))
     for way in ("torch.save", "asyncckpt"):
-        costs = found[way]
-        names = "first_stall_s", "stall_s", "lost_s", "durable_s", "interval_s"
-        table.add_row(way, *(_seconds(costs[name]) for name in names))
+        table.add_row(way, *(_seconds(found[way][name]) for name in _COLUMNS.values()))
     limits = found["limits"]
     table.add_row("limit: copy to host memory", "", _seconds(limits["copy_s"]), "", "", "")
     if "write_s" in limits:
-        rate = f"limit: this disk, {size(nbytes / limits['write_s'])}/s"
+        rate = f"limit: this disk, {output.size(nbytes / limits['write_s'])}/s"
         table.add_row(rate, "", "", "", _seconds(limits["write_s"]), "")
-    print_table(table)
-    line("Lost: the standstill, and what the steps beside the writing took longer.", "dim")
-    line(f"Save at most that often, and saves take less than {SHARE:.0%} of the training.", "dim")
-    line(f"Medians of {counted(len(found['samples']['ours_stall_s']), 'save')}.", "dim")
+    output.print_table(table)
+    output.line("Lost: the standstill, and what the steps beside the writing took longer.", "dim")
+    output.line(f"Save at most that often, and saves take less than {SHARE:.0%} of the training.", "dim")
+    output.line(f"Medians of {output.counted(len(found['samples']['ours_stall_s']), 'save')}.", "dim")
 
 
 def _seconds(value: float) -> str:

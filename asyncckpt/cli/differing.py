@@ -9,8 +9,7 @@ import typer
 from asyncckpt._inspection.contents import decoded_tensor
 from asyncckpt._inspection.isolation import look_at
 from asyncckpt._inspection.texts import clean, path_text
-from asyncckpt._saving.engine import get_engine
-from asyncckpt.cli.locations import StorageOptions, file_at, is_url, options_for
+from asyncckpt.cli.locations import StorageOptions, call, file_at, is_url, options_for
 from asyncckpt.cli.output import AsJson, bytes_progress, counted, line, new_table, number, print_json
 from asyncckpt.cli.states import ROWS, ShowAll, print_rest, print_rows, value_text
 
@@ -50,16 +49,16 @@ def diff(
 
 
 def _side(path: str, options: Sequence[str] | None) -> Side:
-    from asyncckpt._inspection.tensor_values import open_side  # noqa: PLC0415 - torch takes a second
+    from asyncckpt._inspection.tensor_values import open_side
 
     store, file = file_at(path, options)
     with bytes_progress(f"reading {path}", file.nbytes if is_url(path) else 0) as advance:
-        return get_engine().call(open_side, store, file.name, advance)
+        return call(open_side, store, file.name, advance)
 
 
 def _document(a: Side, b: Side) -> dict[str, Any]:
     """Return all that is printed; --json prints it as it is."""
-    from asyncckpt._inspection.tensor_values import compare_values, nbytes_of  # noqa: PLC0415
+    from asyncckpt._inspection.tensor_values import compare_values, nbytes_of
 
     found = look_at("differences", [(side.records.path, side.records.pickle) for side in (a, b)])
     pairs = [(path, decoded_tensor(in_a), decoded_tensor(in_b)) for path, in_a, in_b in found["pairs"]]

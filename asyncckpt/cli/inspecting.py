@@ -14,8 +14,7 @@ from asyncckpt._inspection.contents import read_contents
 from asyncckpt._inspection.inert import dtype_name
 from asyncckpt._inspection.texts import clean, key_text, path_text
 from asyncckpt._loading.reader import read_file
-from asyncckpt._saving.engine import get_engine
-from asyncckpt.cli.locations import StorageOptions, file_at
+from asyncckpt.cli.locations import StorageOptions, call, file_at
 from asyncckpt.cli.output import AsJson, counted, line, new_table, number, print_json, size
 from asyncckpt.cli.states import ROWS, ShowAll, print_rest, print_rows, value_text
 
@@ -48,7 +47,7 @@ def inspect(
     Example: asyncckpt inspect model.pt
     """
     store, there = file_at(file, option)
-    contents = get_engine().call(read_file, read_contents, store, there.name)
+    contents = call(read_file, read_contents, store, there.name)
     found = _document(contents, depth)
     if as_json:
         print_json(found)
@@ -63,7 +62,7 @@ def inspect(
 
 def _document(contents: Contents, depth: int) -> dict[str, Any]:
     """Return all that is printed; --json prints it as it is."""
-    from asyncckpt._inspection.refusals import refused_globals  # noqa: PLC0415 - torch takes a second
+    from asyncckpt._inspection.refusals import refused_globals
 
     summary, checkpoint, records = contents.summary, contents.summary.checkpoint, contents.records
     tensors = [_tensor_row(path, tensor, records) for path, tensor in contents.tensors]
@@ -97,7 +96,7 @@ def _document(contents: Contents, depth: int) -> dict[str, Any]:
 
 
 def _tensor_row(path: list[Any], tensor: Tensor, records: Records) -> dict[str, Any]:
-    from asyncckpt._inspection.tensor_values import nbytes_of  # noqa: PLC0415
+    from asyncckpt._inspection.tensor_values import nbytes_of
 
     nbytes = nbytes_of(tensor)
     return {

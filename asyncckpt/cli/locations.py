@@ -1,24 +1,29 @@
-"""From what is typed to stores and files."""
+"""Open the stores and files that paths and URLs on the command line name, and look for directories below."""
 
 from __future__ import annotations
 
 import json
-import os
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from contextlib import suppress
+from itertools import islice
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
-from fsspec.core import split_protocol
+from anyio.from_thread import start_blocking_portal
+from fsspec.core import split_protocol, url_to_fs
 
-from asyncckpt._saving.engine import get_engine
-from asyncckpt.errors import CheckpointNotFoundError
+from asyncckpt._naming import SUFFIXES
+from asyncckpt.cli.formats import is_dcp
+from asyncckpt.errors import CheckpointNotFoundError, StoreError
 from asyncckpt.stores import open_store
-from asyncckpt.stores.local import LocalStore
+from asyncckpt.stores.errors import remote_errors
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Awaitable, Callable, Iterator, Sequence
 
     from asyncckpt.stores.base import Store, StoredFile
+
+T = TypeVar("T")
 
 Directory = Annotated[
     str, typer.Argument(metavar="DIR", help="A local path, or a URL such as s3://bucket/run.")
@@ -31,84 +36,23 @@ StorageOptions = Annotated[
         help="An option of the file system behind a URL, as fsspec takes it; JSON, or else text. Repeatable.",
     ),
 ]
+Recursive = Annotated[bool, typer.Option("--recursive", "-r", help="Look into all directories below, too.")]
 
 _LOCAL = frozenset({"file", "local"})
 _DIRECTORIES = frozenset({"", ".", ".."})
+# A hint is not worth a walk through all of a disk.
+_DEPTH = 3
+_LOOKED_AT = 1000
+_NAMED = 3
 
 
-def file_at(path: str, options: Sequence[str] | None) -> tuple[Store, StoredFile]:
-    """Return one file.
+def call(func: Callable[..., Awaitable[T]], *args: Any) -> T:
+    """Run an async function and wait for its result; Ctrl-C cancels it.
 
-    Raises:
-        CheckpointNotFoundError: there is none.
+    The event loop has a thread of its own: one in the main thread can sleep through the signal.
     """
-    protocol, local = split_protocol(path.rstrip("/"))
-    directory, slash, name = local.rpartition("/")
-    place = directory or slash
-    if protocol is not None:
-        place = f"{protocol}://{place if protocol in _LOCAL else directory}"
-    try:
-        if name not in _DIRECTORIES:
-            store = store_at(place, options)
-            return store, get_engine().call(store.stat, name)
-    except FileNotFoundError:
-        pass
-    raise CheckpointNotFoundError(f"there is no file {path}")
-
-
-def directory_at(path: str, options: Sequence[str] | None, kind: str = "directory") -> Store:
-    """Return the store of a directory that is there; one of a remote store is if it has a file.
-
-    Args:
-        path: of the directory.
-        options: of its file system.
-        kind: what to say that there is none of.
-
-    Raises:
-        CheckpointNotFoundError: it is not there.
-    """
-    store = store_at(path, options)
-    if not get_engine().call(store.exists):
-        raise CheckpointNotFoundError(f"there is no {kind} {path}")
-    return store
-
-
-def options_for(path: str, among: Sequence[str], options: Sequence[str] | None) -> Sequence[str] | None:
-    """Return the options that go with one of several paths: all of them with a URL, none with a local path.
-
-    Where no path is a URL they go with each, so that opening it refuses them.
-    """
-    return options if is_url(path) or not any(map(is_url, among)) else None
-
-
-def is_url(path: str) -> bool:
-    """Tell whether a path is a URL of a file system that is not local."""
-    return split_protocol(path)[0] not in {None, *_LOCAL}
-
-
-def parsed_options(options: Sequence[str] | None) -> dict[str, Any]:
-    """Return what KEY=VALUE mean together.
-
-    Raises:
-        typer.BadParameter: one of them is no pair.
-    """
-    return dict(map(_pair, options or ()))
-
-
-def links_in(store: Store) -> dict[str, list[str]]:
-    """Return the files that symbolic links of the same directory lead to, each with the names of those."""
-    links: dict[str, list[str]] = {}
-    if isinstance(store, LocalStore):
-        directory = Path(os.path.realpath(_local(store, "")))
-        for entry in filter(Path.is_symlink, sorted(directory.iterdir())):
-            target = Path(os.path.realpath(entry))
-            if target.parent == directory:
-                links.setdefault(target.name, []).append(entry.name)
-    return links
-
-
-def _local(store: LocalStore, name: str) -> Path:
-    return Path(store.path_of(name))
+    with start_blocking_portal() as portal:
+        return portal.call(func, *args)
 
 
 def store_at(directory: str, options: Sequence[str] | None) -> Store:
@@ -124,11 +68,97 @@ def store_at(directory: str, options: Sequence[str] | None) -> Store:
         raise typer.BadParameter(str(error), param_hint="--option") from error
 
 
-def _pair(option: str) -> tuple[str, Any]:
-    key, equals, text = option.partition("=")
-    if not key or not equals:
-        raise typer.BadParameter(f"{option!r} is not KEY=VALUE", param_hint="--option")
-    try:
-        return key, json.loads(text)
-    except ValueError:
-        return key, text
+def file_at(path: str, options: Sequence[str] | None) -> tuple[Store, StoredFile]:
+    """Return a file and the store of its directory; raises CheckpointNotFoundError if there is none."""
+    protocol, local = split_protocol(path.rstrip("/"))
+    directory, slash, name = local.rpartition("/")
+    place = f"{protocol}://{directory}" if is_url(path) else directory or slash
+    if name not in _DIRECTORIES:
+        store = store_at(place, options)
+        with suppress(FileNotFoundError):
+            return store, call(store.stat, name)
+    raise CheckpointNotFoundError(f"there is no file {path}")
+
+
+def directory_at(path: str, options: Sequence[str] | None) -> Store:
+    """Return the store of a directory that exists; raises CheckpointNotFoundError if it does not."""
+    return next(stores_at(path, options))
+
+
+def stores_at(
+    path: str, options: Sequence[str] | None, *, recursive: bool = False, kind: str = "directory"
+) -> Iterator[Store]:
+    """Yield the store of a directory and, if `recursive`, those of all directories below, in order.
+
+    Raises:
+        CheckpointNotFoundError: there is no such directory, called a `kind` in the message.
+        StoreError: one cannot be listed.
+    """
+    store = store_at(path, options)
+    exists = call(store.exists)
+    if recursive and (exists or is_url(path)):  # a directory of an object store exists only if it has a file
+        for directory, _ in _walk(path, options):
+            exists = True
+            yield store_at(directory, options)
+    elif exists:
+        yield store
+    if not exists:
+        hint = nested_hint(path, options) if is_url(path) and not recursive else ""
+        raise CheckpointNotFoundError(f"there is no {'checkpoint in' if hint else kind} {path}{hint}")
+
+
+def nested_hint(path: str, options: Sequence[str] | None) -> str:
+    """Return which directories below hold checkpoints, as the end of a message; empty if none does."""
+    found = []
+    with suppress(OSError):
+        for directory, names in _walk(path, options, _DEPTH):
+            if directory != path and any(PurePosixPath(n).suffix in SUFFIXES or is_dcp(n) for n in names):
+                found.append(directory)
+    if not found:
+        return ""
+    more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
+    return f", but in {', '.join(found[:_NAMED])}{more}; --recursive looks there"
+
+
+def options_for(path: str, among: Sequence[str], options: Sequence[str] | None) -> Sequence[str] | None:
+    """Return the options that go with one of several paths: all of them with a URL, none with a local path.
+
+    Where no path is a URL they go with each, so that opening it refuses them.
+    """
+    return options if is_url(path) or not any(map(is_url, among)) else None
+
+
+def is_url(path: str) -> bool:
+    """Return whether a path is a URL of a file system that is not local."""
+    return split_protocol(path)[0] not in {None, *_LOCAL}
+
+
+def parsed_options(options: Sequence[str] | None) -> dict[str, Any]:
+    """Return KEY=VALUE options as a dict; raises typer.BadParameter if one is no pair."""
+    parsed = {}
+    for option in options or ():
+        key, equals, text = option.partition("=")
+        if not key or not equals:
+            raise typer.BadParameter(f"{option!r} is not KEY=VALUE", param_hint="--option")
+        parsed[key] = text
+        with suppress(ValueError):
+            parsed[key] = json.loads(text)
+    return parsed
+
+
+def _walk(
+    path: str, options: Sequence[str] | None, depth: int | None = None
+) -> Iterator[tuple[str, Sequence[str]]]:
+    """Yield directories and the names of their files, `depth` levels of them; then raise what failed."""
+    errors: list[OSError] = []
+    with remote_errors("listing it", path):
+        fs, root = url_to_fs(path, **parsed_options(options))
+        root = root.rstrip("/")
+        walked = fs.walk(root or "/", maxdepth=depth, on_error=errors.append)
+        found = sorted(islice(walked, _LOOKED_AT if depth else None), key=lambda entry: entry[0].split("/"))
+    for directory, _, names in found:
+        below = directory.rstrip("/").removeprefix(root)
+        yield (path.rstrip("/") + below if below else path), names
+    for error in errors:
+        if not isinstance(error, FileNotFoundError):  # it was removed meanwhile
+            raise StoreError(error.errno, f"while listing it: {error.strerror}", error.filename) from error

@@ -1,4 +1,4 @@
-"""What the commands print, and where: results to stdout, all else to stderr."""
+"""Print results on stdout as text, tables or JSON, and errors and progress on stderr."""
 
 from __future__ import annotations
 
@@ -10,14 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
 from rich.table import Table
 
 from asyncckpt._inspection.texts import clean
@@ -25,41 +17,41 @@ from asyncckpt._inspection.texts import clean
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-console = Console(markup=False, highlight=False, emoji=False)
-errors = Console(stderr=True, markup=False, highlight=False, emoji=False)
+_new_console = partial(Console, markup=False, highlight=False, emoji=False)
+console = _new_console()
+errors = _new_console(stderr=True)
+_endless = _new_console(width=100_000)  # what is piped is not cut to the width that a terminal might have
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document instead.")]
 
-# What is piped is not cut to the width that a terminal might have.
-_endless = Console(width=100_000, markup=False, highlight=False, emoji=False)
-_SIZES = ((10**15, "PB"), (10**12, "TB"), (10**9, "GB"), (10**6, "MB"), (10**3, "kB"))
-_ROUNDED_UP = 0.9995  # 999.5 kB have three digits as 1.00 MB only
+_UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
+_ROUNDED_UP = 999.5  # has three digits as 1.00 of the next unit only
 _AGES = ((86_400, "d"), (3_600, "h"), (60, "min"))
 _EXACT = 1e15
 
 
 def line(text: str, style: str | None = None) -> None:
-    """Print one line on stdout, however long it is; control characters, as in names of files, are escaped."""
+    """Print one line on stdout, however long; control characters, as in file names, are escaped."""
     console.print(clean(text), style=style, soft_wrap=True)
 
 
 def complain(problem: str | BaseException) -> None:
-    """Print what went wrong on stderr."""
+    """Print an error on stderr."""
     text = "\n".join(map(clean, message(problem).splitlines()))
     errors.print(f"asyncckpt: {text}", soft_wrap=True)
 
 
 def message(problem: str | BaseException) -> str:
-    """Return an error as a user reads it: without its number, and with the file if there is one."""
+    """Return an error without its number, and with its file if it has one."""
     if not isinstance(problem, OSError) or problem.strerror is None:
         return str(problem)
     return problem.strerror if problem.filename is None else f"{problem.strerror} ({problem.filename})"
 
 
 def print_json(value: Any) -> None:
-    """Print one JSON document on stdout; NaN and the infinities become strings: JSON has no such numbers."""
-    # Rich takes a minute for what is as long as the names of a hundred thousand tensors.
-    typer.echo(json.dumps(_plain(value), indent=1, allow_nan=False))
+    """Print one JSON document on stdout; NaN and the infinities, which JSON lacks, become strings."""
+    # Not with rich, which takes a minute for the names of a hundred thousand tensors.
+    typer.echo(json.dumps(_finite(value), indent=1, allow_nan=False))
 
 
 def new_table(*columns: str, right: Sequence[str] = ()) -> Table:
@@ -67,7 +59,7 @@ def new_table(*columns: str, right: Sequence[str] = ()) -> Table:
 
     Args:
         columns: their headings.
-        right: which of them hold numbers.
+        right: those aligned to the right.
     """
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
@@ -76,29 +68,27 @@ def new_table(*columns: str, right: Sequence[str] = ()) -> Table:
 
 
 def print_table(table: Table) -> None:
-    """Print a table on stdout."""
+    """Print a table on stdout, as wide as it is if that is no terminal."""
     (console if console.is_terminal else _endless).print(table)
 
 
 @contextmanager
 def bytes_progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Show a progress bar on stderr if that is a terminal; yields what is to be told of more bytes."""
+    """Show a progress bar on stderr if that is a terminal; yields a function to call with more bytes."""
     if not errors.is_terminal or errors.is_dumb_terminal:
         yield lambda _: None
         return
-    bar = Progress(
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
+    from rich import progress
+
+    columns = progress.BarColumn(), progress.DownloadColumn(), progress.TransferSpeedColumn()
+    name = progress.TextColumn("{task.description}", markup=False)
+    with progress.Progress(
+        *(name, *columns, progress.TimeRemainingColumn()),
         console=errors,
         transient=True,
-        # What is printed on stdout meanwhile stays there.
-        redirect_stdout=False,
+        redirect_stdout=False,  # what is printed on stdout meanwhile stays there
         redirect_stderr=False,
-    )
-    with bar:
+    ) as bar:
         yield partial(bar.advance, bar.add_task(clean(label), total=total))
 
 
@@ -111,10 +101,12 @@ def number(value: float) -> str:
 
 def size(nbytes: float) -> str:
     """Return a size in three digits and decimal units: 1.49 GB."""
-    for length, unit in _SIZES:
-        if nbytes >= length * _ROUNDED_UP:
-            return f"{nbytes / length:#.3g}".rstrip(".") + f" {unit}"
-    return f"{nbytes:.0f} B"
+    if nbytes < _ROUNDED_UP:
+        return f"{nbytes:.0f} B"
+    power = 0
+    while nbytes >= _ROUNDED_UP and power < len(_UNITS) - 1:
+        nbytes, power = nbytes / 1000, power + 1
+    return f"{nbytes:#.3g}".rstrip(".") + f" {_UNITS[power]}"
 
 
 def age(seconds: float) -> str:
@@ -130,9 +122,9 @@ def counted(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
-def _plain(value: Any) -> Any:
+def _finite(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return json.dumps(value)
     if isinstance(value, dict):
-        return {key: _plain(entry) for key, entry in value.items()}
-    return [_plain(entry) for entry in value] if isinstance(value, (list, tuple)) else value
+        return {key: _finite(entry) for key, entry in value.items()}
+    return [_finite(entry) for entry in value] if isinstance(value, (list, tuple)) else value

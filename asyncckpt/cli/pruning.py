@@ -2,35 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import os
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from asyncckpt._inspection.texts import clean
-from asyncckpt._loading.catalog import Catalog
-from asyncckpt._saving.engine import get_engine
-from asyncckpt.cli.by_series import by_series, series_text
-from asyncckpt.cli.checking import find_damage
+from asyncckpt.cli import output
 from asyncckpt.cli.formats import foreign_format, looks_like_checkpoint
-from asyncckpt.cli.locations import Directory, StorageOptions, directory_at, links_in
-from asyncckpt.cli.output import (
-    AsJson,
-    complain,
-    counted,
-    line,
-    message,
-    new_table,
-    print_json,
-    print_table,
-    size,
-)
-from asyncckpt.cli.policies import parse_policy, require_metric
-from asyncckpt.errors import StoreError
-from asyncckpt.retention import AnyOf, BestK, evict
+from asyncckpt.cli.locations import Directory, StorageOptions, call, directory_at
+from asyncckpt.cli.series import by_series, parse_metric, require_metric, series_text
+from asyncckpt.errors import AsyncCkptError, StoreError
+from asyncckpt.retention import AnyOf, BestK, EveryN, LastN, evict
+from asyncckpt.stores.local import LocalStore
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from asyncckpt._loading.catalog import Entry
     from asyncckpt.retention import Policy
@@ -59,52 +49,20 @@ Verify = Annotated[
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Remove nothing; say what would be removed.")]
 
 _FAILED = 1
+_REMOVED = "removed"
 
 
 @dataclass(slots=True)
-class _Fate:
-    """What becomes of a checkpoint.
-
-    Attributes:
-        series: its template; None for that of old files which do not tell.
-        why: what keeps it; nothing if it is to go.
-        error: why it could not be removed; of one that stays, how it is damaged.
-    """
-
+class _Decision:
     name: str
     checkpoint: Checkpoint
-    series: str | None
-    why: list[str] = field(default_factory=list)
-    error: str | None = None
+    series: str | None  # its template; None for that of files of old versions
+    why: list[str]  # what keeps it; nothing if it is to be removed
+    error: str | None = None  # why it could not be removed; of one that stays, how it is damaged
+    done: str = "keep"  # as shown in the table
 
-
-@dataclass(frozen=True, slots=True)
-class _Result:
-    """What becomes of a directory.
-
-    Attributes:
-        fates: of the checkpoints, series by series, in order of commit.
-        damaged: files that have no whole directory: they count for nothing and are left alone.
-        others: how many other files there are.
-        blocked: whether nothing is removed, since one that is to stay is damaged.
-    """
-
-    fates: Sequence[_Fate]
-    damaged: Sequence[Entry]
-    others: int
-    blocked: bool
-
-    @property
-    def several(self) -> bool:
-        return len({fate.series for fate in self.fates}) > 1
-
-    @property
-    def removed(self) -> list[_Fate]:
-        return [fate for fate in self.fates if not (fate.why or fate.error or self.blocked)]
-
-    @property
-    def failed(self) -> list[_Fate]:
-        return [fate for fate in self.fates if fate.error is not None]
+    def failed(self, done: str, error: Exception) -> None:
+        self.done, self.error = done, output.message(error)
 
 
 def prune(  # noqa: PLR0913 - the options of the command
@@ -115,7 +73,7 @@ def prune(  # noqa: PLR0913 - the options of the command
     verify: Verify = False,
     dry_run: DryRun = False,
     option: StorageOptions = None,
-    as_json: AsJson = False,
+    as_json: output.AsJson = False,
 ) -> None:
     """Remove the checkpoints of a directory that no --keep keeps.
 
@@ -127,50 +85,95 @@ def prune(  # noqa: PLR0913 - the options of the command
 
     Example: asyncckpt prune runs/gpt --keep best:3:val_loss --keep last:2
     """
-    policies = {spec: parse_policy(spec) for spec in keep}
+    from asyncckpt._loading.catalog import Catalog
+
+    gone = "would remove" if dry_run else _REMOVED
+    policies = {spec: _parse_policy(spec) for spec in keep}
     store = directory_at(directory, option)
-    entries = get_engine().call(Catalog(store).entries)
-    for entry in entries:
-        if isinstance(entry.error, StoreError):  # it may be the newest, or the best
-            raise entry.error
-    found = _chosen(by_series(entry.checkpoint for entry in entries if entry.checkpoint), series)
-    _require_metrics(policies.values(), found)
-    damaged = get_engine().call(_damaged, store, entries)
-    fates = _decide(policies, found, links_in(store))
-    blocked = _check(store, fates, wholly=verify)
-    if not dry_run and not blocked:
-        _remove(store, fates)
-    result = _Result(fates, damaged, len(entries) - len(fates) - len(damaged), blocked)
+    entries = call(Catalog(store).entries)
+    decisions = _decide(policies, _series_in(entries, series), _links_in(store))
+    damaged = call(_damaged, store, entries)
+    staying = [decision for decision in decisions if decision.why]
+    leaving = [decision for decision in decisions if not decision.why]
+    if leaving or verify:
+        _check(store, staying, wholly=verify)
+    blocked = any(decision.error for decision in staying)
+    for decision in leaving:
+        decision.done = "not removed" if blocked else gone
+        if decision.done == _REMOVED:
+            try:
+                call(store.remove, decision.name)
+            except StoreError as error:
+                decision.failed("failed", error)
+    others = len(entries) - len(decisions) - len(damaged)
+    failed = [decision for decision in decisions if decision.error]
+    removed = [decision for decision in leaving if decision.done == gone]
     if as_json:
-        print_json(_as_json(result, dry_run=dry_run))
+        found_damaged = [{"name": entry.file.name, "error": str(entry.error)} for entry in damaged]
+        document = {
+            "dry_run": dry_run,
+            "blocked": blocked,
+            "kept": [_entry(decision) | {"why": decision.why} for decision in staying],
+            "removed": [_entry(decision) for decision in removed],
+            "failed": [_entry(decision) | {"error": decision.error} for decision in failed],
+        }
+        output.print_json(document | {"damaged": found_damaged, "others": others})
     else:
-        _print(result, dry_run=dry_run)
-    for fate in result.failed:
-        complain(fate.error or fate.name)
+        _print_table(decisions, damaged)
+        freed = output.size(sum(decision.checkpoint.nbytes for decision in removed))
+        text = f"{gone} {output.counted(len(removed), 'checkpoint')}, {freed}"
+        text += f"; {len(decisions) - len(removed)} stay"
+        text += f"; {output.counted(len(damaged), 'damaged file')} left alone" if damaged else ""
+        text += f"; {output.counted(others, 'other file')} left alone" if others else ""
+        output.line(text + (" (--dry-run: nothing was removed)" if dry_run else ""), "dim")
+    for decision in failed:
+        output.complain(decision.error or decision.name)
     if blocked:
-        complain("nothing was removed, as these are to stay: move or remove them, then prune again")
-    if result.failed:
+        output.complain("nothing was removed, as these are to stay: move or remove them, then prune again")
+    if failed:
         raise typer.Exit(_FAILED)
 
 
-def _chosen(
-    found: Mapping[str | None, Sequence[Checkpoint]], series: str | None
-) -> Mapping[str | None, Sequence[Checkpoint]]:
-    if series is None:
+def _parse_policy(spec: str) -> Policy:
+    kind, _, rest = spec.partition(":")
+    count, _, metric = rest.partition(":")
+    try:
+        if kind == "best":
+            return BestK(int(count), *parse_metric(metric))
+        if kind == "last":
+            return LastN(int(rest))
+        if kind == "every":
+            return EveryN(int(rest))
+    except ValueError:
+        pass
+    raise typer.BadParameter(
+        f"{spec!r} is no policy; use best:K:METRIC[:min|max], last:N or every:N", param_hint="--keep"
+    )
+
+
+def _series_in(entries: Sequence[Entry], only: str | None) -> Mapping[str | None, Sequence[Checkpoint]]:
+    for entry in entries:
+        if isinstance(entry.error, StoreError):  # it may be the newest, or the best
+            raise entry.error
+    found = by_series(entry.checkpoint for entry in entries if entry.checkpoint)
+    if only is None:
         return found
-    if series not in found:
-        there = ", ".join(clean(series_text(key)) for key in found) or "none at all"
-        raise typer.BadParameter(f"there is no series {series!r}; there are: {there}", param_hint="--series")
-    return {series: found[series]}
+    if only not in found:
+        there = ", ".join(map(series_text, found)) or "none at all"
+        raise typer.BadParameter(f"there is no series {only!r}; there are: {there}", param_hint="--series")
+    return {only: found[only]}
 
 
-def _require_metrics(policies: Iterable[Policy], found: Mapping[str | None, Sequence[Checkpoint]]) -> None:
-    """Raise unless each series has each metric: by a mistyped one nothing would be kept."""
-    for policy in policies:
-        for key, checkpoints in found.items():
-            if isinstance(policy, BestK):
-                where = f" of the series {clean(series_text(key))}" if len(found) > 1 else ""
-                require_metric(policy.metric, checkpoints, "--keep", where)
+def _links_in(store: Store) -> Mapping[str, Sequence[str]]:
+    """Return the names of the symbolic links to each file of a local directory, within that directory."""
+    links: defaultdict[str, list[str]] = defaultdict(list)
+    if isinstance(store, LocalStore):
+        directory = Path(os.path.realpath(store.path_of("")))
+        for entry in filter(Path.is_symlink, sorted(directory.iterdir())):
+            target = Path(os.path.realpath(entry))
+            if target.parent == directory:
+                links[target.name].append(entry.name)
+    return links
 
 
 async def _damaged(store: Store, entries: Sequence[Entry]) -> list[Entry]:
@@ -188,10 +191,13 @@ def _decide(
     policies: Mapping[str, Policy],
     found: Mapping[str | None, Sequence[Checkpoint]],
     links: Mapping[str, Sequence[str]],
-) -> list[_Fate]:
-    """Return the fate of each checkpoint, series by series, in order of commit."""
-    fates = []
+) -> list[_Decision]:
+    decisions = []
     for series, checkpoints in found.items():
+        where = f" of the series {series_text(series)}" if len(found) > 1 else ""
+        for policy in policies.values():
+            if isinstance(policy, BestK):  # by a mistyped metric it would keep nothing
+                require_metric(policy.metric, checkpoints, "--keep", where)
         leaving = {c.path for c in evict(AnyOf(tuple(policies.values())), checkpoints)}
         kept = {spec: {c.path for c in policy.keep(checkpoints)} for spec, policy in policies.items()}
         for checkpoint in checkpoints:
@@ -200,89 +206,54 @@ def _decide(
             if not why and path not in leaving:
                 why = ["newest"]
             why += [f"{link} leads to it" for link in links.get(name, ())]
-            fates.append(_Fate(name, checkpoint, series, why))
-    return fates
+            decisions.append(_Decision(name, checkpoint, series, why))
+    return decisions
 
 
-def _check(store: Store, fates: Sequence[_Fate], *, wholly: bool) -> bool:
-    """Check what is to stay, if anything is to go or all is to be read; returns whether any is damaged."""
-    staying = [fate for fate in fates if fate.why]
-    if len(staying) == len(fates) and not wholly:
-        return False
-    newest = {fate.series: fate for fate in staying}
-    damage = find_damage(
-        store,
-        [fate.checkpoint for fate in staying],
-        [fate.checkpoint for fate in (staying if wholly else newest.values())],
-    )
-    for fate in staying:
-        fate.error = damage.get(fate.checkpoint.path)
-    return bool(damage)
+def _check(store: Store, staying: Sequence[_Decision], *, wholly: bool) -> None:
+    """Read the newest of each series whole, or all, and the structure of the others."""
+    from asyncckpt._loading.reader import read_file, verify_file
+    from asyncckpt._loading.structure import check_structure
+
+    whole = staying if wholly else [*{decision.series: decision for decision in staying}.values()]
+    for decision in staying:
+        try:
+            if decision in whole:
+                label = f"{whole.index(decision) + 1}/{len(whole)} {decision.name}"
+                with output.bytes_progress(label, decision.checkpoint.nbytes) as advance:
+                    call(verify_file, store, decision.name, advance)
+            else:
+                call(read_file, check_structure, store, decision.name)
+        except (AsyncCkptError, OSError) as error:
+            decision.failed("damaged", error)
 
 
-def _remove(store: Store, fates: Iterable[_Fate]) -> None:
-    for fate in fates:
-        if not fate.why:
-            try:
-                get_engine().call(store.remove, fate.name)
-            except StoreError as error:
-                fate.error = message(error)
-
-
-def _as_json(result: _Result, *, dry_run: bool) -> dict[str, Any]:
+def _entry(decision: _Decision) -> dict[str, Any]:
+    checkpoint = decision.checkpoint
     return {
-        "dry_run": dry_run,
-        "blocked": result.blocked,
-        "kept": [_entry(fate) | {"why": fate.why} for fate in result.fates if fate.why],
-        "removed": [_entry(fate) for fate in result.removed],
-        "failed": [_entry(fate) | {"error": fate.error} for fate in result.failed],
-        "damaged": [{"name": entry.file.name, "error": str(entry.error)} for entry in result.damaged],
-        "others": result.others,
-    }
-
-
-def _entry(fate: _Fate) -> dict[str, Any]:
-    checkpoint = fate.checkpoint
-    return {
-        "name": fate.name,
+        "name": decision.name,
         "path": checkpoint.path,
-        "series": fate.series,
+        "series": decision.series,
         "step": checkpoint.step,
         "metrics": dict(checkpoint.metrics),
         "nbytes": checkpoint.nbytes,
     }
 
 
-def _print(result: _Result, *, dry_run: bool) -> None:
-    gone = "would remove" if dry_run else "removed"
-    names = ["series"] if result.several else []
-    table = new_table("", "name", *names, "size", "why", right=["size"])
-    for fate in result.fates:
-        word = (
-            "damaged" if fate.why and fate.error else "keep" if fate.why else "failed" if fate.error else gone
-        )
-        word = "not removed" if result.blocked and not fate.why else word
+def _print_table(decisions: Sequence[_Decision], damaged: Sequence[Entry]) -> None:
+    series = ["series"] if len({decision.series for decision in decisions}) > 1 else []
+    table = output.new_table("", "name", *series, "size", "why", right=["size"])
+    for decision in decisions:
         table.add_row(
-            word,
-            clean(fate.name),
-            *([clean(series_text(fate.series))] if names else []),
-            size(fate.checkpoint.nbytes),
-            clean(", ".join(fate.why)),
-            style="red" if fate.error else None,
+            decision.done,
+            clean(decision.name),
+            *(series_text(decision.series) for _ in series),
+            output.size(decision.checkpoint.nbytes),
+            clean(", ".join(decision.why)),
+            style="red" if decision.error else None,
         )
-    for entry in result.damaged:
-        blank = [""] if names else []
-        table.add_row("damaged", clean(entry.file.name), *blank, size(entry.file.nbytes), str(entry.error))
+    for entry in damaged:
+        name, nbytes = clean(entry.file.name), output.size(entry.file.nbytes)
+        table.add_row("damaged", name, *("" for _ in series), nbytes, str(entry.error))
     if table.row_count:
-        print_table(table)
-    removed = result.removed
-    freed = size(sum(fate.checkpoint.nbytes for fate in removed))
-    parts = [
-        f"{gone} {counted(len(removed), 'checkpoint')}, {freed}",
-        f"{len(result.fates) - len(removed)} stay",
-    ]
-    if result.damaged:
-        parts.append(f"{counted(len(result.damaged), 'damaged file')} left alone")
-    if result.others:
-        parts.append(f"{counted(result.others, 'other file')} left alone")
-    line("; ".join(parts) + (" (--dry-run: nothing was removed)" if dry_run else ""), "dim")
+        output.print_table(table)

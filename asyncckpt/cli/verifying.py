@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
-from asyncckpt._loading.catalog import READERS
-from asyncckpt._loading.reader import verify_file
-from asyncckpt._saving.engine import get_engine
-from asyncckpt._threads import for_each
-from asyncckpt.cli.directories import Recursive, nested_hint, stores_at
+from asyncckpt.cli import output
 from asyncckpt.cli.formats import (
     DCP,
     dcp_files,
@@ -21,8 +16,15 @@ from asyncckpt.cli.formats import (
     is_safetensors,
     looks_like_checkpoint,
 )
-from asyncckpt.cli.locations import StorageOptions, file_at, options_for
-from asyncckpt.cli.output import AsJson, bytes_progress, complain, counted, line, message, print_json, size
+from asyncckpt.cli.locations import (
+    Recursive,
+    StorageOptions,
+    call,
+    file_at,
+    nested_hint,
+    options_for,
+    stores_at,
+)
 from asyncckpt.errors import AsyncCkptError, CheckpointNotFoundError, CorruptCheckpointError
 
 if TYPE_CHECKING:
@@ -30,32 +32,27 @@ if TYPE_CHECKING:
 
     from asyncckpt.stores.base import Store, StoredFile
 
-    Status = Literal["good", "failed", "unreadable", "unchecked", "gone"]
-
 Paths = Annotated[list[str], typer.Argument(metavar="FILE|DIR", help="Local paths or URLs.")]
 
-_FAILED, _UNREADABLE, _UNCHECKED = 1, 2, 3
 _STYLES = {"failed": "red", "unchecked": "yellow", "gone": "yellow"}
+# The first of these statuses that there is decides.
+_EXIT_STATUSES = {"failed": 1, "unreadable": 2, "good": 0}
+_NOTHING_CHECKED = 3
 
 
-@dataclass(frozen=True, slots=True)
-class _Verdict:
-    """What was found of a file, or of a directory that is one checkpoint.
-
-    Attributes:
-        status: `unchecked` if it has no checksums that can be compared, `gone` if it was removed or replaced
-            while it was read.
-        error: why it is not good.
-    """
-
-    path: str
+class _Verdict(NamedTuple):
+    path: str  # of a file, or of a directory that is one checkpoint
     nbytes: int
-    status: Status
-    error: str | None = None
+    status: str  # "good", "failed", "unreadable", "unchecked" or "gone"
+    error: str | None = None  # why it is not good
 
 
 def verify(
-    paths: Paths, *, recursive: Recursive = False, option: StorageOptions = None, as_json: AsJson = False
+    paths: Paths,
+    *,
+    recursive: Recursive = False,
+    option: StorageOptions = None,
+    as_json: output.AsJson = False,
 ) -> None:
     """Read every byte of checkpoints and compare every checksum.
 
@@ -74,21 +71,14 @@ def verify(
             verdicts.append(verdict)
             if not as_json:
                 _print(verdict)
+    counts = Counter(verdict.status for verdict in verdicts)
     if as_json:
-        print_json([asdict(verdict) for verdict in verdicts])
+        output.print_json([verdict._asdict() for verdict in verdicts])
     elif len(verdicts) > 1:
-        _print_summary(verdicts)
-    status = _exit_status({verdict.status for verdict in verdicts})
-    if status:
-        raise typer.Exit(status)
-
-
-def _exit_status(statuses: set[Status]) -> int:
-    if "failed" in statuses:
-        return _FAILED
-    if "unreadable" in statuses:
-        return _UNREADABLE
-    return 0 if "good" in statuses else _UNCHECKED
+        total = output.size(sum(verdict.nbytes for verdict in verdicts))
+        parts = ", ".join(f"{count} {status}" for status, count in counts.items())
+        output.line(f"{output.counted(len(verdicts), 'file')}, {total}: {parts}", "dim")
+    raise typer.Exit(next((n for status, n in _EXIT_STATUSES.items() if status in counts), _NOTHING_CHECKED))
 
 
 def _verdicts(path: str, option: Sequence[str] | None, *, recursive: bool) -> Iterator[_Verdict]:
@@ -102,75 +92,71 @@ def _verdicts(path: str, option: Sequence[str] | None, *, recursive: bool) -> It
             hint = "" if recursive else nested_hint(path, option)
             raise CheckpointNotFoundError(f"there is no checkpoint in {path}{hint}")
     except (AsyncCkptError, OSError) as error:
-        yield _Verdict(path, 0, "unreadable", message(error))
+        yield _Verdict(path, 0, "unreadable", output.message(error))
 
 
 def _of_path(path: str, option: Sequence[str] | None, *, recursive: bool) -> Iterator[_Verdict]:
     try:
         store, file = file_at(path, option)
     except CheckpointNotFoundError:
-        pass
+        for below in stores_at(path, option, recursive=recursive, kind="file or directory"):
+            yield from _of_directory(below)
     else:
         yield _verified(store, file, file.name)
-        return
-    for below in stores_at(path, option, recursive=recursive, kind="file or directory"):
-        yield from _of_directory(below)
 
 
 def _of_directory(store: Store) -> Iterator[_Verdict]:
-    listed = get_engine().call(store.list)
+    listed = call(store.list)
     distributed = dcp_files(listed)
     if distributed:
         nbytes = sum(file.nbytes for file in distributed)
         yield _Verdict(store.path_of("").rstrip("/"), nbytes, "unchecked", f"a directory {DCP}")
-    files = get_engine().call(_checkpoints, store, [file for file in listed if file not in distributed])
+    files = call(_checkpoints, store, [file for file in listed if file not in distributed])
     for number, file in enumerate(files, 1):
         yield _verified(store, file, f"{number}/{len(files)} {file.name}")
 
 
 async def _checkpoints(store: Store, listed: Sequence[StoredFile]) -> list[StoredFile]:
     """Return the files that are checkpoints or look like one, in order of their names."""
+    from asyncckpt._loading.catalog import READERS
+    from asyncckpt._threads import for_each
 
-    async def looked_at(file: StoredFile) -> tuple[StoredFile, bool]:
-        is_named = is_safetensors(file.name) or is_dcp(file.name)
-        return file, is_named or await looks_like_checkpoint(store, file)
+    found = []
 
-    found = [file for file, is_one in await for_each(looked_at, listed, READERS) if is_one]
+    async def look(file: StoredFile) -> None:
+        if is_safetensors(file.name) or is_dcp(file.name) or await looks_like_checkpoint(store, file):
+            found.append(file)
+
+    await for_each(look, listed, READERS)
     return sorted(found, key=lambda file: file.name)
 
 
 def _verified(store: Store, file: StoredFile, label: str) -> _Verdict:
-    path = store.path_of(file.name)
+    from asyncckpt._loading.reader import verify_file
+
+    path, nbytes = store.path_of(file.name), file.nbytes
     if is_dcp(file.name):
-        return _Verdict(path, file.nbytes, "unchecked", f"one file of a directory {DCP}")
+        return _Verdict(path, nbytes, "unchecked", f"one file of a directory {DCP}")
     try:
-        with bytes_progress(label, file.nbytes) as advance:
-            get_engine().call(verify_file, store, file.name, advance)
+        with output.bytes_progress(label, nbytes) as advance:
+            call(verify_file, store, file.name, advance)
     except CheckpointNotFoundError:
-        return _Verdict(path, file.nbytes, "gone", "it was removed or replaced while it was read")
+        return _Verdict(path, nbytes, "gone", "it was removed or replaced while it was read")
     except CorruptCheckpointError as error:
-        foreign = get_engine().call(foreign_format, store, file)
+        foreign = call(foreign_format, store, file)
         if foreign is None:
-            return _Verdict(path, file.nbytes, "failed", message(error))
-        return _Verdict(
-            path, file.nbytes, "unchecked", f"{foreign}, which has no checksums that verify knows"
-        )
+            return _Verdict(path, nbytes, "failed", output.message(error))
+        return _Verdict(path, nbytes, "unchecked", f"{foreign}, which has no checksums that verify knows")
     except (AsyncCkptError, OSError) as error:
-        return _Verdict(path, file.nbytes, "unreadable", message(error))
-    return _Verdict(path, file.nbytes, "good")
+        return _Verdict(path, nbytes, "unreadable", output.message(error))
+    return _Verdict(path, nbytes, "good")
 
 
 def _print(verdict: _Verdict) -> None:
-    if verdict.status == "unreadable":
-        complain(verdict.error or verdict.path)
-        return
     text = verdict.error or verdict.path
+    if verdict.status == "unreadable":
+        output.complain(text)
+        return
     if verdict.status in {"unchecked", "gone"}:
         text = f"{verdict.path}: {verdict.error}"
-    line(f"{verdict.status:<9} {size(verdict.nbytes):>8}  {text}", _STYLES.get(verdict.status))
-
-
-def _print_summary(verdicts: Sequence[_Verdict]) -> None:
-    counts = Counter(verdict.status for verdict in verdicts)
-    parts = ", ".join(f"{count} {status}" for status, count in counts.items())
-    line(f"{counted(len(verdicts), 'file')}, {size(sum(v.nbytes for v in verdicts))}: {parts}", "dim")
+    output.line(f"{verdict.status:<9} {output.size(verdict.nbytes):>8}  {text}", _STYLES.get(verdict.status))
