@@ -107,6 +107,8 @@ class Engine:
         The caller does not let go of the interpreter here, as it would if it woke the event loop itself: the
         thread that waits for operations gets its turn when the caller next blocks.
         """
+        if _ended:
+            raise SaveError(_SHUTTING_DOWN)
         with self._changed:
             if not operation.withdrawn:
                 self._line.append(operation)
