@@ -6,7 +6,6 @@ import io
 import pickle
 import re
 import secrets
-from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +25,8 @@ PROTOCOL = 2
 MARK = secrets.token_bytes(15) + bytes([0x40 | secrets.randbelow(0x40)])
 # LONG1 of 20 bytes, the index in the first four, then TUPLE1: the stack effect of one tuple.
 _MARKED = re.compile(rb"\x8a\x14(.{4})" + re.escape(MARK) + rb"\x85", re.DOTALL)
+
+_NO_HOOKS = b"ccollections\nOrderedDict\n)R"
 
 # The dtypes that torch pickles by way of a typed storage class; it has another way for all others.
 STORAGE_CLASS = {getattr(torch, dtype): name for name, dtype in STORAGE_DTYPES.items()}
@@ -54,7 +55,7 @@ class DataPickler:
         if last is not None and same_tensors and last.pickled == frozen.pickled:
             return self._data
         if not same_tensors:
-            self._arguments = [_rebuild_arguments(meta, frozen) for meta in frozen.tensors]
+            self._arguments = _rebuild_arguments(frozen)
         pieces: list[bytes] = _MARKED.split(frozen.pickled)
         pieces[1::2] = [self._arguments[int.from_bytes(index, "little")] for index in pieces[1::2]]
         self._data = b"".join(pieces)
@@ -85,20 +86,24 @@ class FrozenState:
         return self.pickler.data_pickle(self)
 
 
-def _rebuild_arguments(meta: TensorMeta, frozen: FrozenState) -> bytes:
-    """Pickle (storage, offset, size, stride, requires_grad, hooks), the storage by its persistent id."""
-    key, dtype, offset, size, stride, requires_grad = meta
-    kind, numel = getattr(torch, STORAGE_CLASS[dtype]), frozen.sizes[key] // dtype.itemsize
-    storage = _pickled(("storage", kind, str(key), frozen.locations[key], numel))
-    others = _pickled((offset, tuple(size), stride, requires_grad, OrderedDict()))
-    # The first byte marks where the tuple begins: with BINPERSID, the storage becomes its first item.
-    return others[:1] + storage + b"Q" + others[1:]
-
-
-def _pickled(value: Any) -> bytes:
-    """Pickle a value without memo, which it would share with the stream that it is put into."""
+def _rebuild_arguments(frozen: FrozenState) -> list[bytes]:
+    """Pickle (storage, offset, size, stride, requires_grad, hooks) of each tensor, the storage by its id."""
     out = io.BytesIO()
     pickler = pickle.Pickler(out, PROTOCOL)
-    pickler.fast = True
-    pickler.dump(value)
-    return out.getvalue()[2:-1]  # without the protocol and the stop
+    pickler.fast = True  # without memo, which would be that of the stream they are put into
+
+    def pickled(value: Any) -> bytes:
+        out.seek(0)
+        out.truncate()
+        pickler.dump(value)
+        return out.getvalue()[2:-1]  # without the protocol and the stop
+
+    def arguments(meta: TensorMeta) -> bytes:
+        key, dtype, offset, size, stride, requires_grad = meta
+        kind, numel = getattr(torch, STORAGE_CLASS[dtype]), frozen.sizes[key] // dtype.itemsize
+        storage = pickled(("storage", kind, str(key), frozen.locations[key], numel))
+        others = pickled((offset, tuple(size), stride, requires_grad))
+        # Between MARK and TUPLE, the storage's BINPERSID comes first and the hooks last.
+        return b"".join((others[:1], storage, b"Q", others[1:-1], _NO_HOOKS, others[-1:]))
+
+    return [arguments(meta) for meta in frozen.tensors]
