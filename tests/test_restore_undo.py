@@ -284,6 +284,18 @@ def test_signals_after_a_handler_that_raised_are_deferred_to_the_end() -> None:
         signal.signal(signal.SIGUSR1, before)
 
 
+def test_a_handler_that_is_set_while_signals_are_deferred_stays() -> None:
+    def handler(*_: object) -> None: ...
+
+    before = signal.signal(signal.SIGUSR1, lambda *_: None)
+    try:
+        with DeferredSignals():
+            signal.signal(signal.SIGUSR1, handler)
+        assert signal.getsignal(signal.SIGUSR1) is handler
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
 def test_a_restore_works_on_other_threads() -> None:
     live = {"x": torch.zeros(1)}
     thread = threading.Thread(target=restore, args=(live, {"x": torch.ones(1)}, "file.pt"))

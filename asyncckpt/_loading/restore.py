@@ -132,7 +132,9 @@ class DeferredSignals:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._install(self._handlers)
+        # One that was set in the block stays.
+        ours = [number for number in self._handlers if signal.getsignal(number) == self._handle]
+        self._install({number: self._handlers[number] for number in ours})
         self._deliver()
 
     def defer(self) -> None:
