@@ -20,7 +20,7 @@ Disk = Annotated[
 State = Annotated[
     str | None,
     typer.Option(
-        "--state", metavar="FILE", help="Save the state of this file instead of one of GPT-2's output.size."
+        "--state", metavar="FILE", help="Save the state of this file instead of one of GPT-2's size."
     ),
 ]
 WeightsOnly = Annotated[

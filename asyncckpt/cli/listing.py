@@ -96,7 +96,7 @@ def ls(
 
 
 def _instead(directory: str, option: Sequence[str] | None) -> str:
-    """Return what there is in a directory without checkpoints, as the end of a output.message."""
+    """Return what there is in a directory without checkpoints, as the end of a message."""
     if dcp_files(call(store_at(directory, option).list)):
         return ", which is one of torch.distributed.checkpoint: its dcp.load reads it"
     return nested_hint(directory, option)
