@@ -7,14 +7,13 @@ import os
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Union
 
-from asyncckpt._caller_warning import warn_caller
 from asyncckpt._loading.catalog import Catalog, Series
 from asyncckpt._loading.load import load_image
 from asyncckpt._loading.reader import ATTEMPTS, read_image, verify_file
 from asyncckpt._loading.restore import restore
 from asyncckpt._naming import NameTemplate
 from asyncckpt._saving.engine import get_engine, wait_for_pending
-from asyncckpt.errors import CheckpointNotFoundError, CorruptCheckpointError, StoreError
+from asyncckpt.errors import CheckpointNotFoundError, CorruptCheckpointError, StoreError, warn_caller
 from asyncckpt.retention import KeepAll, Policy, first_best, rank
 from asyncckpt.stores import Store, open_store
 

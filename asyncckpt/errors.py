@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
+import warnings
 from pickle import UnpicklingError
 
 logger = logging.getLogger("asyncckpt")
@@ -73,3 +75,11 @@ def add_note(error: BaseException, failure: AsyncCkptError) -> None:
     logger.error("while %s was raised: %s", type(error).__name__, failure)
     if hasattr(error, "add_note"):
         error.add_note(f"asyncckpt: {failure}")
+
+
+def warn_caller(message: str) -> None:
+    """Warn with the stack level of the first line outside asyncckpt."""
+    level, frame = 2, inspect.currentframe()
+    while (frame := frame.f_back if frame else None) and frame.f_globals["__name__"].startswith("asyncckpt."):
+        level += 1
+    warnings.warn(message, stacklevel=level)

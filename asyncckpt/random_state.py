@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from asyncckpt._caller_warning import warn_caller
-from asyncckpt.errors import StateMismatchError
+from asyncckpt.errors import StateMismatchError, warn_caller
 
 if TYPE_CHECKING:
     from collections.abc import Callable

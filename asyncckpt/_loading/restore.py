@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from asyncckpt._caller_warning import warn_caller
 from asyncckpt._loading.restore_plan import Plan, some
 from asyncckpt._loading.undo import put_back
-from asyncckpt.errors import PartialRestoreError, StateMismatchError, add_note
+from asyncckpt.errors import PartialRestoreError, StateMismatchError, add_note, warn_caller
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -6,12 +6,11 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from asyncckpt._caller_warning import warn_caller
 from asyncckpt._saving.weights_only import WeightsOnlyCheck
 from asyncckpt._snapshot.copy import Watermark, copy_ranges
 from asyncckpt._snapshot.freeze import Freezer
 from asyncckpt._snapshot.ranges import Ranges
-from asyncckpt.errors import SaveError
+from asyncckpt.errors import SaveError, warn_caller
 from asyncckpt.layout.torch_zip import TorchZip
 
 if TYPE_CHECKING:
