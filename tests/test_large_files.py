@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from torch.utils.serialization import config as _config
 
 from asyncckpt._checksum import crc32, crc32_combine
-from asyncckpt._loading.reader import answer
 from asyncckpt._snapshot.freeze import Freezer
 from asyncckpt.layout.description import Description
 from asyncckpt.layout.torch_zip import STORAGES, lay_out, plan
@@ -133,9 +132,9 @@ async def test_every_reader_finds_the_records(sizes: list[int], tmp_path: Path) 
 
     store, size = LocalStore(str(tmp_path)), path.stat().st_size
     async with store.open("large.pt") as file:
-        described = await answer(read_description(size), file)
-        directory = await answer(read_directory(size), file)
-    assert described == DESCRIPTION.encode()
+        described = await file.answer(read_description(size))
+        directory = await file.answer(read_directory(size))
+    assert described == Description.decode(DESCRIPTION.encode())
     assert directory.starts[: len(sizes)].tolist() == starts
     assert (directory.stops - directory.starts)[: len(sizes)].tolist() == sizes
 

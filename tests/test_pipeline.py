@@ -13,7 +13,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from asyncckpt._loading.reader import answer
 from asyncckpt._saving.transfer import Transfer
 from asyncckpt._snapshot.copy import Watermark
 from asyncckpt.errors import SaveError
@@ -134,7 +133,7 @@ async def test_the_reading_side_finds_every_record_where_it_is(
     directory = tmp_path_factory.mktemp("run")
     _write(directory / "a.pt", content)
     async with LocalStore(str(directory)).open("a.pt") as file:
-        found = await answer(read_directory(len(content)), file)
+        found = await file.answer(read_directory(len(content)))
     assert found.names[: len(sizes)] == tuple(f"{STORAGES}{key}" for key in range(len(sizes)))
     for key, size in enumerate(sizes):
         start, stop = int(found.starts[key]), int(found.stops[key])

@@ -11,14 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from asyncckpt._inspection.inert import Storage, Tensor, dtype_name
 from asyncckpt._inspection.isolation import look_at
-from asyncckpt._loading.catalog import read_described
-from asyncckpt._loading.reader import answer
 from asyncckpt._threads import in_thread
 from asyncckpt.errors import CorruptCheckpointError
 from asyncckpt.layout.description import Description, checkpoint_of
 from asyncckpt.layout.other_formats import HEAD, recognize
 from asyncckpt.layout.torch_zip import ROOT
-from asyncckpt.layout.zip_reader import TAIL, check_header, read_directory
+from asyncckpt.layout.zip_reader import TAIL, check_header, read_description, read_directory
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping
@@ -129,8 +127,8 @@ async def read_contents(file: OpenFile) -> Contents:
         StoreError: it could not be read.
     """
     async with _recognized(file):
-        description = await read_described(file)
-        records = await _records(file, await answer(read_directory(file.file.nbytes), file))
+        description = await file.answer(read_description(file.file.nbytes))
+        records = await _records(file, await file.answer(read_directory(file.file.nbytes)))
         found = await _look_at(records, "contents")
         progress = found["progress"]
         versions = dict(description.versions) if description else {}
@@ -150,11 +148,11 @@ async def read_contents(file: OpenFile) -> Contents:
 async def summarize(file: OpenFile) -> Summary:
     """Return what a listing shows of a file, with a few small reads; raises as `read_contents` does."""
     async with _recognized(file):
-        description = await read_described(file)
+        description = await file.answer(read_description(file.file.nbytes))
         # A Checkpointer's files say all that there is to say; only they have a sequence number.
         if description is not None and description.sequence and description.step is not None:
             return await _summary(file, description, {})
-        directory = await answer(read_directory(file.file.nbytes), file)
+        directory = await file.answer(read_directory(file.file.nbytes))
         row = directory.row(ROOT + "data.pkl")
         if row is not None and directory.stops[row] - directory.starts[row] > MAX_SUMMARY:
             return await _summary(file, description, {})
@@ -166,7 +164,7 @@ async def summarize(file: OpenFile) -> Summary:
 async def read_records(file: OpenFile) -> Records:
     """Return what is in a file beside the values of its tensors; raises as `read_contents` does."""
     async with _recognized(file):
-        return await _records(file, await answer(read_directory(file.file.nbytes), file))
+        return await _records(file, await file.answer(read_directory(file.file.nbytes)))
 
 
 def decoded_tensor(row: list[Any]) -> Tensor:

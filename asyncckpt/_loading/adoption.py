@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from asyncckpt._loading.catalog import READERS, Catalog, read_described
-from asyncckpt._loading.reader import Check, answer, read_file, verify
+from asyncckpt._loading.reader import Check, read_file, verify
 from asyncckpt._threads import for_each, in_thread
 from asyncckpt.errors import CheckpointNotFoundError, CorruptCheckpointError, StoreError
 from asyncckpt.layout.description import Description
@@ -160,7 +160,7 @@ async def _rewrite(
 async def _directory(file: OpenFile) -> Directory:
     """Return the records of a file of torch.save without a description."""
     try:
-        directory = await answer(read_directory(file.file.nbytes), file)
+        directory = await file.answer(read_directory(file.file.nbytes))
     except CorruptCheckpointError as error:
         head = bytearray(min(HEAD, file.file.nbytes))
         await file.read(0, memoryview(head))

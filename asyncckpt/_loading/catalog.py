@@ -8,11 +8,10 @@ from functools import cached_property
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
-from asyncckpt._loading.reader import answer
 from asyncckpt._naming import SUFFIXES
 from asyncckpt._threads import for_each
 from asyncckpt.errors import CheckpointNotFoundError, CorruptCheckpointError, StoreError
-from asyncckpt.layout.description import Description, checkpoint_of
+from asyncckpt.layout.description import checkpoint_of
 from asyncckpt.layout.zip_reader import read_description
 from asyncckpt.retention import rank
 
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
     from typing import Literal
 
     from asyncckpt._naming import NameTemplate
+    from asyncckpt.layout.description import Description
     from asyncckpt.retention import Mode
     from asyncckpt.stores.base import OpenFile, Store, StoredFile
     from asyncckpt.types import Checkpoint
@@ -109,8 +109,7 @@ class Catalog:
 
 async def read_described(file: OpenFile) -> Description | None:
     """Return the description of a file; None if asyncckpt did not write it."""
-    record = await answer(read_description(file.file.nbytes), file)
-    return None if record is None else Description.decode(record)
+    return await file.answer(read_description(file.file.nbytes))
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ from asyncckpt.errors import CheckpointNotFoundError, CorruptCheckpointError, St
 from asyncckpt.layout.zip_reader import check_header, read_directory
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Generator, Iterator
+    from collections.abc import Awaitable, Callable, Iterator
 
     from asyncckpt._snapshot.memory import Mapping
-    from asyncckpt.layout.zip_reader import Directory, Request
+    from asyncckpt.layout.zip_reader import Directory
     from asyncckpt.stores.base import OpenFile, Store
     from asyncckpt.types import Offsets
 
@@ -29,19 +29,6 @@ CHUNK = 16 << 20
 READERS = 8
 # A file or a directory that others keep changing is read anew this often.
 ATTEMPTS = 100
-
-
-async def answer(requests: Generator[Request, bytes, R], file: OpenFile) -> R:
-    """Run one of the layout's reading generators against a file."""
-    try:
-        offset, length = next(requests)
-        while True:
-            data = bytearray(length)
-            await file.read(offset, memoryview(data))
-            offset, length = requests.send(bytes(data))
-    except StopIteration as stop:
-        result: R = stop.value
-        return result
 
 
 async def read_file(read: Callable[[OpenFile], Awaitable[R]], store: Store, name: str) -> R:
@@ -148,7 +135,7 @@ async def _read_checked(
         checked: called with each piece when it is checked.
     """
     nbytes = file.file.nbytes
-    directory = await answer(read_directory(nbytes), file)
+    directory = await file.answer(read_directory(nbytes))
     check = Check(directory, file.path)
 
     async def read(start: int) -> None:

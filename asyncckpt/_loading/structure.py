@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from asyncckpt._loading.reader import READERS, answer
+from asyncckpt._loading.reader import READERS
 from asyncckpt._threads import for_each
 from asyncckpt.layout.zip_reader import check_header, read_directory
 
@@ -27,7 +27,7 @@ async def check_structure(file: OpenFile) -> None:
         CorruptCheckpointError: names the damaged record.
         StoreError: the file could not be read.
     """
-    directory = await answer(read_directory(file.file.nbytes), file)
+    directory = await file.answer(read_directory(file.file.nbytes))
     rows = zip(directory.names, directory.headers.tolist(), directory.starts.tolist(), strict=True)
     near = [list(group) for _, group in groupby(rows, key=lambda row: row[1] // _SPAN)]
 

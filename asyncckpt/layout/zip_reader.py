@@ -11,6 +11,7 @@ import numpy as np
 
 from asyncckpt._checksum import crc32
 from asyncckpt.errors import CorruptCheckpointError
+from asyncckpt.layout.description import Description
 from asyncckpt.layout.torch_zip import (
     CENTRAL,
     CENTRAL_MAGIC,
@@ -86,8 +87,8 @@ class Directory:
                 yield found[1], start, stop
 
 
-def read_description(size: int) -> Generator[Request, bytes, bytes | None]:
-    """Return the self-description of a file with two small reads at most; None if it has none.
+def read_description(size: int) -> Generator[Request, bytes, Description | None]:
+    """Return the description of a file with two small reads at most; None if it has none.
 
     Raises:
         CorruptCheckpointError: the file is cut off or damaged there.
@@ -109,7 +110,7 @@ def read_description(size: int) -> Generator[Request, bytes, bytes | None]:
     payload = record[stop - length : stop]
     if crc32(payload) != checksum:
         raise CorruptCheckpointError(f"its record {full} is damaged")
-    return payload
+    return Description.decode(payload)
 
 
 def read_directory(size: int) -> Generator[Request, bytes, Directory]:

@@ -7,14 +7,16 @@ import mmap
 import os
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from asyncckpt._threads import for_each
 from asyncckpt.errors import StoreError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Generator, Sequence
     from contextlib import AbstractAsyncContextManager
+
+R = TypeVar("R")
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +55,18 @@ class OpenFile(ABC):
     @abstractmethod
     async def read(self, offset: int, into: memoryview) -> None:
         """Fill `into` with the bytes from `offset` on; raises StoreError where the file ends before."""
+
+    async def answer(self, requests: Generator[tuple[int, int], bytes, R]) -> R:
+        """Send a generator the bytes of each (offset, length) that it yields; returns what it returns."""
+        try:
+            offset, length = next(requests)
+            while True:
+                data = bytearray(length)
+                await self.read(offset, memoryview(data))
+                offset, length = requests.send(bytes(data))
+        except StopIteration as stop:
+            result: R = stop.value
+            return result
 
 
 class Draft(ABC):
