@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from programs import Interpreter
+
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
 PREPARE = """\
@@ -40,25 +41,23 @@ dist.destroy_process_group()
 """
 
 
-def on_two_ranks(tmp_path: Path, body: str) -> list[Any]:
+@pytest.fixture(scope="module")
+def interpreter() -> Iterator[Interpreter]:
+    with Interpreter() as interpreter:
+        yield interpreter
+
+
+def on_two_ranks(interpreter: Interpreter, tmp_path: Path, body: str) -> list[Any]:
     """Run a program as two ranks; returns what each of them tells."""
-    command = [sys.executable, "-c", PREPARE + body + END]
-    running = [
-        subprocess.Popen(
-            [*command, str(rank), str(tmp_path / "run")],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    ends = [process.communicate(timeout=90) for process in running]
-    assert [process.returncode for process in running] == [0, 0], ends
-    return [json.loads(output) for output, _ in ends]
+    running = [interpreter.start(PREPARE + body + END, rank, tmp_path / "run") for rank in range(2)]
+    ends = [process.end() for process in running]
+    assert [status for status, _, _ in ends] == [0, 0], ends
+    return [json.loads(output) for _, output, _ in ends]
 
 
-def test_sharded_states_are_refused_and_the_entry_is_named(tmp_path: Path) -> None:
+def test_sharded_states_are_refused_and_the_entry_is_named(interpreter: Interpreter, tmp_path: Path) -> None:
     told = on_two_ranks(
+        interpreter,
         tmp_path,
         """
 from torch.distributed.fsdp import fully_shard
@@ -90,8 +89,9 @@ if rank == 0:
         assert "full_state_dict=True" in model[1]
 
 
-def test_one_series_is_saved_by_one_rank(tmp_path: Path) -> None:
+def test_one_series_is_saved_by_one_rank(interpreter: Interpreter, tmp_path: Path) -> None:
     told = on_two_ranks(
+        interpreter,
         tmp_path,
         """
 ckpt = asyncckpt.Checkpointer(directory)
@@ -115,8 +115,9 @@ assert [c.step for c in ckpt.checkpoints()] == [c.step for c in own.checkpoints(
     assert told[1 - refused[0]] == [None] * 4
 
 
-def test_one_file_is_written_by_one_rank_at_once(tmp_path: Path) -> None:
+def test_one_file_is_written_by_one_rank_at_once(interpreter: Interpreter, tmp_path: Path) -> None:
     told = on_two_ranks(
+        interpreter,
         tmp_path,
         """
 from asyncckpt._saving.engine import get_engine
@@ -148,7 +149,7 @@ if rank == 0:
 
 
 @pytest.mark.parametrize("what", ["a mesh of one rank", "no process group"])
-def test_one_rank_saves_as_ever(tmp_path: Path, what: str) -> None:
+def test_one_rank_saves_as_ever(interpreter: Interpreter, tmp_path: Path, what: str) -> None:
     body = """
 import torch.distributed as dist, torch, asyncckpt, sys
 from torch.distributed.device_mesh import init_device_mesh
@@ -164,11 +165,5 @@ assert ckpt.latest().step == 2
 if dist.is_initialized():
     dist.destroy_process_group()
 """
-    done = subprocess.run(
-        [sys.executable, "-c", body, str(tmp_path / "run"), what],
-        capture_output=True,
-        text=True,
-        timeout=90,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    status, _, errors = interpreter.run(body, tmp_path / "run", what)
+    assert status == 0, errors
