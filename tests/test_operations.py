@@ -79,7 +79,7 @@ def test_what_follows_a_failed_operation_is_left_undone(tmp_path: Path) -> None:
             left.result(60)
     assert (tmp_path / "old.pt").read_bytes() == b"old"
     assert called == ["done"]
-    assert not failed.heard
+    assert not failed.retrieved
 
 
 def test_a_save_that_fails_early_keeps_its_buffer_while_the_copy_goes_on(
