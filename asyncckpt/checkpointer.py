@@ -170,7 +170,7 @@ class Checkpointer(Finder):
         target = FileTarget(self._store, name, description, self._writer)
         save = self._saver.save(collect(state), target, step, began)
         if not save.skipped:
-            self._writer.taken(name, step)
+            self._writer.note_name(name, step)
         return save
 
     def reserve(self, state: Any) -> int:

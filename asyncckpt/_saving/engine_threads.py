@@ -84,7 +84,6 @@ class EngineThreads:
             ) from error
 
     def call(self, func: Callable[..., Awaitable[T]], *args: Any) -> T:
-        """Run an async function on the loop and wait for its result."""
         if threading.current_thread() in self._started:
             raise BusyError("a callback that runs on the engine's own thread cannot wait for it")
         answer: SimpleQueue[tuple[T | None, BaseException | None]] = SimpleQueue()
@@ -117,7 +116,6 @@ class EngineThreads:
         return result  # type: ignore[return-value]
 
     def join(self) -> None:
-        """Wait for the threads to end."""
         self._queue_thread.join()
 
     def _wait_for_loop(self) -> None:

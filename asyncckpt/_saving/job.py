@@ -110,7 +110,6 @@ class Job(Operation):
                 saver.reports.not_evicted(checkpoint, error)
 
     def finished(self) -> None:
-        """Remove it from the pending saves of its saver."""
         self._saver.finished(self)
 
     def _copy(self, snapshot: Snapshot) -> None:

@@ -151,7 +151,6 @@ class Saver:
         self.reports.raise_failures(hint)
 
     def submit(self, job: Job) -> None:
-        """Submit a job to the engine."""
         engine = get_engine()
         job.save.stats.queue_depth = engine.depth()
         with self._changed:
@@ -167,7 +166,6 @@ class Saver:
         self._changed.notify_all()
 
     def finished(self, job: Job) -> None:
-        """Remove a job from the pending ones."""
         with self._changed:
             if job in self._jobs:
                 self._jobs.remove(job)

@@ -86,8 +86,7 @@ class SeriesWriter:
         # That save may have failed, or its file may have been removed: look at the store.
         get_engine().call(self._refuse_other_step, name, step)
 
-    def taken(self, name: str, step: int) -> None:
-        """Note that a save of `step` uses a name."""
+    def note_name(self, name: str, step: int) -> None:
         self._steps[name] = step
 
     async def number(self, name: str, description: Description) -> Description:

@@ -55,7 +55,6 @@ class FileTarget(Target):
 
     @property
     def path(self) -> str:  # type: ignore[override]
-        """The path or URL of the file."""
         return self.store.path_of(self.name)
 
     @property
@@ -81,6 +80,5 @@ class FileTarget(Target):
         return checkpoint_of(self.path, description, plan.size)
 
     async def evict(self, committed: Checkpoint) -> None:
-        """Remove the checkpoints that the policy of the series does not keep."""
         if self.series is not None:
             await self.series.evict(committed)
