@@ -82,7 +82,7 @@ class TestCallbacks:
         told: list[BusyError] = []
 
         def wait(_: object) -> None:
-            with pytest.raises(BusyError, match=r"in a callback of a save.*in the loop") as caught:
+            with pytest.raises(BusyError, match=r"in a callback of a save.*in the training loop") as caught:
                 getattr(ckpt, what)()
             told.append(caught.value)
 
