@@ -1,4 +1,4 @@
-"""The reading half of a Checkpointer: list the checkpoints of a series, load, restore and verify them."""
+"""The reading half of a Checkpointer: list, load, restore and verify the checkpoints of a series."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Which = Union[int, str, "os.PathLike[str]"]
 
 
 class Finder:
-    """Finds the checkpoints of one series in one directory; the arguments are those of `Checkpointer`."""
+    """Find the checkpoints of one series in one directory; the arguments are those of `Checkpointer`."""
 
     def __init__(
         self,
@@ -47,9 +47,9 @@ class Finder:
         self._keep: Policy = KeepAll() if keep is None else keep
         if isinstance(self._keep, type) or not isinstance(self._keep, Policy):
             raise TypeError(
-                f"keep must be a policy such as LastN(3), or have its method keep(); it is {keep!r}"
+                f"keep must be a policy such as LastN(3), or an object with a method keep(); it is {keep!r}"
             )
-        # Not a method: what has it does not keep this alive.
+        # Not a bound method, so that its holders do not keep this object alive.
         self._list = partial(_series, Catalog(self._store, self._names), self.directory, self._names)
 
     def checkpoints(self) -> list[Checkpoint]:
@@ -64,8 +64,8 @@ class Finder:
         """Return the best checkpoint that has the metric, if there is one; NaN is the worst.
 
         Args:
-            metric: its name; if not given, that of the `BestK` in `keep`.
-            mode: "min" or "max"; if not given, that of the same `BestK`, else "min".
+            metric: name of the metric; by default that of the `BestK` in `keep`.
+            mode: "min" or "max"; by default that of the same `BestK`, else "min".
         """
         return next(iter(rank(self.checkpoints(), *self._ranking(metric, mode))), None)
 
@@ -77,19 +77,19 @@ class Finder:
         weights_only: bool = True,
         fallback: bool = False,
     ) -> Any:
-        """Return the state of a checkpoint, every byte of it checked. Waits for pending saves first.
+        """Return the state of a checkpoint, with every checksum compared. Waits for pending saves first.
 
         Args:
             which: "latest", "best", a step, or a path.
             map_location: as in torch.load.
             weights_only: as in torch.load.
-            fallback: where the latest or the best is damaged, warn and take the next one that is whole.
+            fallback: if the latest or best checkpoint is damaged, warn and take the next whole one.
 
         Raises:
             CheckpointNotFoundError: there is no such checkpoint.
-            CorruptCheckpointError: names the damaged record.
-            UnsafeStateError: `weights_only` does not allow what is in it; names the entries.
-            UnloadableStateError: its objects cannot be rebuilt here.
+            CorruptCheckpointError: the file is damaged; the message names the record.
+            UnsafeStateError: `weights_only=True` refuses some entries; the message names them.
+            UnloadableStateError: its objects cannot be built here, for example because a class is missing.
         """
         return self._load(which, map_location, weights_only=weights_only, fallback=fallback).state
 
@@ -104,29 +104,29 @@ class Finder:
         strict: bool = True,
         map_keys: Callable[[str], str] | None = None,
     ) -> Checkpoint | None:
-        """Put a checkpoint into `state`, all of it or nothing.
+        """Restore a checkpoint into `state`, completely or not at all.
 
-        Where there is a `load_state_dict` it is called, tensors are changed in place, values replaced.
+        Stateful objects get `load_state_dict`, tensors are changed in place, other values are replaced.
 
         Args:
-            state: what is given to `save`.
+            state: a state as given to `save`.
             which: "latest", "best", a step, or a path.
-            missing_ok: return None and leave `state` alone where there is no such checkpoint; a warning tells
-                what else is there.
-            fallback: where the latest or the best is damaged, warn and take the next one that is whole.
+            missing_ok: return None if there is no such checkpoint; a warning names other checkpoints in the
+                directory.
+            fallback: if the latest or best checkpoint is damaged, warn and take the next whole one.
             weights_only: as in torch.load.
-            strict: whether both must have the same entries. If not, those of only one side are left out, and
-                a warning lists them.
-            map_keys: applied to each key of the saved state dicts of modules and of dicts of tensors, before
-                they are matched: `lambda key: key.replace("_orig_mod.", "")`.
+            strict: require the same entries on both sides. With False, entries of one side only are skipped,
+                and a warning lists them.
+            map_keys: maps each key of saved module state dicts and dicts of tensors before they are matched:
+                `lambda key: key.replace("_orig_mod.", "")`.
 
         Raises:
             CheckpointNotFoundError: there is no such checkpoint.
-            CorruptCheckpointError: names the damaged record; nothing was changed.
-            UnsafeStateError: `weights_only` does not allow what is in it; names the entries.
-            UnloadableStateError: its objects cannot be rebuilt here.
-            StateMismatchError: lists every entry that does not fit; nothing was changed.
-            PartialRestoreError: what failed could not be put back; the message lists it.
+            CorruptCheckpointError: the file is damaged; the message names the record.
+            UnsafeStateError: `weights_only=True` refuses some entries; the message names them.
+            UnloadableStateError: its objects cannot be built here, for example because a class is missing.
+            StateMismatchError: the message lists every entry that does not fit; nothing was changed.
+            PartialRestoreError: undoing a failed restore failed; the message lists the inconsistent entries.
         """
         try:
             loaded = self._load(which, "cpu", weights_only=weights_only, fallback=fallback)
@@ -144,7 +144,7 @@ class Finder:
 
         Raises:
             CheckpointNotFoundError: there is no such checkpoint.
-            CorruptCheckpointError: names the damaged record.
+            CorruptCheckpointError: the file is damaged; the message names the record.
         """
         wait_for_pending()
         wanted = self._wanted(which)
@@ -179,7 +179,7 @@ class Finder:
     def _load_first(
         self, found: Sequence[Entry], load: Load, *, fallback: bool, latest: bool
     ) -> Loaded | None:
-        """Load the first file that is whole; None if the directory has to be listed again."""
+        """Load the first whole file; return None if the directory has to be listed again."""
         errors: list[CorruptCheckpointError | StoreError] = []
         for entry in found:
             if errors and not fallback:
@@ -199,17 +199,17 @@ class Finder:
             if errors:
                 problems = "; ".join(map(str, errors))
                 warn_caller(
-                    f"{loaded.checkpoint.path} is used, since what precedes it is damaged: {problems}"
+                    f"{loaded.checkpoint.path} is used, because those before it are damaged: {problems}"
                 )
             return loaded
         left = [entry.file.name for entry in found[len(errors) :] if entry.error is None]
         if not isinstance(errors[0], CorruptCheckpointError):
             raise errors[0]
-        hint = f"; fallback=True takes the next one that is whole, maybe {left[0]}" if left else ""
+        hint = f"; fallback=True takes the next whole one, maybe {left[0]}" if left else ""
         raise CorruptCheckpointError(f"{errors[0]}{hint}") from errors[0]
 
     def _wanted(self, which: Which) -> Wanted | None:
-        """Return what of the series is asked for; None if it is a path."""
+        """Return the wanted checkpoints of the series; None for a path."""
         if which == "latest":
             return "latest"
         if which == "best":
@@ -223,7 +223,7 @@ class Finder:
     def _ranking(
         self, metric: str | None, mode: Literal["min", "max"] | None
     ) -> tuple[str, Literal["min", "max"]]:
-        """Return what "best" means: what is not given is that of the `BestK` in `keep`."""
+        """Return metric and mode for "best"; defaults are those of the `BestK` in `keep`."""
         policy = first_best(self._keep)
         if metric is None:
             if policy is None:
@@ -243,7 +243,7 @@ async def _series(catalog: Catalog, directory: str, names: NameTemplate) -> Seri
 def locate(
     path: str | os.PathLike[str], home: Store, options: Mapping[str, Any] | None = None
 ) -> tuple[Store, str]:
-    """Return the store and the name of a path; a bare name is one of `home`, and so is what `home` lists."""
+    """Return store and file name of a path; bare names and paths in the directory of `home` are in `home`."""
     given = os.fspath(path)
     directory, _, name = given.rpartition("/")
     if "/" not in given or given == home.path_of(name):
@@ -263,7 +263,7 @@ def _opened(
         raise TypeError(f"store must be an asyncckpt.stores.Store, not {store!r}; a path is a directory")
     if options:
         raise ValueError(
-            f"storage_options go with a URL, not with a store; give {sorted(options)} to what makes the store"
+            f"storage_options go with a URL, not with a store; create the store with {sorted(options)}"
         )
     return store
 

@@ -1,4 +1,4 @@
-"""Run blocking functions off the event loop, and tasks side by side; wait for what other threads change."""
+"""Run blocking functions off the event loop and tasks concurrently; wait for changes by other threads."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ T = TypeVar("T")
 async def in_thread(func: Callable[..., T], *args: Any, limiter: CapacityLimiter | None = None) -> T:
     """Call `func` on a worker thread; a cancelled caller waits until it has returned.
 
-    From Python 3.12 on no thread is started once the interpreter has begun to shut down, which is when the
-    last saves are finished. Then `func` runs where it is.
+    From Python 3.12 on no thread can be started during the shutdown of the interpreter, in which the last
+    saves are finished. `func` then runs on the calling thread.
     """
     called = False
 
@@ -50,7 +50,7 @@ async def in_thread(func: Callable[..., T], *args: Any, limiter: CapacityLimiter
 
 
 def uninterrupted(func: Callable[[], T]) -> T:
-    """Call `func` in another thread, where signal handlers do not interrupt it, and return its result."""
+    """Call `func` in another thread, where no signal handler interrupts it, and return its result."""
     answer: SimpleQueue[tuple[T | None, BaseException | None]] = SimpleQueue()
 
     def call() -> None:
@@ -70,9 +70,9 @@ def uninterrupted(func: Callable[[], T]) -> T:
 
 
 def start_threads(threads: Iterable[Thread], into: list[Thread]) -> None:
-    """Start threads, each of them then appended to `into`.
+    """Start threads, and append each one to `into`.
 
-    An interrupted `Thread.start` would leave a thread that runs and that nobody knows of.
+    A `Thread.start` that a signal handler interrupts would leave a running thread without a reference to it.
 
     Raises:
         RuntimeError: the system or a limit refuses one.
@@ -86,37 +86,35 @@ def start_threads(threads: Iterable[Thread], into: list[Thread]) -> None:
     uninterrupted(start)
 
 
-# Whoever waits looks again after this many seconds at the latest: a thread that is interrupted between a
-# change and its notice would otherwise be waited for in vain.
+# Waiters check again after this many seconds: a thread may be interrupted between a change and its notice.
 _LOOK_AGAIN = 1.0
-# One lock for all, held for moments only: so a signal handler can tell whether it broke into one of them.
+# One lock for all conditions, held only briefly: a signal handler can check whether it interrupted a holder.
 _lock = RLock()
 
 
 def is_locked_by_caller() -> bool:
-    """Return whether the calling thread holds the lock: a signal handler that finds it held broke into that.
+    """Return whether the calling thread holds the lock; in a signal handler, whether it interrupted a holder.
 
-    Whatever other threads do then has to wait until the handler has returned, and what the lock guards may be
-    half changed.
+    Other threads then wait for the lock until the handler returns, and guarded data may be half changed.
     """
     owned: bool = _lock._is_owned()  # type: ignore[attr-defined]
     return owned
 
 
 def handler_error(what: str) -> BusyError:
-    """Return the error that tells a signal handler that it cannot do `what` here, and what to do instead."""
+    """Return the error for a signal handler that called `what` while it interrupted asyncckpt."""
     return BusyError(
-        f"{what} was called by a signal handler that broke into asyncckpt, and would wait for itself; set a"
+        f"{what} was called by a signal handler that interrupted asyncckpt, and would wait for itself; set a"
         " flag in the handler and act on it in the loop (see asyncckpt.StopOnSignal)"
     )
 
 
 class Condition:
-    """A condition variable that exceptions raised by signal handlers leave usable.
+    """A condition variable that stays usable when a signal handler raises an exception.
 
-    `threading.Condition` does not: its `__enter__` is Python code, in which a KeyboardInterrupt may come when
-    the lock is taken already, and then nobody releases it. This one is entered by C code alone, and nobody
-    waits while holding the lock. A `concurrent.futures.Future` can have one in place of its own.
+    `threading.Condition` does not: its `__enter__` is Python code, in which a KeyboardInterrupt can leave the
+    lock taken forever. This one is entered in C code only, and waits without holding the lock. It can replace
+    the condition of a `concurrent.futures.Future`.
     """
 
     __enter__ = _lock.__enter__
@@ -125,16 +123,16 @@ class Condition:
     release = _lock.release
 
     def __init__(self) -> None:
-        self._bells: set[SimpleQueue[None]] = set()
+        self._wakeups: set[SimpleQueue[None]] = set()
 
     def until(self, attempt: Callable[[], T], timeout: float | None = None) -> T:
-        """Call `attempt` under the lock, again after each change, until it returns something true.
+        """Call `attempt` under the lock, and again after each change, until its result is true.
 
         Returns:
-            What it returned last; after `timeout` seconds that is something false.
+            The last result, which is false after `timeout` seconds.
 
         Raises:
-            BusyError: this is a signal handler that broke into a use of the lock.
+            BusyError: called by a signal handler that interrupted a holder of the lock.
         """
         if is_locked_by_caller():
             raise handler_error("a wait")
@@ -143,9 +141,9 @@ class Condition:
         if result or timeout == 0:
             return result
         end = None if timeout is None else time.monotonic() + timeout
-        bell: SimpleQueue[None] = SimpleQueue()
+        wakeup: SimpleQueue[None] = SimpleQueue()
         try:
-            self._bells.add(bell)
+            self._wakeups.add(wakeup)
             while True:
                 with self:
                     result = attempt()
@@ -153,14 +151,14 @@ class Condition:
                 if result or left <= 0:
                     return result
                 with suppress(Empty):
-                    bell.get(timeout=left)
+                    wakeup.get(timeout=left)
         finally:
-            self._bells.discard(bell)
+            self._wakeups.discard(wakeup)
 
     def notify_all(self) -> None:
-        """Have all who wait try again."""
-        for bell in tuple(self._bells):
-            bell.put(None)
+        """Wake all waiters."""
+        for wakeup in tuple(self._wakeups):
+            wakeup.put(None)
 
 
 os.register_at_fork(after_in_child=_lock._at_fork_reinit)  # type: ignore[attr-defined]
@@ -168,7 +166,7 @@ os.register_at_fork(after_in_child=_lock._at_fork_reinit)  # type: ignore[attr-d
 
 @asynccontextmanager
 async def tasks() -> AsyncIterator[TaskGroup]:
-    """Open a task group that raises the first error of its tasks, rather than a group of all of them."""
+    """Open a task group that raises the first error of its tasks instead of an exception group."""
     try:
         async with create_task_group() as group:
             yield group
@@ -180,13 +178,13 @@ async def tasks() -> AsyncIterator[TaskGroup]:
 
 
 async def for_each(func: Callable[[S], Awaitable[T]], items: Iterable[S], at_once: int) -> list[T]:
-    """Call `func` with each item, in order, and with several at once; returns the results in no order."""
+    """Call `func` with each item, `at_once` at a time; return the results in any order."""
     results: list[T] = []
     left = iter(items)
 
     async def work() -> None:
         for item in left:
-            results.append(await func(item))  # noqa: PERF401 - it is shared
+            results.append(await func(item))  # noqa: PERF401 - the list is shared
 
     async with tasks() as group:
         for _ in range(at_once):

@@ -1,3 +1,3 @@
-"""The version, told to users and written into every file."""
+"""The version, also written into every file."""
 
 __version__ = "0.1.0"

@@ -1,4 +1,4 @@
-"""The face for a training loop: save the checkpoints of a series, evict old ones, and find them again."""
+"""Checkpointer: save the checkpoints of a run in the background, evict old ones, and find them again."""
 
 from __future__ import annotations
 
@@ -39,33 +39,34 @@ if TYPE_CHECKING:
 
 
 class Checkpointer(Finder):
-    """Saves the checkpoints of one run into a directory, in the background, and finds them again.
+    """Save the checkpoints of one run to a directory, in the background, and find them again.
 
-    The checkpoints of one `filename` are a series. Several Checkpointers may have a series each in one
-    directory: none lists, restores or removes what is of another one. A path reads any file.
+    The checkpoints of one `filename` template form a series. Several Checkpointers can share a directory,
+    each with a series of its own: none lists, restores or removes checkpoints of another series. A path reads
+    any file.
 
     Args:
-        directory: a local path, or the URL of one of any fsspec file system; made if it is not there.
-        store: a store to save into instead of a directory: one of your own, or of `asyncckpt.testing`.
-        filename: template of the file names over `step` and the metrics, see `NameTemplate`.
-        keep: which checkpoints of the series stay after a commit: `BestK`, `LastN`, `EveryN`, `KeepAll`,
-            several of them combined with `|`, or any object with their `keep` method. The newest always
-            stays.
+        directory: a local path, or a URL of any fsspec file system; created if it does not exist.
+        store: a store to save to instead of a directory: a subclass of your own, or one of
+            `asyncckpt.testing`.
+        filename: template of the file names over `step` and the metrics:
+            `step-{step:08d}-{val_loss:.3f}.pt`. A metric `val/loss` is `{val_loss}`.
+        keep: which checkpoints of the series to keep after a commit: `BestK`, `LastN`, `EveryN`, `KeepAll`, a
+            combination with `|`, or any object with a `keep` method. The newest is always kept.
         max_in_flight: snapshots held in host memory at once.
-        when_busy: what `save` does when there are that many: "wait" for one to be durable, "skip" the new
-            one, or, from `max_in_flight=2`, "replace" the one that is still queued.
-        on_error: "raise" what failed from the next call, or a callable given the `Save` and its error, on a
-            background thread.
+        when_busy: what `save` does if there are that many: "wait" until one is durable, "skip" the new one,
+            or, with `max_in_flight` of at least 2, "replace" the one that is still queued.
+        on_error: "raise" a failure from the next call, or a callable that is called with the `Save` and the
+            error, on a background thread.
         on_commit: called with each `Checkpoint` once it is durable, on a background thread, before older
             ones are evicted.
-        storage_options: for the file system behind a URL, as fsspec takes them; a local path takes none.
+        storage_options: options of the file system of a URL, as fsspec takes them; invalid for a local path.
         overwrite: whether a checkpoint of another step may be replaced by one of the same name.
-        create: make the directory and remove what dead writers left there. With False, which is for programs
-            that only read, nothing is changed before the first save, and a directory that is not there is an
-            error.
+        create: create the directory, and remove temporary files of crashed runs. With False, for programs
+            that only read, nothing is changed before the first save, and a missing directory is an error.
 
     Raises:
-        StoreError: the directory cannot be made, read or written to.
+        StoreError: the directory cannot be created, read or written to.
         CheckpointNotFoundError: with `create=False`, there is no such directory.
         TypeError: neither or both of `directory` and `store` are given.
         ValueError: `storage_options` are given with a `store` or a local path.
@@ -126,11 +127,11 @@ class Checkpointer(Finder):
         del kind, trace
         self._closed = True
         try:
-            # A task that asyncio itself cancels is not shielded: it leaves at once, and what fails then is
-            # told by the next call, or at exit.
+            # asyncio's own cancellation is not shielded: the task leaves at once, and a later failure is
+            # raised by the next call or printed at exit.
             with CancelScope(shield=True):
                 await to_thread.run_sync(self._saver.drain, abandon_on_cancel=True)
-                await to_thread.run_sync(self._let_go)
+                await to_thread.run_sync(self._release)
             self._saver.raise_failures()
         except AsyncCkptError as failure:
             if error is None:
@@ -138,20 +139,20 @@ class Checkpointer(Finder):
             add_note(error, failure)
 
     def save(self, step: int, state: Any, *, metrics: Mapping[str, float] | None = None) -> Save:
-        """Save `state` in the background; returns as soon as it may change again.
+        """Save `state` in the background; return once it may be changed again.
 
         Args:
             step: the training step.
             state: anything torch.save takes. Stateful objects (with `state_dict` and `load_state_dict`) in
                 its dicts, lists and tuples are saved as their state dicts.
-            metrics: by name; for the file name, for retention, and for `best`.
+            metrics: values by name; for the file name, retention and `best`.
 
         Raises:
             SaveError: the state cannot be saved (the message gives the path of the entry), or an earlier save
-                failed and nobody has been told. Nothing was taken.
-            CheckpointExistsError: a checkpoint of another step has the name of this one.
-            ValueError: `keep` ranks by a metric that is not among `metrics`, or `filename` needs one.
-            BusyError: called from a callback or a signal handler, it would wait for itself.
+                failed and its error was not raised yet. This save was not started.
+            CheckpointExistsError: a checkpoint of another step already has this name.
+            ValueError: a metric that `keep` or `filename` needs is missing.
+            BusyError: called from a callback or a signal handler in which it would wait for itself.
         """
         began = time.perf_counter()
         step = checked_step(step, state)
@@ -169,39 +170,40 @@ class Checkpointer(Finder):
         target = FileTarget(self._store, name, description, self._writer)
         save = self._saver.save(collect(state), target, step, began)
         if not save.skipped:
-            self._writer.taken(name, step)
+            self._writer.note_name(name, step)
         return save
 
     def reserve(self, state: Any) -> int:
-        """Make host memory for snapshots of `state` ready, so that the first save costs what later ones do.
+        """Allocate host memory for snapshots of `state`, so that the first save is as fast as later ones.
 
-        An optimizer has no state before its first step: reserve after it, or the memory grows once.
+        Call it after the first optimizer step: before that the optimizer has no state, and the memory has to
+        grow at the first save.
 
         Returns:
-            Bytes of one snapshot.
+            Size of one snapshot in bytes.
         """
         return self._saver.reserve(collect(state))
 
     def wait(self, timeout: float | None = None) -> None:
-        """Wait until all pending saves are durable and evictions done.
+        """Wait until all pending saves are durable and their evictions are done.
 
         Raises:
-            SaveError: what failed since the last time.
-            BusyError: the time, in seconds, was too short; the saves go on.
+            SaveError: for failures that were not raised before.
+            BusyError: saves are still pending after `timeout` seconds; they continue.
         """
         self._saver.drain(timeout)
         self._saver.raise_failures()
 
     def close(self, timeout: float | None = None) -> None:
-        """Wait as `wait` does, and take no more saves."""
+        """Wait as `wait` does, and refuse further saves."""
         self._closed = True
         try:
             self.wait(timeout)
         finally:
-            self._let_go()
+            self._release()
 
-    def _let_go(self) -> None:
-        """Let another rank have the series, once nothing of it is pending here, and the engine end."""
+    def _release(self) -> None:
+        """Release the engine, and the claim on the series unless a save of it is pending."""
         if self._unclaim is not None and not self._saver.pending:
             self._unclaim()
         self._saver.close()

@@ -1,4 +1,4 @@
-"""What can go wrong, each error also being the built-in one that a caller would catch."""
+"""Errors; each derives from the built-in class that a caller would catch."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ logger = logging.getLogger("asyncckpt")
 
 
 class AsyncCkptError(Exception):
-    """Base of every error that asyncckpt raises itself."""
+    """Base class of the errors of asyncckpt."""
 
 
 class SaveError(AsyncCkptError):
     """A save did not become a checkpoint; the cause is chained."""
 
 
-class SaveSkipped(SaveError):  # noqa: N818 - the contract's name: a decision, not a defect
-    """A save was not taken, or was replaced while it was queued, because the writer was busy."""
+class SaveSkipped(SaveError):  # noqa: N818 - a public name; it reports a decision, not an error
+    """A save was skipped, or replaced while it was queued, because earlier saves were pending."""
 
 
 class UnpicklableStateError(SaveError, TypeError):
@@ -27,15 +27,15 @@ class UnpicklableStateError(SaveError, TypeError):
 
 
 class ShardedStateError(SaveError, TypeError):
-    """An entry of the state is spread over several ranks; the message gives its path."""
+    """An entry of the state is sharded over several ranks; the message gives its path."""
 
 
 class CorruptCheckpointError(AsyncCkptError, ValueError):
-    """A file is not a whole checkpoint: a damaged record, a cut end, or another format."""
+    """A file is not a whole checkpoint: it has a damaged record, is truncated, or has another format."""
 
 
 class UnsafeStateError(AsyncCkptError, UnpicklingError):
-    """`weights_only=True` refuses what a file holds; the message names the entries and their classes."""
+    """`weights_only=True` refuses entries of a file; the message names them and their classes."""
 
 
 class UnloadableStateError(AsyncCkptError, UnpicklingError):
@@ -43,15 +43,15 @@ class UnloadableStateError(AsyncCkptError, UnpicklingError):
 
 
 class StateMismatchError(AsyncCkptError, ValueError):
-    """A checkpoint does not fit the live state; every misfit is listed and nothing was applied."""
+    """A checkpoint does not fit the live state; the message lists every mismatch, nothing was changed."""
 
 
 class PartialRestoreError(AsyncCkptError, RuntimeError):
-    """A restore failed, and not all could be put back; the message lists what is neither old nor new."""
+    """A restore failed and was not undone completely; the message lists the inconsistent entries."""
 
 
 class CheckpointNotFoundError(AsyncCkptError, FileNotFoundError):
-    """No committed checkpoint answers to what was asked for."""
+    """There is no such committed checkpoint."""
 
 
 class CheckpointExistsError(SaveError, FileExistsError):
@@ -59,7 +59,7 @@ class CheckpointExistsError(SaveError, FileExistsError):
 
 
 class BusyError(AsyncCkptError, TimeoutError):
-    """Pending work did not end within the given time; it goes on."""
+    """Pending work did not end in time, and continues; or a call would wait for itself."""
 
 
 class StoreError(AsyncCkptError, OSError):
@@ -67,11 +67,11 @@ class StoreError(AsyncCkptError, OSError):
 
 
 class SignalError(AsyncCkptError, ValueError):
-    """A signal is not known, or its handler cannot be set here."""
+    """A signal is unknown, or its handler cannot be set on this thread."""
 
 
 def add_note(error: BaseException, failure: AsyncCkptError) -> None:
-    """Log a failure beside an exception of the caller's, which matters more, and note it there."""
+    """Log a failure, and add it as a note to the caller's exception, which is the one raised."""
     logger.error("while %s was raised: %s", type(error).__name__, failure)
     if hasattr(error, "add_note"):
         error.add_note(f"asyncckpt: {failure}")

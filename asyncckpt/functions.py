@@ -1,4 +1,4 @@
-"""torch.save and torch.load, in the background and in parallel."""
+"""Background and parallel counterparts of torch.save and torch.load."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ if TYPE_CHECKING:
     from asyncckpt._loading.unpickle import MapLocation
     from asyncckpt._saving.save import Save
 
-# One being written and one being taken: two files saved one after the other do not wait for each other.
+# Two in flight: a second file does not wait until the first one is written.
 _saver = Saver(max_in_flight=2, keeps=False)
 
 
 def save(
     state: Any, path: str | os.PathLike[str], *, storage_options: Mapping[str, Any] | None = None
 ) -> Save:
-    """Save `state` to a file in the background, as torch.save would; returns when the state may change.
+    """Save `state` to a file in the background, as torch.save would; return once it may be changed.
 
-    The file appears under its name when it is complete and durable, and then replaces what was there. Missing
-    directories are made. At most two snapshots are held in host memory; a third save waits for the first.
+    The file gets its name when it is complete and durable, and replaces an existing one then. Missing
+    directories are created. At most two snapshots are held in host memory; a third save waits for the first.
 
     Args:
         state: anything torch.save takes.
-        path: a local path, or the URL of a file of any fsspec file system.
-        storage_options: for the file system behind a URL, as fsspec takes them.
+        path: a local path, or a URL of any fsspec file system.
+        storage_options: options of the file system of a URL, as fsspec takes them.
 
     Raises:
-        SaveError: the state cannot be saved, or an earlier save failed and nobody has been told. Nothing was
-            taken.
+        SaveError: the state cannot be saved (the message gives the path of the entry), or an earlier save
+            failed and its error was not raised yet. This save was not started.
     """
     began = time.perf_counter()
     store, name = locate(_checked(path), open_store("."), storage_options)
@@ -53,7 +53,7 @@ def save(
     except BaseException:
         unclaim()
         raise
-    # Whether it fails or not; a later save of this rank to the same file claims it anew.
+    # Also after a failure; a later save of this rank to the same file claims it again.
     saved.committed.add_done_callback(lambda _: unclaim())
     return saved
 
@@ -65,21 +65,21 @@ def load(
     weights_only: bool = True,
     storage_options: Mapping[str, Any] | None = None,
 ) -> Any:
-    """Load a file of asyncckpt or torch.save, as torch.load would, in parallel and with every byte checked.
+    """Load a file of asyncckpt or torch.save, as torch.load would, in parallel, with every checksum compared.
 
     Waits for pending saves of this process first.
 
     Args:
-        path: a local path, or the URL of a file of any fsspec file system.
+        path: a local path, or a URL of any fsspec file system.
         map_location: as in torch.load.
         weights_only: as in torch.load.
-        storage_options: for the file system behind a URL, as fsspec takes them.
+        storage_options: options of the file system of a URL, as fsspec takes them.
 
     Raises:
         CheckpointNotFoundError: there is no such file.
-        CorruptCheckpointError: names the damaged record.
-        UnsafeStateError: `weights_only` does not allow what is in it; names the entries.
-        UnloadableStateError: its objects cannot be rebuilt here.
+        CorruptCheckpointError: the file is damaged; the message names the record.
+        UnsafeStateError: `weights_only=True` refuses some entries; the message names them.
+        UnloadableStateError: its objects cannot be built here, for example because a class is missing.
     """
     wait_for_pending()
     store, name = locate(_checked(path), open_store("."), storage_options)
@@ -91,8 +91,8 @@ def wait(timeout: float | None = None) -> None:
     """Wait until all files given to `save` are durable.
 
     Raises:
-        SaveError: what failed since the last time.
-        BusyError: the time, in seconds, was too short; the saves go on.
+        SaveError: for failures that were not raised before.
+        BusyError: saves are still pending after `timeout` seconds; they continue.
     """
     _saver.drain(timeout)
     _saver.raise_failures()
@@ -103,7 +103,7 @@ def _checked(path: Any) -> str:
         text = os.fspath(path)
     except TypeError:
         raise TypeError(
-            f"path must be a str or a path, not {type(path).__name__}; the order is save(state, path)"
+            f"path must be a str or path-like, not {type(path).__name__}; the arguments are save(state, path)"
         ) from None
     if not isinstance(text, str) or not text or text.endswith("/"):
         raise ValueError(f"{text!r} does not name a file")

@@ -1,4 +1,4 @@
-"""Turn termination signals into a flag that a training loop looks at."""
+"""Turn termination signals into a flag that a training loop checks."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ if TYPE_CHECKING:
 
 _DEFAULTS = (signal.SIGTERM, signal.SIGHUP)
 _ENDINGS = (signal.SIG_DFL, signal.default_int_handler)
-# A worker gets one request twice: from the scheduler, which signals every process, and from torchrun.
+# One request reaches a worker twice: from the scheduler, which signals every process, and from torchrun.
 _REPEATED_SECONDS = 1.0
 
 
 class StopOnSignal:
-    """Note signals that ask the process to end, so that a loop can save and leave. Use it as a context.
+    """Context manager that notes termination signals, so that a training loop can save and stop.
 
-    It is true once a signal came. Enter it before the `Checkpointer`, so that a signal does not end the
-    process while the last save is waited for::
+    The instance is true once a signal was received. Enter it before the `Checkpointer`, so that no signal
+    ends the process during the wait for the last save::
 
         with StopOnSignal() as stop, Checkpointer("runs/gpt") as ckpt:
             for step in range(start, steps):
@@ -36,26 +36,25 @@ class StopOnSignal:
                     break
         stop.exit()
 
-    The handler only notes the signal. What happens besides depends on the handler that was there before:
+    The handler notes the signal. Its other effects depend on the previous handler:
 
-    - The default action, also Python's for SIGINT: a second signal of the kind takes it, so that the process
-      can be ended. A signal that comes within a second of the first one of its kind counts as the same.
-    - A Python function: it is called for every signal, as it would be without this, and what it raises is
-      raised.
+    - The default action, also Python's for SIGINT: a second signal of the same kind takes it, so that the
+      process can be ended. Signals within a second of the first one of their kind count as one.
+    - A Python function: it is called for every signal, and its exceptions are raised.
     - Ignored: SIGTERM and SIGHUP stay ignored, as SIGHUP is under nohup, unless they are given as arguments.
 
-    Leaving restores the handlers that were there, except where another one has been set meanwhile. A forked
-    child has the former handlers. Each rank of a process group gets the signal at another step, or not at
-    all: let all ranks agree, with an `all_reduce` of `bool(stop)`, before they stop.
+    Leaving restores the previous handlers, except those that were replaced meanwhile. A forked child has the
+    previous handlers. Ranks of a process group receive the signal at different steps, or not at all: let them
+    agree with an `all_reduce` of `bool(stop)` before they stop.
 
     Args:
         signals: names ("SIGUSR1", "USR1") or numbers (`signal.SIGUSR1`); by default SIGTERM and SIGHUP.
 
     Raises:
-        SignalError: a signal is not known.
+        SignalError: a signal is unknown.
 
     Attributes:
-        signum: the signal that came first, or None.
+        signum: the first signal received, or None.
     """
 
     def __init__(self, *signals: str | int) -> None:
@@ -63,7 +62,7 @@ class StopOnSignal:
         self._signals = tuple(dict.fromkeys(map(_signal_of, signals or _DEFAULTS)))
         self._keep_ignored = not signals
         self._previous: dict[int, Any] = {}
-        self._first: dict[int, float] = {}  # when the first of each kind came
+        self._first: dict[int, float] = {}  # time of the first signal of each kind
 
     def __repr__(self) -> str:
         names = ", ".join(number.name for number in self._signals)
@@ -76,8 +75,8 @@ class StopOnSignal:
         """Set the handlers.
 
         Raises:
-            SignalError: this is not the main thread, a handler cannot be set, or it could not be restored
-                later because C code has set the present one; no handler was changed.
+            SignalError: this is not the main thread, a handler cannot be set, or the present one was set by C
+                code and could not be restored; no handler was changed.
         """
         if self in _entered:
             raise SignalError(f"{self!r} is entered already; make another one")
@@ -96,9 +95,9 @@ class StopOnSignal:
         self._leave()
 
     def exit(self) -> None:
-        """End the process with the status that the signal gives in a shell, 128 + its number, if one came.
+        """If a signal was received, raise SystemExit with the shell's status for it, 128 + its number.
 
-        This raises SystemExit: what is pending is finished, and exit handlers run.
+        Pending saves are finished, and exit handlers run.
         """
         if self.signum is not None:
             raise SystemExit(128 + self.signum)
@@ -158,7 +157,7 @@ def _signal_of(value: str | int) -> signal.Signals:
 
 
 def _restore_in_child() -> None:
-    """Let signals end a forked child, whose parent sends them to end it."""
+    """Restore the handlers in a forked child, which its parent ends by signals."""
     for entered in reversed(_entered):
         entered._restore()
 

@@ -1,4 +1,4 @@
-"""The plain data that the floors hand to each other: no torch, no I/O."""
+"""Plain data that the rooms exchange: no torch, no I/O."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     Offsets = npt.NDArray[np.int64]
 
 
-# The classes under which torch's file format names storages, each for a dtype.
+# Storage classes in torch's file format, and their dtypes.
 STORAGE_DTYPES = {
     "FloatStorage": "float32",
     "DoubleStorage": "float64",
@@ -37,12 +37,12 @@ class Checkpoint:
 
     Attributes:
         step: the step given to `save`; None for a file saved without one.
-        path: where it is, a local path or a URL.
+        path: local path or URL of the file.
         metrics: the metrics given to `save`.
         nbytes: size of the file in bytes.
         created: wall time of the snapshot, seconds since the epoch.
-        sequence: its place in the order of commits of its directory, from 1.
-        filename: the template of the series that it belongs to; None if the file does not tell.
+        sequence: position in the order of commits of its directory, from 1; 0 for a file without one.
+        filename: template of its series; None if the file has none.
     """
 
     step: int | None
@@ -56,19 +56,19 @@ class Checkpoint:
 
 @dataclass(slots=True)
 class SaveStats:
-    """What one save cost, in seconds and bytes; each figure is filled in as it becomes known.
+    """Cost of one save, in seconds and bytes; complete once `committed` is done.
 
     Attributes:
-        stall: what the training thread lost: the call of `save`, from entry to return.
-        wait: of that, for an earlier save to make room.
-        freeze: of that, deciding what the file will hold.
-        copy: of that, copying tensors to host memory.
-        checksum, write: in the background, and overlapping: CRC-32, and from the first write to the last.
+        stall: duration of the call of `save`, which the training thread lost.
+        wait: part of `stall`: waiting for an earlier save.
+        freeze: part of `stall`: pickling everything but the tensors' bytes.
+        copy: part of `stall`: copying tensors to host memory.
+        checksum, write: in the background, overlapping: CRC-32; from the first write to the end of the last.
         sync: making the bytes durable.
-        commit: from the last byte written to the durable name, `sync` included.
-        durable: from the call of `save` to the durable name.
+        commit: from the end of the last write until the name is durable, `sync` included.
+        durable: from the call of `save` until the name is durable.
         nbytes: size of the file.
-        queue_depth: operations that were before this one in the engine's line.
+        queue_depth: operations that were queued before this save.
     """
 
     stall: float = 0.0

@@ -76,7 +76,7 @@ def assert_waits(ended: Callable[[], object]) -> None:
 def _waits(frame: FrameType | None) -> bool:
     while frame is not None:
         # The first attempt has failed, and the call sleeps until something changes.
-        if frame.f_code is Condition.until.__code__ and "bell" in frame.f_locals:
+        if frame.f_code is Condition.until.__code__ and "wakeup" in frame.f_locals:
             return True
         frame = frame.f_back
     return False

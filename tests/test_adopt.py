@@ -250,7 +250,7 @@ def test_a_name_that_the_template_would_write_otherwise_is_refused(run: Path) ->
     torch.save({}, run / "ckpt_5.pth")
     result = adopt(run)
     assert result.exit_code == 1
-    told = f"ckpt_5.pth: the template {TEMPLATE!r} does not make this name of step 5"
+    told = f"ckpt_5.pth: the template {TEMPLATE!r} gives step 5 another name"
     assert told in result.stderr
     assert "adopted 3 files; 1 refused\n" in result.stdout
 

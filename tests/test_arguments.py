@@ -33,10 +33,10 @@ def test_a_step_that_is_no_int_is_a_type_error(tmp_path: Path, step: Any) -> Non
 def test_swapped_arguments_are_told(tmp_path: Path) -> None:
     with (
         Checkpointer(tmp_path) as ckpt,
-        pytest.raises(TypeError, match=r"not dict; the order is save\(step, s"),
+        pytest.raises(TypeError, match=r"not dict; the arguments are save\(step, s"),
     ):
         ckpt.save(state_of(1), 1)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match=r"not dict; the order is save\(state, path\)"):
+    with pytest.raises(TypeError, match=r"not dict; the arguments are save\(state, path\)"):
         asyncckpt.save("model.pt", state_of(1))  # type: ignore[arg-type]
 
 

@@ -147,7 +147,7 @@ async def test_a_failure_that_nobody_awaited_is_raised_by_leaving_the_block(faul
             ckpt.save(1, state_of(1))
 
 
-async def test_a_failure_after_waiting_was_given_up_is_still_heard(gate: Gate, gated: SlowStore) -> None:
+async def test_a_failure_after_waiting_was_given_up_is_still_reported(gate: Gate, gated: SlowStore) -> None:
     ckpt = Checkpointer(store=gated)
     save = ckpt.save(1, state_of(1))
     with pytest.raises(asyncio.TimeoutError):

@@ -1,4 +1,4 @@
-"""`asyncckpt inspect`: what a file holds is shown, and whoever made it does not get to run anything."""
+"""`asyncckpt inspect`: the contents of a file are shown, and nothing in it is executed."""
 
 from __future__ import annotations
 
@@ -218,9 +218,7 @@ def test_a_malicious_file_is_shown_as_such_and_does_nothing(
     if how == "EXT":
         assert "unregistered extension code 247" in inspect(path).stderr
     else:
-        warning = shown(path).partition("torch.load(weights_only=True) refuses this file, since it names:\n")[
-            2
-        ]
+        warning = shown(path).partition("torch.load(weights_only=True) refuses this file because of:\n")[2]
         named = {"os.system", "builtins.eval", "strangers.Making"}
         assert named.intersection(line.strip() for line in warning.splitlines())
         assert named.intersection(document(path)["refused_by_weights_only"])
@@ -314,8 +312,8 @@ def test_tensors_that_are_not_in_the_file_are_marked(tmp_path: Path) -> None:
     path = write_file(tmp_path / "y.pt", reader.get_record("data.pkl"), bytes(8))
     text = shown(path)
     assert rows(text, "tensor") == {
-        "w": ["float32", "4", "16 B", "is not all in the file"],
-        "v": ["float32", "2", "8 B", "is not all in the file"],
+        "w": ["float32", "4", "16 B", "incomplete in the file"],
+        "v": ["float32", "2", "8 B", "incomplete in the file"],
     }
     assert [row["in_file"] for row in document(path)["tensors"]] == [False, False]
 

@@ -97,7 +97,7 @@ def test_the_best_is_that_of_the_metric_asked_for(tmp_path: Path) -> None:
     assert marked(listed(tmp_path, "--best", "loss"), "best") == [2]
     assert marked(listed(tmp_path, "--best", "loss:max"), "best") == [1]
     assert marked(listed(tmp_path, "--best", "acc:min"), "best") == [1]
-    assert "best: give --best METRIC[:min|max], with one of loss, acc\n" in ls(tmp_path).stdout
+    assert "best: not shown; choose with --best METRIC[:min|max], one of loss, acc\n" in ls(tmp_path).stdout
     assert "best: highest acc (--best acc:min" in ls(tmp_path, "--best", "acc:max").stdout
 
 
@@ -310,7 +310,7 @@ def test_directories_below_are_listed_if_wanted(tmp_path: Path, scheme: str) -> 
     top = f"{scheme}{tmp_path}/top"
     save(f"{top}/b/deep", {1: {}, 2: {}})
     save(f"{top}/a", {5: {}})
-    there = f"in {top}/a, {top}/b/deep; --recursive looks there\n"
+    there = f"in {top}/a, {top}/b/deep (use --recursive)\n"
     assert ls(top).output.endswith(there)
     paths = [entry["path"] for entry in listed(top, "-r")]
     assert paths == [
@@ -326,7 +326,7 @@ def test_a_dcp_checkpoint_is_named(tmp_path: Path) -> None:
     torch.save({}, tmp_path / "__0_0.distcp")
     result = ls(tmp_path)
     assert result.exit_code == 0
-    assert "which is one of torch.distributed.checkpoint: its dcp.load reads it\n" in result.stdout
+    assert "it is a checkpoint of torch.distributed.checkpoint, which dcp.load reads\n" in result.stdout
 
 
 def test_a_file_that_vanishes_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -110,7 +110,7 @@ MISTAKES = (
 def test_a_policy_that_does_not_parse_removes_nothing(run: Path, spec: str) -> None:
     result = prune(run, "--keep", "last:1", "--keep", spec)
     assert result.exit_code == 2
-    assert f"{spec!r} is no policy; use best:K:METRIC[:min|max], last:N or every:N" in result.stderr
+    assert f"{spec!r} is not a policy; use best:K:METRIC[:min|max], last:N or every:N" in result.stderr
     assert len(names(run)) == 5
 
 
@@ -165,8 +165,8 @@ def test_what_a_link_leads_to_stays(
     assert result.exit_code == 0
     kept = {entry["name"]: entry["why"] for entry in json.loads(result.stdout)["kept"]}
     assert kept == {
-        "200.pt": ["best.ckpt leads to it", "last.ckpt leads to it"],
-        "300.pt": ["whole.ckpt leads to it"],
+        "200.pt": ["target of best.ckpt", "target of last.ckpt"],
+        "300.pt": ["target of whole.ckpt"],
         "500.pt": ["last:1"],
     }
     assert torch.load(run / "last.ckpt")["a"].shape == (100,)
@@ -245,7 +245,7 @@ def test_the_last_good_file_is_not_removed(run: Path) -> None:
     *_, named, advice = result.stderr.splitlines()
     assert f"{run}/500.pt: record archive/data/0 (400 bytes) is damaged" in named
     assert advice == (
-        "asyncckpt: nothing was removed, as these are to stay: move or remove them, then prune again"
+        "asyncckpt: nothing was removed: files that stay are damaged; move or delete them, then prune again"
     )
     rows = [line.split()[:2] for line in result.stdout.splitlines()]
     assert ["damaged", "500.pt"] in rows
@@ -414,4 +414,4 @@ def test_old_files_are_of_the_series_that_goes_on_with_them(tmp_path: Path) -> N
     result = prune(tmp_path, "--keep", "last:1")
     assert result.exit_code == 0
     assert names(tmp_path) == {"3.pt", "other-2.pt"}
-    assert "(not told)" in result.stdout
+    assert "(unknown)" in result.stdout

@@ -175,7 +175,7 @@ def test_what_has_no_checksums_is_named_and_unchecked(run: Path) -> None:
     assert result.exit_code == 0, result.output
     lines = [line.split(maxsplit=3) for line in result.stdout.splitlines()]
     unchecked = [words[3] for words in lines if words[0] == "unchecked"]
-    because = "which has no checksums that verify knows"
+    because = "without checksums that verify can compare"
     assert unchecked == [
         f"{run}/model.safetensors: a safetensors file, {because}",
         f"{run}/old.bin: of the format that torch.save had before 1.6, {because}",
@@ -224,7 +224,7 @@ def test_directories_below_are_verified_if_wanted(tmp_path: Path, scheme: str) -
             checkpointer.save(1, {})
     result = verify(top)
     assert result.exit_code == 2
-    there = f"there is no checkpoint in {top}, but in {top}/a, {top}/b/deep; --recursive looks there"
+    there = f"there is no checkpoint in {top}; there are some in {top}/a, {top}/b/deep (use --recursive)"
     assert result.stderr == f"asyncckpt: {there}\n"
     result = verify(top, "-r")
     assert result.exit_code == 0, result.output

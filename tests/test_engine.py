@@ -71,7 +71,7 @@ def test_skip_gives_way_while_the_writer_is_busy(tmp_path: Path, gate: Gate) -> 
         assert [save.skipped for save in saves] == [False, False, True, True, True]
         assert all(save.snapshotted.done() for save in saves)
         for save in saves[2:]:
-            with pytest.raises(SaveSkipped, match="2 saves are still being written"):
+            with pytest.raises(SaveSkipped, match="2 earlier saves are still being written"):
                 save.committed.result(0)
         assert get_engine().arena.statistics().leases == 2
         gate.open()
@@ -87,7 +87,7 @@ def test_replace_takes_the_place_of_the_queued_save(tmp_path: Path, gate: Gate) 
         gate.wait_for_arrival()
         saves += [ckpt.save(step, state_of(step)) for step in range(1, 6)]
         assert [save.skipped for save in saves] == [False, True, True, True, True, False]
-        with pytest.raises(SaveSkipped, match="a newer save took its place"):
+        with pytest.raises(SaveSkipped, match="replaced in the queue by a newer save"):
             saves[2].committed.result(0)
         assert get_engine().arena.statistics().leases == 2
         gate.open()
@@ -189,7 +189,7 @@ def test_waiting_can_be_bounded_and_the_saves_go_on(tmp_path: Path, gate: Gate) 
     ckpt = Checkpointer(store=gated_store(tmp_path, gate))
     save = ckpt.save(1, state_of(1))
     for give_up in (ckpt.wait, ckpt.close):
-        with pytest.raises(BusyError, match=r"1 saves? .* pending after 0\.01 s; .* go on") as told:
+        with pytest.raises(BusyError, match=r"1 saves? .* pending after 0\.01 s; they continue") as told:
             give_up(timeout=0.01)
         assert isinstance(told.value, TimeoutError)
     with pytest.raises(SaveError, match="closed"):

@@ -1,4 +1,4 @@
-"""A failed save is heard once, from the right place, and stops nothing else."""
+"""A failed save is reported once, from the right place, and stops nothing else."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_the_next_save_raises_a_failure_and_takes_nothing(store: FaultyStore) ->
         ckpt.save(1, state_of(1))
         get_engine().drain()
         with pytest.raises(
-            SaveError, match=r"step 1 .*the disk is gone; the save that is told of it was not taken"
+            SaveError, match=r"step 1 .*the disk is gone; the save that raised this was not started"
         ):
             ckpt.save(2, state_of(2))
         ckpt.save(3, state_of(3))
@@ -127,7 +127,7 @@ def test_an_eviction_that_fails_is_told_and_tried_again(store: FaultyStore) -> N
         ckpt.save(1, state_of(1))
         assert ckpt.save(2, state_of(2)).committed.result(60).step == 2
         with pytest.raises(
-            SaveError, match=r"2\.pt is saved, but older checkpoints were not evicted: the disk"
+            SaveError, match=r"2\.pt is saved, but evicting older checkpoints failed: the disk"
         ):
             ckpt.wait()
         assert steps(ckpt) == [1, 2]

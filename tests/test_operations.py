@@ -75,11 +75,11 @@ def test_what_follows_a_failed_operation_is_left_undone(tmp_path: Path) -> None:
     chained = operations.call(lambda: called.append("chained"), "x", exists=True, causes=[undone])
     operations.call(lambda: called.append("done"), "x", exists=True, causes=[other]).result(60)
     for left in (undone, chained):
-        with pytest.raises(SaveSkipped, match="left as it was"):
+        with pytest.raises(SaveSkipped, match="is unchanged"):
             left.result(60)
     assert (tmp_path / "old.pt").read_bytes() == b"old"
     assert called == ["done"]
-    assert not failed.heard
+    assert not failed.retrieved
 
 
 def test_a_save_that_fails_early_keeps_its_buffer_while_the_copy_goes_on(

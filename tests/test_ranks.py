@@ -120,15 +120,14 @@ def test_one_file_is_written_by_one_rank_at_once(interpreter: Interpreter, tmp_p
         interpreter,
         tmp_path,
         """
-from asyncckpt._saving.engine import get_engine
-from asyncckpt._saving.engine import Operation
+from asyncckpt._saving import operations
 import threading
 go_on = threading.Event()
 
 async def hold():
     await asyncckpt._threads.in_thread(go_on.wait)
 
-get_engine().submit(Operation(hold))  # what is saved now is pending until both have tried
+operations.submit(hold, "held", exists=True)  # what is saved now is pending until both have tried
 attempt(asyncckpt.save, {"w": torch.ones(3)}, f"{directory}/same.pt")
 attempt(asyncckpt.save, {"w": torch.ones(3)}, f"{directory}/{rank}.pt")
 dist.barrier()

@@ -1,4 +1,4 @@
-"""Check what a caller gives to a Checkpointer."""
+"""Check the arguments of a Checkpointer."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 
 
 def checked_step(step: Any, state: Any) -> int:
-    """Return a step as an int; raises TypeError if it is none, as where it changed places with the state."""
+    """Return a step as an int; raise TypeError if it is not one, for example if swapped with the state."""
     try:
         number = operator.index(step)
     except TypeError:
-        hint = "; the order is save(step, state)" if isinstance(state, int) else ""
+        hint = "; the arguments are save(step, state)" if isinstance(state, int) else ""
         raise TypeError(f"step must be an int, not {type(step).__name__}{hint}") from None
     if isinstance(step, bool):
         raise TypeError("step must be an int, not bool")
@@ -20,7 +20,7 @@ def checked_step(step: Any, state: Any) -> int:
 
 
 def checked_metrics(metrics: Mapping[str, float] | None) -> dict[str, float]:
-    """Return metrics as floats by name; raises TypeError if they are none."""
+    """Return metrics as floats by name; raise TypeError if one is not a number."""
     numbers: dict[str, float] = {}
     if metrics is not None and not isinstance(metrics, Mapping):
         raise TypeError(f"metrics must be a mapping of names to numbers, not {metrics!r}")
@@ -33,7 +33,7 @@ def checked_metrics(metrics: Mapping[str, float] | None) -> dict[str, float]:
 
 
 def check_options(max_in_flight: int, when_busy: str, on_error: object, on_commit: object) -> None:
-    """Raise unless these can say how saves queue up and who is told of them."""
+    """Raise TypeError or ValueError for invalid options of a saver."""
     if isinstance(max_in_flight, bool) or not isinstance(max_in_flight, int):
         raise TypeError(f"max_in_flight must be an int, not {max_in_flight!r}")
     if max_in_flight < 1:

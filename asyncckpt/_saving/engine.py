@@ -1,4 +1,4 @@
-"""The one engine of a process: an event loop in a thread, the arena, and an ordered line of operations."""
+"""The one engine of a process: an event loop in a thread, the arena, and an ordered queue of operations."""
 
 from __future__ import annotations
 
@@ -28,21 +28,20 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 logger = logging.getLogger("asyncckpt")
 
-# Left to the rest of the job when no limit is set, as a share of the physical memory.
+# Default limit, as a share of the physical memory.
 _SHARE_OF_MEMORY = 0.75
-_SHUTTING_DOWN = "the interpreter is shutting down; save, load and list before it does"
+_SHUTTING_DOWN = "the interpreter is shutting down; save, load and list earlier"
 
 
 class Operation(ABC):
-    """One entry of the line.
+    """One entry of the queue.
 
     Args:
-        effects: path -> whether something is there once this has been carried out; cleared when that is so,
-            or will not be.
+        effects: path -> whether it will exist after this operation; empty once the outcome is known.
 
     Attributes:
-        begun: whether it is being carried out, or has been.
-        withdrawn: whether it is not to be carried out.
+        begun: whether it runs, or has run.
+        withdrawn: whether it was withdrawn before it began.
     """
 
     begun = False
@@ -53,13 +52,13 @@ class Operation(ABC):
 
     @abstractmethod
     async def run(self) -> None:
-        """Carry it out, on the engine's event loop; deals with its own errors."""
+        """Run on the engine's event loop, and handle all errors."""
 
-    def left(self) -> None:  # noqa: B027 - most need not know
-        """Called when it has been carried out and is out of the line."""
+    def finished(self) -> None:  # noqa: B027 - most have nothing to do then
+        """Called after it has run and was removed from the queue."""
 
     def awaits_caller(self) -> bool:
-        """Return whether it cannot end before the calling thread goes on copying."""
+        """Return whether it cannot end before the calling thread continues its copy."""
         return False
 
 
@@ -68,10 +67,10 @@ class Statistics:
     """What asyncckpt holds in this process.
 
     Attributes:
-        pending: saves and removals that are not carried out yet.
-        threads: threads that run, those that copy included.
+        pending: queued saves, removals, links and copies, the running one included.
+        threads: running threads, copy threads included.
         memory: bytes of host memory, in use and free.
-        in_use: of those, bytes of snapshots that are being taken or written.
+        in_use: part of `memory`: snapshots that are being taken or written.
     """
 
     pending: int
@@ -81,14 +80,14 @@ class Statistics:
 
 
 class Engine:
-    """Carries operations out one after another, in the order they were submitted, in the background."""
+    """Run operations in the background, one after another, in the order of submission."""
 
     def __init__(self, memory_limit: int | None = None) -> None:
         self.arena = Arena(memory_limit)
         self.given_up = False
         self._starting = threading.RLock()  # a signal handler that saves may break in anywhere
         self._changed = Condition()
-        self._line: list[Operation] = []  # the first one may have begun
+        self._queue: list[Operation] = []  # the first one may have begun
         self._users: weakref.WeakSet[Any] = weakref.WeakSet()
         self._calls: weakref.WeakSet[Callable[..., Any]] = weakref.WeakSet()
         self._releasing = False
@@ -98,20 +97,20 @@ class Engine:
         return f"<Engine depth={self.depth()} arena={self.arena!r}>"
 
     def depth(self) -> int:
-        """Return how many operations are not yet carried out."""
-        return len(self._line)
+        """Return the number of pending operations, the running one included."""
+        return len(self._queue)
 
     def submit(self, operation: Operation) -> None:
-        """Append `operation` to the line.
+        """Append `operation` to the queue.
 
-        The caller does not let go of the interpreter here, as it would if it woke the event loop itself: the
-        thread that waits for operations gets its turn when the caller next blocks.
+        This does not wake the event loop itself, which would take the interpreter from the caller: the queue
+        thread runs when the caller next blocks.
         """
         if _ended:
             raise SaveError(_SHUTTING_DOWN)
         with self._changed:
             if not operation.withdrawn:
-                self._line.append(operation)
+                self._queue.append(operation)
         try:
             self._started()
         except BaseException:
@@ -120,31 +119,31 @@ class Engine:
         self._changed.notify_all()
 
     def withdraw(self, operation: Operation) -> bool:
-        """Take `operation` out of the line, where it may not be yet; returns false if it has begun."""
+        """Remove `operation` from the queue, or keep it from being queued; return False if it has begun."""
         with self._changed:
             if operation.begun:
                 return False
             operation.withdrawn = True
-            if operation in self._line:
-                self._line.remove(operation)
+            if operation in self._queue:
+                self._queue.remove(operation)
         self._changed.notify_all()
         return True
 
     def pending(self, path: str) -> bool | None:
-        """Return whether `path` will exist after all that is in the line, or None if none of it tells."""
+        """Return whether `path` will exist after all queued operations; None if none of them changes it."""
         with self._changed:
-            return next((op.effects[path] for op in reversed(self._line) if path in op.effects), None)
+            return next((op.effects[path] for op in reversed(self._queue) if path in op.effects), None)
 
     def call(self, func: Callable[..., Awaitable[T]], *args: Any) -> T:
-        """Run an async function on the engine's loop, beside the line, and wait for its result.
+        """Run an async function on the engine's loop, not in the queue, and return its result.
 
         An exception that a signal handler raises meanwhile cancels it.
 
         Raises:
-            BusyError: this is a signal handler, and the loop may be waiting for what it broke into.
+            BusyError: called by a signal handler that interrupted a holder of the lock.
         """
         if is_locked_by_caller():
-            raise handler_error("a look at the store")
+            raise handler_error("access to the store")
         calling = partial(func, *args)
         with self._changed:
             unused = self._threads is None and self._is_unused()
@@ -158,53 +157,53 @@ class Engine:
             self._changed.notify_all()
 
     def drain(self, timeout: float | None = None) -> bool:
-        """Wait until the line is empty; returns whether it is."""
-        return self._changed.until(lambda: not self._line, timeout)
+        """Wait until the queue is empty; return whether it is."""
+        return self._changed.until(lambda: not self._queue, timeout)
 
     def refuse_to_wait(self, what: str, *, broken_into: bool = False) -> None:
         """Raise if the calling thread would wait for itself.
 
         Args:
-            what: is called.
-            broken_into: whether the caller knows that this is a signal handler which broke into a save.
+            what: the call, for the message.
+            broken_into: whether the caller is known to be a signal handler that interrupted a save.
 
         Raises:
-            BusyError: it is in a callback of an operation, or in a signal handler that broke into a copy.
+            BusyError: called in a callback of an operation, or in a signal handler that interrupted a copy.
         """
         if in_callback():
             raise BusyError(
-                f"{what} was called in a callback of a save, which would wait for itself; do it in the loop,"
-                " or in a thread of its own"
+                f"{what} was called in a callback of a save and would wait for itself; call it in the"
+                " training loop or in another thread"
             )
         with self._changed:
-            copying = any(operation.awaits_caller() for operation in self._line)
+            copying = any(operation.awaits_caller() for operation in self._queue)
         if broken_into or copying or is_locked_by_caller():
             raise handler_error(what)
 
     def give_up(self) -> list[str]:
-        """Let the process end without what is still in the line; returns the paths that it was to make."""
+        """Let the process end with operations pending; return the paths that they would have created."""
         self.given_up = True
         with self._changed:
-            return [path for operation in self._line for path, made in operation.effects.items() if made]
+            return [path for operation in self._queue for path, made in operation.effects.items() if made]
 
     def use(self, user: object) -> None:
-        """Keep threads and host memory between operations until `user` leaves, or is collected."""
+        """Keep threads and host memory between operations until `user` leaves or is garbage-collected."""
         self._releasing = False
         if user not in self._users:
             weakref.finalize(user, self._release_if_unused).atexit = False
             self._users.add(user)
 
     def leave(self, user: object) -> None:
-        """End a use. With the last one threads and host memory go, as soon as the line is empty."""
+        """End a use; after the last one, release threads and host memory once the queue is empty."""
         self._users.discard(user)
         self._release_if_unused()
-        if self._releasing and not self._line and not self._calls:
+        if self._releasing and not self._queue and not self._calls:
             self._wait_for_release()
 
     def release(self) -> None:
-        """Carry out what is in the line, then end the threads and unmap what is free of the host memory.
+        """Finish the queue, then end the threads and unmap free host memory.
 
-        The next operation starts them anew.
+        The next operation starts them again.
         """
         self.drain()
         self._releasing = True
@@ -216,26 +215,26 @@ class Engine:
         arena = self.arena.statistics()
         names = [thread.name for thread in threading.enumerate()]
         return Statistics(
-            pending=len(self._line),
+            pending=len(self._queue),
             threads=sum(name.startswith("asyncckpt") for name in names),
             memory=arena.mapped,
             in_use=arena.leased,
         )
 
     def _release_if_unused(self) -> None:
-        # Called by the garbage collector, too: nothing is done here that waits.
+        # Also called by the garbage collector, so it must not wait.
         if self._is_unused():
             self._releasing = True
             self._changed.notify_all()
 
     def _is_unused(self) -> bool:
-        return not list(self._users)  # one that is being collected may still be counted
+        return not list(self._users)  # the length may count one that is being collected
 
     def _wait_for_release(self) -> None:
-        """Wait until the threads have ended, unless somebody goes on using them."""
+        """Wait until the threads have ended, unless a new use keeps them."""
         threads = self._threads
         if threads is None:
-            self.arena.release()  # what was taken without them
+            self.arena.release()  # memory can be reserved without threads
         else:
             self._changed.until(lambda: self._threads is not threads or not self._releasing)
             if self._threads is not threads:
@@ -252,13 +251,13 @@ class Engine:
             return self._threads
 
     def _next(self, threads: EngineThreads) -> Next | None:
-        """Wait for the next operation and begin it; None when the threads are to end."""
+        """Wait for the next operation and mark it as begun; None if the threads have to end."""
         taken: list[Operation] = []
 
         def attempt() -> bool:
-            if self._line and not threads.ending:
-                self._line[0].begun = True
-                taken.append(self._line[0])
+            if self._queue and not threads.ending:
+                self._queue[0].begun = True
+                taken.append(self._queue[0])
             elif self._releasing and (_ended or not self._calls) and self._threads is threads:
                 threads.ending, self._threads = True, None
             return bool(taken) or threads.ending
@@ -268,16 +267,16 @@ class Engine:
 
     def _finished(self, operation: Operation) -> None:
         with self._changed:
-            self._line.remove(operation)
-        operation.left()
+            self._queue.remove(operation)
+        operation.finished()
         self._changed.notify_all()
 
 
 def wait_for_pending() -> None:
-    """Wait until everything submitted in this process is carried out; a callback of a save does not wait.
+    """Wait for all pending operations of this process; in a callback of a save, return at once.
 
     Raises:
-        BusyError: this is a signal handler that broke into a copy.
+        BusyError: called by a signal handler that interrupted a copy.
     """
     if _engine is not None and not in_callback():
         _engine.refuse_to_wait("a load")
@@ -285,7 +284,7 @@ def wait_for_pending() -> None:
 
 
 def get_engine() -> Engine:
-    """Return the engine of this process, made on first use and anew in a forked child."""
+    """Return the engine of this process, created on first use; a forked child creates its own."""
     global _engine  # noqa: PLW0603 - one per process is the point
     with _engine_lock:
         if _engine is None:
@@ -294,13 +293,13 @@ def get_engine() -> Engine:
 
 
 def set_memory_limit(nbytes: int | None) -> None:
-    """Cap the host memory that all snapshots of this process take together.
+    """Limit the host memory of all snapshots of this process together.
 
-    The default is three quarters of the physical memory. A save that finds no room waits for an earlier one
-    to be written; one that is larger than the cap fails.
+    The default is three quarters of the physical memory. A save that does not fit waits until earlier ones
+    are written; one that is larger than the limit fails.
 
     Args:
-        nbytes: the cap in bytes, or None for no cap.
+        nbytes: the limit in bytes, or None for no limit.
     """
     if nbytes is not None and nbytes <= 0:
         raise ValueError(f"the memory limit must be positive or None, not {nbytes}")
@@ -308,13 +307,13 @@ def set_memory_limit(nbytes: int | None) -> None:
 
 
 def release() -> None:
-    """Carry out what is pending, then give host memory back and end the threads of asyncckpt.
+    """Wait for pending operations, then release host memory and end the threads of asyncckpt.
 
-    Otherwise that happens when the last `Checkpointer` or plugin of the process is closed or collected. The
-    next save takes them anew.
+    Without this call, that happens when the last `Checkpointer` or plugin of the process is closed or
+    garbage-collected. The next save allocates and starts them again.
 
     Raises:
-        BusyError: called in a callback, or by a signal handler that broke into a save.
+        BusyError: called in a callback, or by a signal handler that interrupted a save.
     """
     engine = get_engine()
     engine.refuse_to_wait("release()")
@@ -327,7 +326,7 @@ def statistics() -> Statistics:
 
 
 def at_exit(report: Callable[[], object]) -> None:
-    """Have `report` called at the exit of the interpreter, once everything pending is carried out."""
+    """Call `report` at the exit of the interpreter, after all pending operations."""
     _reports.append(report)
 
 
@@ -336,15 +335,15 @@ def _default_limit() -> int:
 
 
 def _finish_at_exit() -> None:
-    """Finish what is pending when the main thread has ended; Ctrl-C gives it up, and says what it was."""
+    """Finish pending operations when the main thread has ended; Ctrl-C abandons and prints them."""
     try:
         _finish()
     finally:
-        _tell_what_is_given_up()
+        _print_given_up()
 
 
-def _tell_what_is_given_up() -> None:
-    """Print what is still pending, once; at last in an `atexit` function, if all before was interrupted."""
+def _print_given_up() -> None:
+    """Print pending paths, once. Also an `atexit` function, in case the exit hook was interrupted."""
     if _engine is not None and not _engine.given_up:
         for path in _engine.give_up():
             sys.stderr.write(f"asyncckpt: {path} is given up, as the exit was interrupted\n")
@@ -352,10 +351,10 @@ def _tell_what_is_given_up() -> None:
 
 def _finish() -> None:
     global _ended  # noqa: PLW0603
-    # Threads that go on training may go on saving: Python waits for them, too, but only after this.
+    # Other training threads may still save; Python waits for them as well, but only after this hook.
     while others := [thread for thread in threading.enumerate() if _is_waited_for(thread)]:
         others[0].join()
-    _ended = True  # a daemon thread that keeps saving does not keep the process
+    _ended = True  # from here on saves of daemon threads are refused
     if _engine is not None and not _engine.given_up:
         depth, began = _engine.depth(), time.monotonic()
         _engine.release()
@@ -366,13 +365,13 @@ def _finish() -> None:
 
 
 def _is_waited_for(thread: threading.Thread) -> bool:
-    """Return whether Python waits for a thread; those of executors are told to end only after our hook."""
+    """Return whether Python waits for a thread; executors stop theirs only after our hook."""
     of_processes = getattr(sys.modules.get("concurrent.futures.process"), "_threads_wakeups", ())
     mine = thread in {threading.current_thread(), threading.main_thread()}
     return not (mine or thread.daemon or thread in executors._threads_queues or thread in of_processes)
 
 
-def _forget_in_child() -> None:
+def _reset_in_child() -> None:
     global _engine, _engine_lock  # noqa: PLW0603
     _engine_lock = threading.RLock()
     _engine = None
@@ -383,5 +382,5 @@ _ended = False
 _engine_lock = threading.RLock()
 _reports: list[Callable[[], object]] = []
 threading._register_atexit(_finish_at_exit)  # type: ignore[attr-defined]
-atexit.register(_tell_what_is_given_up)
-os.register_at_fork(after_in_child=_forget_in_child)
+atexit.register(_print_given_up)
+os.register_at_fork(after_in_child=_reset_in_child)

@@ -1,4 +1,4 @@
-"""The threads of the engine: one runs its event loop, one hands it an operation after the other."""
+"""The threads of the engine: one runs the event loop, one feeds it the operations of the queue."""
 
 from __future__ import annotations
 
@@ -19,36 +19,36 @@ from asyncckpt.errors import BusyError, SaveError
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    # What carries an operation out, and what is to be called then.
+    # The function that runs an operation, and one to call afterwards.
     Next = tuple[Callable[[], Awaitable[None]], Callable[[], object]]
 
 T = TypeVar("T")
 
 logger = logging.getLogger("asyncckpt")
 
-# Threads for aiofiles. They are made at once, since none can be made while the interpreter shuts down.
+# Threads of aiofiles. Started in advance, as none can be started while the interpreter shuts down.
 _FILE_THREADS = 2
 
-# True in an operation, and in callbacks that it calls on worker threads.
+# True in a running operation, and in the callbacks that it calls on worker threads.
 _carrying_out = ContextVar("asyncckpt._saving.engine.carrying_out", default=False)
 
 
 def in_callback() -> bool:
-    """Return whether the caller is a callback of an operation, for which nothing later is carried out."""
+    """Return whether the caller is a callback of an operation: later operations run only after it."""
     return _carrying_out.get()
 
 
 class EngineThreads:
     """The threads of an engine, from its first use to its end.
 
-    They are daemons, so that a process which gives up what is pending can end; otherwise they are waited for.
+    They are daemon threads, so that a process can end with operations pending; otherwise exit waits for them.
 
     Args:
-        take: waits for the next operation; None once `ending` is true.
-        after: called on the last of them when the others have ended.
+        take: waits for the next operation; returns None once `ending` is true.
+        after: called on the last thread when the others have ended.
 
     Attributes:
-        ending: whether the threads are to end.
+        ending: whether the threads have to end.
     """
 
     def __init__(self, take: Callable[[EngineThreads], Next | None], after: Callable[[], object]) -> None:
@@ -60,19 +60,19 @@ class EngineThreads:
         self._ready: SimpleQueue[BaseException | None] = SimpleQueue()
         self._tasks: set[asyncio.Task[None]] = set()
         self._loop_thread = threading.Thread(target=self._run_loop, name="asyncckpt-loop", daemon=True)
-        self._line_thread = threading.Thread(target=self._run_line, name="asyncckpt-line", daemon=True)
+        self._queue_thread = threading.Thread(target=self._run_queue, name="asyncckpt-queue", daemon=True)
         self._started: list[threading.Thread] = []
 
     def begin(self) -> None:
-        """Start the threads; returns once they are at work.
+        """Start the threads; return once they run.
 
         Raises:
-            SaveError: no thread can be started.
+            SaveError: a thread cannot be started.
         """
         try:
             start_threads((self._loop_thread,), self._started)
             self._wait_for_loop()
-            start_threads((self._line_thread,), self._started)
+            start_threads((self._queue_thread,), self._started)
         except BaseException as error:
             self.ending = True
             self._stop()
@@ -84,7 +84,6 @@ class EngineThreads:
             ) from error
 
     def call(self, func: Callable[..., Awaitable[T]], *args: Any) -> T:
-        """Run an async function on the loop and wait for its result."""
         if threading.current_thread() in self._started:
             raise BusyError("a callback that runs on the engine's own thread cannot wait for it")
         answer: SimpleQueue[tuple[T | None, BaseException | None]] = SimpleQueue()
@@ -109,7 +108,7 @@ class EngineThreads:
             self._post(run)
             result, error = answer.get()
         except BaseException:
-            # The caller does not wait for it; the process would at its end.
+            # Otherwise the exit of the process would wait for it.
             self._loop_of().call_soon_threadsafe(cancel)
             raise
         if error is not None:
@@ -117,8 +116,7 @@ class EngineThreads:
         return result  # type: ignore[return-value]
 
     def join(self) -> None:
-        """Wait for the threads to end."""
-        self._line_thread.join()
+        self._queue_thread.join()
 
     def _wait_for_loop(self) -> None:
         failure = self._ready.get()
@@ -131,7 +129,7 @@ class EngineThreads:
         except BaseException as error:  # noqa: BLE001 - raised by `begin`
             self._ready.put(error)
         for thread in threading.enumerate():
-            if getattr(thread, "loop", None) is self._loop:  # a worker of anyio, which has been told to end
+            if getattr(thread, "loop", None) is self._loop:  # a worker of anyio, which is ending
                 thread.join()
 
     async def _serve(self) -> None:
@@ -145,14 +143,14 @@ class EngineThreads:
             await stopped.wait()
         files.shutdown()
 
-    def _run_line(self) -> None:
+    def _run_queue(self) -> None:
         while (taken := self._take(self)) is not None:
             run, finished = taken
             done: SimpleQueue[None] = SimpleQueue()
             self._post(partial(self._carry_out, run, done))
             done.get()
             finished()
-            del taken, run, finished  # they would keep the last operation until the next one comes
+            del taken, run, finished  # not to hold the last operation until the next one
         self._stop()
         self._loop_thread.join()
         self._after()
@@ -162,7 +160,7 @@ class EngineThreads:
         try:
             await run()
         except BaseException:
-            logger.exception("an operation of asyncckpt failed and nobody was told")
+            logger.exception("an operation of asyncckpt failed without reporting its error")
         finally:
             done.put(None)
 
@@ -171,7 +169,7 @@ class EngineThreads:
 
         def start() -> None:
             task = loop.create_task(func())
-            self._tasks.add(task)  # the loop itself holds tasks weakly
+            self._tasks.add(task)  # the loop holds only weak references to tasks
             task.add_done_callback(self._tasks.discard)
 
         loop.call_soon_threadsafe(start)

@@ -1,4 +1,4 @@
-"""One save on its way: taken on the calling thread, carried out in the background."""
+"""One save: the snapshot is taken on the calling thread, and written in the background."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ if TYPE_CHECKING:
     from asyncckpt._saving.staging import Snapshot, Stager
     from asyncckpt._saving.targets import Target
 
-# From this size on the writing begins while the copy goes on. Below it the copy is over too soon, and a
-# woken engine would take the interpreter from it.
+# From this size on writing begins during the copy. Smaller copies end too soon, and a woken engine would take
+# the interpreter from them.
 _OVERLAP_FROM = 32 << 20
 
 
 class Job(Operation):
-    """One save: admit, freeze, copy and submit on the calling thread; write, report and evict behind it.
+    """One save: admit, freeze, copy and submit on the calling thread; write, report and evict on the engine.
 
     Args:
-        saver: whose save it is.
-        target: where it goes.
+        saver: the saver that counts it.
+        target: the destination.
         step: the training step, if there is one.
-        began: when the caller was called, by `time.perf_counter`.
+        began: start of the public call, by `time.perf_counter`.
 
     Attributes:
-        save: what the caller holds.
-        thread: who takes the snapshot; None once it is in host memory and submitted.
-        snapshot: the state, as soon as it is frozen.
-        submitted: whether the engine has it.
-        replaced: queued saves whose place it takes.
+        save: the handle that the caller gets.
+        thread: id of the thread that takes the snapshot; None once it is in host memory and submitted.
+        snapshot: the state, once it is frozen.
+        submitted: whether it was submitted to the engine.
+        replaced: queued saves that it replaces.
     """
 
     def __init__(self, saver: Saver, target: Target, step: int | None, began: float) -> None:
@@ -53,14 +53,14 @@ class Job(Operation):
         """Freeze a state, and lease host memory for it.
 
         Raises:
-            SaveError: the state cannot be saved, or there never is room for it.
-            BusyError: there is no room now, and `wait` is false.
+            SaveError: the state cannot be saved, or exceeds the memory limit.
+            BusyError: the memory is in use, and `wait` is false.
         """
         stats = self.save.stats
         self.snapshot = stager.stage(stager.freeze(state, stats), stats, wait=wait)
 
     def copy_and_submit(self) -> None:
-        """Copy the state to host memory and have it written; large ones are written while they are copied."""
+        """Copy the state to host memory and submit it; a large one is submitted before the copy."""
         snapshot = self.snapshot
         assert snapshot is not None  # noqa: S101 - it is staged
         if self._target.overlaps and snapshot.body.nbytes >= _OVERLAP_FROM:
@@ -77,27 +77,27 @@ class Job(Operation):
         self.save.stats.stall = time.perf_counter() - self._began
 
     def is_taken_by_caller(self) -> bool:
-        """Return whether the calling thread is still taking it: a signal handler broke into that."""
+        """Return whether the calling thread, then in a signal handler, has not finished taking it."""
         return self.thread == threading.get_ident()
 
     def awaits_caller(self) -> bool:
-        """Return whether the calling thread is the one that copies the state, and has not ended that."""
+        """Return whether the calling thread copies the state and has not finished."""
         return self.is_taken_by_caller() and self.snapshot is not None and not self.snapshot.filled.ended
 
     async def run(self) -> None:
-        """Write the snapshot, report how that ended, and evict what it makes room for."""
+        """Write the snapshot, report the result, and evict older checkpoints."""
         saver, save, snapshot = self._saver, self.save, self.snapshot
         assert snapshot is not None  # noqa: S101 - it is staged
         try:
             try:
                 checkpoint = await self._target.write(snapshot, save.stats)
             finally:
-                # A save may fail while its state is still being copied: only then is the buffer free.
+                # A write may fail during the copy; the buffer is free only after the copy.
                 await in_thread(snapshot.filled.wait_for_end)
                 saver.free(self)
         except BaseException as error:  # noqa: BLE001 - reported, whatever it is
             self.effects = {}
-            # Callbacks run on a worker thread, from which they may use the engine.
+            # On a worker thread, where callbacks may use the engine.
             await in_thread(saver.reports.failed, save, error)
         else:
             save.stats.nbytes = checkpoint.nbytes
@@ -106,17 +106,16 @@ class Job(Operation):
             await in_thread(saver.reports.committed, save, checkpoint)
             try:
                 await self._target.evict(checkpoint)
-            except BaseException as error:  # noqa: BLE001 - a policy of the user's may even raise SystemExit
+            except BaseException as error:  # noqa: BLE001 - a user's policy may even raise SystemExit
                 saver.reports.not_evicted(checkpoint, error)
 
-    def left(self) -> None:
-        """Count it as pending no more."""
+    def finished(self) -> None:
         self._saver.finished(self)
 
     def _copy(self, snapshot: Snapshot) -> None:
         try:
             snapshot.copy()
         except SaveError:
-            self.save.committed.heard = True  # the caller is given it here
+            self.save.committed.retrieved = True  # it is raised to the caller here
             raise
         self.save.snapshotted.set_result(None)

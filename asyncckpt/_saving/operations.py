@@ -1,4 +1,4 @@
-"""Changes of files that wait their turn behind pending saves."""
+"""File operations that are queued behind pending saves."""
 
 from __future__ import annotations
 
@@ -16,35 +16,35 @@ if TYPE_CHECKING:
     from asyncckpt.stores.base import Store
     from asyncckpt.types import Checkpoint
 
-    # Saves and operations that were submitted before: if one has failed, what follows is left undone.
+    # Earlier saves and operations: if one has failed, the operation is skipped.
     Causes = Sequence[Outcome[Checkpoint] | Outcome[None]]
 
 
 def remove(store: Store, name: str, *, causes: Causes = ()) -> Outcome[None]:
-    """Remove a file once everything submitted before is carried out; done when that is durable."""
+    """Remove a file after all earlier operations; done once the removal is durable."""
     return submit(partial(store.remove, name), store.path_of(name), exists=False, causes=causes)
 
 
 def copy(store: Store, source: str, target: str, *, causes: Causes = ()) -> Outcome[None]:
-    """Make `target` a second name for the bytes of `source`, which may be a save that is still pending."""
+    """Copy or hard-link `source`, which may be a pending save, to `target`."""
     make = partial(_prepared, store, partial(store.copy, source, target))
     return submit(make, store.path_of(target), exists=True, causes=causes)
 
 
 def link(store: Store, source: str, target: str, *, causes: Causes = ()) -> Outcome[None]:
-    """Make `target` refer to `source`, which may be a save that is still pending."""
+    """Make `target` a link to `source`, which may be a pending save."""
     make = partial(_prepared, store, partial(store.link, source, target))
     return submit(make, store.path_of(target), exists=True, causes=causes)
 
 
 def call(func: Callable[[], object], path: str, *, exists: bool, causes: Causes = ()) -> Outcome[None]:
-    """Call a blocking function in its turn, on a worker thread.
+    """Queue a blocking function, to run on a worker thread.
 
     Args:
-        func: what to call.
-        path: the file that it makes or removes.
-        exists: which of the two.
-        causes: earlier saves and operations; if one has failed, nothing is called, and the outcome is
+        func: the function.
+        path: the file that it creates or removes.
+        exists: whether the file exists afterwards.
+        causes: earlier saves and operations; if one has failed, the function is not called and the outcome is
             `SaveSkipped`.
     """
     return submit(partial(in_thread, func), path, exists=exists, causes=causes)
@@ -53,7 +53,7 @@ def call(func: Callable[[], object], path: str, *, exists: bool, causes: Causes 
 def submit(
     action: Callable[[], Awaitable[object]], path: str, *, exists: bool, causes: Causes = ()
 ) -> Outcome[None]:
-    """Carry `action` out in its turn, on the engine's event loop; for the arguments see `call`."""
+    """Queue an async function, to run on the engine's event loop; for the arguments see `call`."""
     operation = _FileOperation(action, path, causes, exists=exists)
     get_engine().submit(operation)
     return operation.outcome
@@ -77,11 +77,11 @@ class _FileOperation(Operation):
     async def run(self) -> None:
         failure: Exception | None = None
         if any(cause.failed() for cause in self._causes):
-            failure = SaveSkipped(f"{self._path} was left as it was: what it follows has failed")
+            failure = SaveSkipped(f"{self._path} is unchanged: an operation that it depends on failed")
         else:
             try:
                 await self._action()
-            except Exception as error:  # noqa: BLE001 - the caller holds the outcome
+            except Exception as error:  # noqa: BLE001 - the outcome reports it
                 failure = error
         self.effects = {}
         if failure is None:
@@ -91,6 +91,6 @@ class _FileOperation(Operation):
 
 
 async def _prepared(store: Store, make: Callable[[], Awaitable[None]]) -> None:
-    """Make something in a directory that may not be there yet."""
+    """Create the directory if necessary, then call `make`."""
     await store.prepare()
     await make()

@@ -1,4 +1,4 @@
-"""Processes of one process group that would write the same checkpoints."""
+"""Refuse saves of several ranks of a process group to the same files."""
 
 from __future__ import annotations
 
@@ -16,26 +16,25 @@ if TYPE_CHECKING:
 
 
 def claim(directory: str, filename: str) -> Callable[[], object]:
-    """Take a file, or all that a template names, for this rank; harmless if it has it already.
+    """Claim a file, or all names of a template, for this rank; idempotent.
 
-    This is one exchange with the store of the process group, if there is one of several ranks. No other rank
-    has to take part.
+    With several ranks, this is one request to the store of the process group; no other rank takes part.
 
     Args:
         directory: path or URL of the directory.
         filename: name or template.
 
     Returns:
-        What gives it back.
+        A function that releases the claim.
 
     Raises:
-        SaveError: another rank has it.
+        SaveError: another rank has claimed it.
     """
     dist: Any = sys.modules.get("torch.distributed")
     if dist is None or not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
         return _nothing
     rank = str(dist.get_rank())
-    # Local disks of several hosts may have the same paths. One that they share is taken once on each host.
+    # Hosts may have local disks under the same path, so a path on a shared disk can be claimed once per host.
     where = directory if "://" in directory else f"{socket.gethostname()}:{os.path.realpath(directory)}"
     store, key = dist.distributed_c10d._get_default_store(), f"asyncckpt/{where}/{filename}"
     owner = store.compare_set(key, "", rank).decode()
@@ -45,11 +44,11 @@ def claim(directory: str, filename: str) -> Callable[[], object]:
             " and evict each other's checkpoints; let one rank save, or give each rank a filename of its own"
             f' (filename=f"rank{rank}-{{step}}.pt")'
         )
-    return partial(_give_back, store, key, rank)
+    return partial(_release, store, key, rank)
 
 
-def _give_back(store: Any, key: str, rank: str) -> None:
-    # The process that keeps the store may have ended; then nobody asks any more.
+def _release(store: Any, key: str, rank: str) -> None:
+    # The process that hosts the store may have ended.
     with suppress(RuntimeError):
         store.compare_set(key, rank, "")
 

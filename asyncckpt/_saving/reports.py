@@ -1,4 +1,4 @@
-"""Report how saves ended: to their futures, to callbacks, and each failure once."""
+"""Report commits and failures of saves to their futures and callbacks, each failure once."""
 
 from __future__ import annotations
 
@@ -21,25 +21,24 @@ logger = logging.getLogger("asyncckpt")
 
 
 class Reports:
-    """Reports commits and failures, and keeps the failures that nobody has been given yet.
+    """Report commits and failures, and keep failures until they are raised.
 
     Args:
-        on_error: "raise" from whichever call comes next, or a callable that is given the `Save` and its
-            error.
+        on_error: "raise" from the next call, or a callable that is called with the `Save` and the error.
         on_commit: called with each checkpoint, or None.
     """
 
     def __init__(self, on_error: OnError, on_commit: OnCommit | None) -> None:
         self._on_error = on_error
         self._on_commit = on_commit
-        self._lock = threading.RLock()  # a signal handler may save in the middle of it
+        self._lock = threading.RLock()  # a signal handler that saves may interrupt its holder
         self._failures: list[tuple[Outcome[Checkpoint] | None, SaveError]] = []
 
     def committed(self, save: Save, checkpoint: Checkpoint) -> None:
-        """Resolve a save with its checkpoint, and call back."""
+        """Resolve a save with its checkpoint, and call `on_commit`."""
         stats = save.stats
         logger.info(
-            "%s is durable: %d bytes, training stood still for %.3f s, durable after %.3f s",
+            "%s is durable: %d bytes, stall %.3f s, durable after %.3f s",
             checkpoint.path, stats.nbytes, stats.stall, stats.durable,
         )  # fmt: skip
         _guarded(save.committed.set_result, checkpoint)
@@ -47,11 +46,11 @@ class Reports:
             _guarded(self._on_commit, checkpoint)
 
     def failed(self, save: Save, error: BaseException) -> None:
-        """Resolve a save with its failure, and call back or keep the failure for the next call."""
+        """Resolve a save with its failure, and call `on_error` or keep the failure for the next call."""
         failure = _failure_of(save, error)
         logger.error("%s", failure, exc_info=error)
         if callable(self._on_error):
-            save.committed.heard = True
+            save.committed.retrieved = True
             _guarded(save.committed.set_exception, failure)
             _guarded(self._on_error, save, failure)
         else:
@@ -59,23 +58,25 @@ class Reports:
             _guarded(save.committed.set_exception, failure)
 
     def not_evicted(self, checkpoint: Checkpoint, error: BaseException) -> None:
-        """Keep for the next call that a checkpoint is saved, and none could be removed for it."""
+        """Keep a failed eviction after a commit for the next call."""
         logger.error("%s is saved, but eviction failed", checkpoint.path, exc_info=error)
-        failure = SaveError(f"{checkpoint.path} is saved, but older checkpoints were not evicted: {error}")
+        failure = SaveError(f"{checkpoint.path} is saved, but evicting older checkpoints failed: {error}")
         failure.__cause__ = error
         self._keep(failure, None)
 
-    def raise_unheard(self, hint: str = "") -> None:
-        """Raise what failed since the last time and nobody was given, once.
+    def raise_failures(self, hint: str = "") -> None:
+        """Raise the failures that were neither raised nor retrieved yet, once.
 
         Raises:
-            SaveError: with the first failure as its cause; the message tells of all.
+            SaveError: its cause is the first failure, its message lists all of them.
         """
         with self._lock:
-            unheard = [error for outcome, error in self._failures if outcome is None or not outcome.heard]
+            failures = [
+                error for outcome, error in self._failures if outcome is None or not outcome.retrieved
+            ]
             self._failures.clear()
-        if unheard:
-            raise SaveError("; ".join(map(str, unheard)) + hint) from unheard[0]
+        if failures:
+            raise SaveError("; ".join(map(str, failures)) + hint) from failures[0]
 
     def _keep(self, failure: SaveError, outcome: Outcome[Checkpoint] | None) -> None:
         with self._lock:
@@ -92,7 +93,7 @@ def _failure_of(save: Save, error: BaseException) -> SaveError:
 
 
 def _guarded(func: Callable[..., object], *args: object) -> None:
-    """Call what is the user's; whatever it raises, SystemExit included, must not end the engine."""
+    """Call a user's callback; nothing it raises, SystemExit included, may end the engine."""
     try:
         func(*args)
     except BaseException:

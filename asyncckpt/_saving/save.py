@@ -1,4 +1,4 @@
-"""What a caller holds of a save: two futures and what it cost."""
+"""The handle of a save: two futures and its cost."""
 
 from __future__ import annotations
 
@@ -20,45 +20,49 @@ T = TypeVar("T")
 
 
 class Outcome(Future[T]):
-    """A future that those who wait for it cannot cancel, and that knows whether its error was seen."""
+    """A future that cannot be cancelled and knows whether its result was retrieved.
 
-    heard = False
+    Attributes:
+        retrieved: whether its result was retrieved, or its failure is reported elsewhere.
+    """
+
+    retrieved = False
 
     def __init__(self) -> None:
         super().__init__()
-        # An interrupt in whoever waits must not keep the engine from setting the result.
-        self._condition = Condition()  # type: ignore[assignment] # it has what a future needs of it
+        # An interrupted waiter must not keep the engine from setting the result.
+        self._condition = Condition()  # type: ignore[assignment] # it has the methods that a future uses
 
     def cancel(self) -> bool:
-        """Refuse: the save goes on, and others may be waiting for it."""
+        """Return False: the save continues, and others may wait for it."""
         return False
 
     def abandon(self, error: BaseException | None) -> None:
-        """End it in a forked child, where nobody else will; another thread may have held its lock."""
+        """Resolve it in a forked child; a thread that exists only in the parent may hold its lock."""
         self._condition = Condition()  # type: ignore[assignment]
-        self.heard = True
+        self.retrieved = True
         if not self.done():
             self.set_exception(error)
 
     def failed(self) -> bool:
-        """Return whether it is done and failed; asking this does not make the failure heard."""
+        """Return whether it is done and failed, without marking the failure as retrieved."""
         return self.done() and super().exception() is not None
 
     def result(self, timeout: float | None = None) -> T:
-        """Return what the save became, or raise what it failed with."""
+        """Return the result, or raise the error."""
         self._wait(timeout)
         try:
             return super().result(0)
         finally:
-            self.heard = self.done()
+            self.retrieved = self.done()
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
-        """Return what the save failed with, or None."""
+        """Return the error, or None."""
         self._wait(timeout)
         try:
             return super().exception(0)
         finally:
-            self.heard = self.done()
+            self.retrieved = self.done()
 
     def _wait(self, timeout: float | None) -> None:
         condition: Any = self._condition
@@ -71,15 +75,16 @@ class Outcome(Future[T]):
 
 @dataclass(eq=False, slots=True)
 class Save:
-    """One save under way.
+    """A save, from the snapshot to the durable checkpoint.
 
     Attributes:
         step: as given to `save`; None for a file saved without one.
-        path: where the checkpoint will be.
-        snapshotted: done when the state may be changed again, which is before `save` returns.
-        committed: done when the checkpoint is durable; its result is the `Checkpoint`.
-        skipped: whether nothing is saved, as the writer was busy; `committed` then raises `SaveSkipped`.
-        stats: what the save cost, complete when `committed` is done.
+        path: path or URL of the checkpoint.
+        snapshotted: done once the state may be changed again, which is before `save` returns.
+        committed: done once the checkpoint is durable; its result is the `Checkpoint`.
+        skipped: whether it was skipped because earlier saves were pending; `committed` then raises
+            `SaveSkipped`.
+        stats: cost of the save, complete once `committed` is done.
 
     `await save` waits for `committed` without blocking the event loop.
     """
@@ -96,9 +101,9 @@ class Save:
 
 
 def skipped(save: Save, why: str) -> Save:
-    """Say that a save is not made, which is no failure."""
+    """Resolve a save as skipped, which is not a failure."""
     save.skipped = True
-    save.committed.heard = True
+    save.committed.retrieved = True
     if not save.snapshotted.done():
         save.snapshotted.set_result(None)
     save.committed.set_exception(SaveSkipped(f"{save.path} was not saved: {why}"))

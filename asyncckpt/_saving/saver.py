@@ -28,20 +28,20 @@ WhenBusy = Literal["wait", "skip", "replace"]
 
 
 class Saver:
-    """Takes snapshots and has them written, at most `max_in_flight` in host memory at once.
+    """Take snapshots and queue their writes, at most `max_in_flight` in host memory at once.
 
     Args:
         max_in_flight: snapshots held in host memory at once.
-        when_busy: what a save does when there are that many: "wait" for one to be durable, "skip" this one,
-            or "replace" one that is still queued.
-        on_error: "raise" from whichever call comes next, or a callable that is given the `Save` and its
-            error, on a background thread.
+        when_busy: what a save does if there are that many: "wait" until one is durable, "skip" this one, or
+            "replace" one that is still queued.
+        on_error: "raise" from the next call, or a callable that is called with the `Save` and the error, on a
+            background thread.
         on_commit: called with each checkpoint once it is durable, on a background thread.
-        warns: whether states are warned of that `weights_only=True` will refuse to load.
-        keeps: whether the engine keeps its threads and host memory until this is closed or collected.
+        warns: whether to warn of entries that `weights_only=True` will refuse to load.
+        keeps: whether the engine keeps its threads and host memory until this is closed or garbage-collected.
 
     Attributes:
-        reports: how saves ended.
+        reports: commits and failures of the saves.
     """
 
     def __init__(  # noqa: PLR0913 - each is one decision of the user's
@@ -70,41 +70,41 @@ class Saver:
 
     @property
     def in_flight(self) -> int:
-        """How many snapshots are held in host memory, or being taken."""
+        """Number of snapshots in host memory, those being taken included."""
         return len(self._in_flight)
 
     @property
     def pending(self) -> int:
-        """How many saves are submitted and not carried out, evictions included."""
+        """Number of submitted saves that are not finished, evictions included."""
         return len(self._jobs)
 
     def open(self) -> None:
-        """Have the engine keep its threads and host memory until `close`; a save does so by itself."""
+        """Keep the engine's threads and host memory until `close`; a save does the same."""
         if self._keeps:
             get_engine().use(self)
 
     def close(self) -> None:
-        """Let the engine give back what it keeps, unless others use it; a save opens this anew."""
+        """Let the engine release threads and host memory, unless others use them; a save opens it again."""
         get_engine().leave(self)
 
     def save(self, state: object, target: Target, step: int | None, began: float) -> Save:
-        """Take a snapshot of `state` and queue its file; returns when the state may change.
+        """Take a snapshot of `state` and queue its write; return once the state may be changed.
 
         Args:
             state: anything torch.save takes.
-            target: where it goes.
+            target: the destination.
             step: the training step, if there is one.
-            began: when the caller was called, by `time.perf_counter`.
+            began: start of the public call, by `time.perf_counter`.
 
         Raises:
-            SaveError: an earlier save failed and nobody was told, or the state cannot be saved. Nothing was
-                taken.
-            BusyError: it would have to wait for itself: it was called in a callback, or by a signal handler
-                that broke into a save. Nothing was taken.
+            SaveError: the state cannot be saved, or an earlier save failed and its error was not raised yet.
+                This save was not started.
+            BusyError: called in a callback, or by a signal handler that interrupted a save, in which it would
+                wait for itself. This save was not started.
         """
         if is_locked_by_caller():
             raise handler_error("save()")
-        self.raise_failures("; the save that is told of it was not taken")
+        self.raise_failures("; the save that raised this was not started")
         self.open()
         job = Job(self, target, step, began)
         try:
@@ -117,7 +117,7 @@ class Saver:
     def _take(self, job: Job, state: object) -> None:
         entered = time.perf_counter()
         if not self._admit(job):
-            skipped(job.save, f"{self._max_in_flight} saves are still being written")
+            skipped(job.save, f"{self._max_in_flight} earlier saves are still being written")
             return
         job.save.stats.wait = time.perf_counter() - entered
         skips = self._when_busy == "skip"
@@ -132,30 +132,25 @@ class Saver:
         job.copy_and_submit()
 
     def reserve(self, state: object) -> int:
-        """Make host memory for the snapshots of `state` ready; returns the bytes of one."""
+        """Allocate host memory for the snapshots of `state`; return the size of one in bytes."""
         self.open()
         return self._stager().reserve(state, self._max_in_flight)
 
     def drain(self, timeout: float | None = None) -> None:
-        """Wait until everything submitted is carried out, evictions included.
+        """Wait until all submitted saves are finished, evictions included.
 
         Raises:
-            BusyError: it was not within `timeout` seconds, and goes on; or the caller would wait for itself.
+            BusyError: saves are pending after `timeout` seconds, and continue; or it would wait for itself.
         """
         get_engine().refuse_to_wait("wait()", broken_into=any(job.is_taken_by_caller() for job in self._jobs))
         if not self._changed.until(lambda: not self._jobs, timeout):
-            raise BusyError(f"{len(self._jobs)} saves were still pending after {timeout} s; they go on")
+            raise BusyError(f"{len(self._jobs)} saves are still pending after {timeout} s; they continue")
 
     def raise_failures(self, hint: str = "") -> None:
-        """Raise what failed since the last time and nobody was told, once.
-
-        Raises:
-            SaveError: with the first failure as its cause; the message tells of all.
-        """
-        self.reports.raise_unheard(hint)
+        """Raise the failures that were neither raised nor retrieved yet; see `Reports.raise_failures`."""
+        self.reports.raise_failures(hint)
 
     def submit(self, job: Job) -> None:
-        """Have the engine carry out a job in its turn."""
         engine = get_engine()
         job.save.stats.queue_depth = engine.depth()
         with self._changed:
@@ -164,21 +159,20 @@ class Saver:
         engine.submit(job)
 
     def free(self, job: Job) -> None:
-        """Release the host memory of a job, and its place in flight."""
+        """Release the host memory of a job, and take it out of flight."""
         if job.snapshot is not None:
             job.snapshot.lease.release()
         self._in_flight.discard(job)
         self._changed.notify_all()
 
     def finished(self, job: Job) -> None:
-        """Count a job as pending no more."""
         with self._changed:
             if job in self._jobs:
                 self._jobs.remove(job)
         self._changed.notify_all()
 
     def _admit(self, job: Job) -> bool:
-        """Take one of the places in flight; returns whether there was one, or was made."""
+        """Put a job in flight, waiting for or replacing others as `when_busy` says; return whether it is."""
 
         def attempt() -> bool:
             if len(self._in_flight) >= self._max_in_flight and self._when_busy == "replace":
@@ -196,9 +190,9 @@ class Saver:
             self._skip_replaced(job)
 
     def _withdraw_queued(self, replaced: list[Job]) -> None:
-        """Give up the newest save that is still queued, noted in `replaced` beforehand, if there is one."""
+        """Withdraw the newest queued save, if there is one, and add it to `replaced` before that."""
         for job in reversed(self._jobs):
-            if not job.begun and job.thread is None:  # what is still being copied keeps its buffer
+            if not job.begun and job.thread is None:  # one that is still being copied needs its buffer
                 replaced.append(job)
                 if get_engine().withdraw(job):
                     self.free(job)
@@ -207,22 +201,22 @@ class Saver:
                 replaced.remove(job)
 
     def _skip_replaced(self, job: Job) -> None:
-        """Resolve the saves whose place was taken; not under the lock, as callbacks are called."""
+        """Resolve the replaced saves; not under the lock, since this calls callbacks."""
         for other in job.replaced:
             if other.withdrawn and not other.save.committed.done():
-                self.free(other)  # once more, if an interrupt came in between
+                self.free(other)  # again, in case of an interrupt after the withdrawal
                 self.finished(other)
-                skipped(other.save, "a newer save took its place while it was queued")
+                skipped(other.save, "replaced in the queue by a newer save")
 
     def _refuse_to_wait(self) -> None:
-        """Raise where no place will be free before the caller goes on."""
+        """Raise BusyError if no save in flight can finish before the caller continues."""
         get_engine().refuse_to_wait("save()")
         jobs = self._jobs_in_flight()
         if jobs and all(job.is_taken_by_caller() for job in jobs):
             raise handler_error("save()")
 
     def _is_nested(self, job: Job) -> bool:
-        """Return whether nobody would make room in host memory while this save waits for it."""
+        """Return whether no host memory would be released while this save waits for it."""
         with self._changed:
             others = [other for saver in _savers for other in saver._in_flight if other is not job]
         return in_callback() or any(other.is_taken_by_caller() for other in others)
@@ -232,7 +226,7 @@ class Saver:
             return list(self._in_flight)
 
     def _abandon(self, job: Job) -> None:
-        """Undo what a save that raises has taken; one that is being written fails by itself."""
+        """Release what a save that raises has acquired; a running write fails by itself."""
         self._skip_replaced(job)
         job.thread = None
         if job.snapshot is not None:
@@ -242,7 +236,7 @@ class Saver:
             self.finished(job)
 
     def _stager(self) -> Stager:
-        """Return the stager of the calling thread: what it keeps is not shared with others."""
+        """Return the stager of the calling thread; its caches are not thread-safe."""
         stager: Stager | None = getattr(self._stagers, "own", None)
         arena = get_engine().arena
         if stager is None or stager.arena is not arena:
@@ -250,10 +244,10 @@ class Saver:
         return stager
 
     def _reset(self) -> None:
-        """Begin with nothing in flight: at first, and in a forked child."""
+        """Set the state without saves: initially, and in a forked child."""
         self._changed = Condition()
         self._in_flight: weakref.WeakSet[Job] = weakref.WeakSet()
-        self._jobs: list[Job] = []  # submitted, and not carried out
+        self._jobs: list[Job] = []  # submitted and not finished
         self.reports = Reports(*self._callbacks)
 
 
@@ -261,7 +255,7 @@ _savers: weakref.WeakSet[Saver] = weakref.WeakSet()
 
 
 def _report_at_exit() -> None:
-    """Tell of failures that nobody can be told of any more."""
+    """Print the failures that no later call can raise."""
     with Condition():
         savers = list(_savers)
     for saver in savers:

@@ -1,4 +1,4 @@
-"""Number the checkpoints of a series, and evict old ones: one listing of the directory a save."""
+"""Number the checkpoints of a series and evict old ones, with one listing of the directory per save."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ logger = logging.getLogger("asyncckpt")
 
 
 class Listing(Protocol):
-    """What a directory holds, as seen from one series."""
+    """The checkpoints of a directory, as seen from one series."""
 
     @property
     def checkpoints(self) -> Sequence[Checkpoint]:
@@ -30,23 +30,23 @@ class Listing(Protocol):
 
     @property
     def all_checkpoints(self) -> Sequence[Checkpoint]:
-        """Those of every series."""
+        """The checkpoints of all series."""
 
 
 class SeriesWriter:
-    """Gives each save its place in the order of commits, and evicts what the policy does not keep.
+    """Give each save a sequence number, and evict the checkpoints that the policy does not keep.
 
-    Its methods run on the engine's loop, one save after the other, except `refuse_taken`.
+    Its async methods run on the engine's loop, for one save at a time.
 
     Args:
         store: the directory.
-        look: lists it.
+        look: lists the directory.
         keep: the policy.
         overwrite: whether a checkpoint of another step may be replaced by one of the same name.
-        prepared: whether the store is.
+        prepared: whether the store is prepared.
 
     Attributes:
-        own: the checkpoints of the series when the directory was last listed, and those committed since.
+        own: checkpoints of the series as last listed, and those committed since.
     """
 
     def __init__(
@@ -65,10 +65,10 @@ class SeriesWriter:
         self._overwrite = overwrite
         self._prepared = prepared
         self._sequence = 0
-        self._steps: dict[str, int | None] = {}  # by file name, saves that are pending included
+        self._steps: dict[str, int | None] = {}  # by file name, pending saves included
 
     async def look(self) -> Sequence[Checkpoint]:
-        """List the directory; returns the checkpoints of every series in it."""
+        """List the directory; return the checkpoints of all series in it."""
         listing = await self._look()
         self.own = list(listing.checkpoints)
         checkpoints = listing.all_checkpoints
@@ -77,28 +77,23 @@ class SeriesWriter:
         return checkpoints
 
     def refuse_taken(self, name: str, step: int) -> None:
-        """Raise if another step has this name; on the calling thread, mostly without asking the store.
-
-        Raises:
-            CheckpointExistsError: it has.
-        """
+        """Raise CheckpointExistsError if another step has this name; no I/O unless one is known."""
         there = self._steps.get(name, step)
         if self._overwrite or there == step:
             return
         if get_engine().pending(self._store.path_of(name)):
             raise _exists(self._store.path_of(name), there, step)
-        # That save may have failed, or its file may be gone: only now it is worth a look.
+        # That save may have failed, or its file may have been removed: look at the store.
         get_engine().call(self._refuse_other_step, name, step)
 
-    def taken(self, name: str, step: int) -> None:
-        """Note that a save has a name."""
+    def note_name(self, name: str, step: int) -> None:
         self._steps[name] = step
 
     async def number(self, name: str, description: Description) -> Description:
-        """Return the description of a save with its place in the order of commits, behind all others here.
+        """Return the description with the next sequence number of the directory.
 
         Raises:
-            CheckpointExistsError: a checkpoint of another step, or another file, has its name.
+            CheckpointExistsError: a checkpoint of another step, or another file, has this name.
         """
         if not self._prepared:
             await self._store.prepare()
@@ -111,12 +106,12 @@ class SeriesWriter:
         return replace(description, sequence=self._sequence)
 
     async def evict(self, committed: Checkpoint) -> None:
-        """Remove what the policy does not keep, now that a checkpoint is committed."""
+        """Remove the checkpoints that the policy does not keep, after a commit."""
         self.own = [c for c in self.own if c.path != committed.path] + [committed]
         for checkpoint in evict(self._keep, self.own):
             if checkpoint.path != committed.path:
                 await self._store.remove(_name_of(checkpoint))
-                logger.debug("%s is evicted", checkpoint.path)
+                logger.debug("evicted %s", checkpoint.path)
                 self._steps.pop(_name_of(checkpoint), None)
                 self.own.remove(checkpoint)
 
@@ -143,8 +138,8 @@ def _name_of(checkpoint: Checkpoint) -> str:
 def _exists(path: str, there: int | None, step: int) -> CheckpointExistsError:
     if there is None:
         return CheckpointExistsError(
-            f"{path} is a file that asyncckpt did not write, or is damaged, and would be replaced by step"
-            f" {step}; move it away, describe it with `asyncckpt adopt`, or set overwrite=True"
+            f"{path} is damaged or was not written by asyncckpt, and would be replaced by step {step}; move"
+            " it, add a description with `asyncckpt adopt`, or set overwrite=True"
         )
     msg = f"{path} is the checkpoint of step {there} and would be replaced by step {step}"
     return CheckpointExistsError(f"{msg}; put {{step}} into filename, or set overwrite=True")

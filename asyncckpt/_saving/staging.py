@@ -21,22 +21,22 @@ if TYPE_CHECKING:
 
     Frozen = tuple[FrozenState, Ranges]
 
-# Objects and numpy arrays are pickled on the training thread; from this size on that is worth a word.
+# Objects and numpy arrays are pickled on the training thread; from this size on a warning says so.
 INLINE_WARNING = 64 << 20
 
 
 @dataclass(slots=True, eq=False)
 class Snapshot:
-    """A state at one instant: decided when it is made, in host memory once `copy` has returned.
+    """A state at one instant: frozen from the start, in host memory once `copy` has returned.
 
     Attributes:
-        format: of the file that it becomes.
-        frozen: what that has to know of the state beside the bytes of its ranges.
-        body: where each range lies in `lease`, which is where it will lie in the file.
-        lease: the host buffer; released by whoever is done with the snapshot.
-        stats: `copy` sets what it took.
-        ranges: what is to be copied; empty once the copy has ended.
-        filled: how far the copy has come, and whether it has ended.
+        format: format of the file.
+        frozen: the state without the bytes of its ranges, as the format needs it.
+        body: offsets of the ranges, the same in `lease` and in the file.
+        lease: the host buffer; released by the owner of the snapshot.
+        stats: `copy` is set.
+        ranges: the ranges to copy; empty once the copy has ended.
+        filled: progress and end of the copy.
     """
 
     format: Format[Any, Any]
@@ -48,7 +48,7 @@ class Snapshot:
     filled: Watermark = field(default_factory=Watermark)
 
     def copy(self) -> None:
-        """Copy the ranges into the lease. The state may change once this has returned.
+        """Copy the ranges into the lease. The state may be changed once this has returned.
 
         Raises:
             SaveError: a range could not be copied.
@@ -67,22 +67,22 @@ class Snapshot:
         self.end_copy()
 
     def end_copy(self) -> None:
-        """Say that nothing more will be copied, whether all was or not."""
+        """Mark the copy as ended, complete or not, and drop the references to the state."""
         self.ranges = Ranges([], [], [])
-        self.filled.end(SaveError("the copy of the state to host memory was broken off"))
+        self.filled.end(SaveError("the copy of the state to host memory was interrupted"))
 
     def plan(self, description: bytes) -> FilePlan:
-        """Plan the file. Not on the training thread."""
+        """Plan the file; too slow for the training thread."""
         return self.format.plan(self.frozen, self.body, description)
 
 
 @dataclass(slots=True, eq=False)
 class Stager:
-    """Takes snapshots of one state again and again, reusing what did not change.
+    """Take successive snapshots of one state, reusing what did not change.
 
     Attributes:
-        arena: where they are copied to.
-        warns: whether a state that `weights_only=True` refuses to load is warned of.
+        arena: the host memory for the copies.
+        warns: whether to warn of entries that `weights_only=True` will refuse to load.
     """
 
     arena: Arena
@@ -93,10 +93,10 @@ class Stager:
     _warned: bool = field(default=False, init=False)
 
     def freeze(self, state: object, stats: SaveStats) -> Frozen:
-        """Decide what a checkpoint of `state` will hold; returns that, and the ranges still to be copied.
+        """Pickle everything but the tensors' bytes; return that, and the ranges to copy.
 
         Raises:
-            SaveError: the state cannot be saved; the message says which entry.
+            SaveError: the state cannot be saved; the message gives the path of the entry.
         """
         began = time.perf_counter()
         frozen = self._freezer.freeze(state)
@@ -104,11 +104,11 @@ class Stager:
         return frozen
 
     def stage(self, frozen: Frozen, stats: SaveStats, *, wait: bool = True) -> Snapshot:
-        """Lease room for a state that has just been frozen; the copy is left to `Snapshot.copy`.
+        """Lease host memory for a frozen state; `Snapshot.copy` fills it.
 
         Raises:
-            SaveError: there never is room for it.
-            BusyError: there is no room in host memory, and `wait` is false.
+            SaveError: the state exceeds the memory limit.
+            BusyError: the memory is in use, and `wait` is false.
         """
         began = time.perf_counter()
         state, ranges = frozen
@@ -122,7 +122,7 @@ class Stager:
         return snapshot
 
     def reserve(self, state: object, count: int) -> int:
-        """Make room for `count` snapshots of `state` ready; returns the bytes of one."""
+        """Allocate host memory for `count` snapshots of `state`; return the size of one in bytes."""
         frozen, _ = self._freezer.freeze(state)
         nbytes = self._format.lay_out(frozen).nbytes
         self.arena.reserve(nbytes, count, pinned=_on_cuda(frozen))

@@ -1,4 +1,4 @@
-"""Where a save goes, and how it gets there."""
+"""Destinations of saves."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 
 class Target(ABC):
-    """Where a save goes.
+    """Destination of a save.
 
     Attributes:
-        path: what the user calls it.
-        overlaps: whether writing may begin while the snapshot is still being copied.
+        path: path or URL, as users see it.
+        overlaps: whether writing may begin during the copy of the snapshot.
     """
 
     path: str
@@ -32,10 +32,10 @@ class Target(ABC):
 
     @abstractmethod
     async def write(self, snapshot: Snapshot, stats: SaveStats) -> Checkpoint:
-        """Write a snapshot, which may still be filling, and make it durable; the lease stays the caller's."""
+        """Write a snapshot durably; its copy may still be running, and the caller releases its lease."""
 
-    async def evict(self, committed: Checkpoint) -> None:  # noqa: B027 - most targets make room for nothing
-        """Remove what the checkpoint that was just committed makes room for."""
+    async def evict(self, committed: Checkpoint) -> None:  # noqa: B027 - most targets have nothing to evict
+        """Remove older checkpoints after a commit."""
 
 
 @dataclass(slots=True, eq=False)
@@ -44,8 +44,8 @@ class FileTarget(Target):
 
     Attributes:
         store, name: the file.
-        description: what it says of itself.
-        series: numbers it and evicts others, if it is one of a series.
+        description: the metadata in the file; a series adds the sequence number.
+        series: the series that numbers and evicts files; None for a single file.
     """
 
     store: Store
@@ -55,16 +55,15 @@ class FileTarget(Target):
 
     @property
     def path(self) -> str:  # type: ignore[override]
-        """The path or URL of the file."""
         return self.store.path_of(self.name)
 
     @property
     def overlaps(self) -> bool:  # type: ignore[override]
-        """Whether the store's writes leave the training thread alone."""
+        """Whether writes of the store do not slow the training thread down."""
         return self.store.overlaps
 
     async def write(self, snapshot: Snapshot, stats: SaveStats) -> Checkpoint:
-        """Plan the file, carry the plan out, and commit it."""
+        """Plan, write and commit the file."""
         if self.series is None:
             await self.store.prepare()
             description = self.description
@@ -81,6 +80,5 @@ class FileTarget(Target):
         return checkpoint_of(self.path, description, plan.size)
 
     async def evict(self, committed: Checkpoint) -> None:
-        """Remove what the policy of the series does not keep."""
         if self.series is not None:
             await self.series.evict(committed)

@@ -1,4 +1,4 @@
-"""Carry a plan out: checksum the body as it fills, and hand the file to a store's draft piece by piece."""
+"""Execute a plan: checksum the body as it fills, and write the file into a draft piece by piece."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True, eq=False)
 class Transfer:
-    """One plan on its way into a draft.
+    """The execution of one plan.
 
     Attributes:
-        plan: what the file consists of.
-        body: the buffer that the body lies in; literals and checksums are put there.
-        filled: how far the copy into the buffer has come.
-        stats: its `checksum` and `write` are set.
+        plan: the bytes of the file.
+        body: the buffer of the body; literals and checksums are added to it.
+        filled: progress of the copy into the buffer.
+        stats: `checksum` and `write` are set.
     """
 
     plan: FilePlan
@@ -47,7 +47,7 @@ class Transfer:
     _tail: bytearray = field(init=False, repr=False)
     _checksums: Offsets = field(init=False, repr=False)
     _turn: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False)
-    # What comes next: a piece, a literal, a checksum slot, a range, a byte of it, the checksum up to there.
+    # Positions: next piece, literal, checksum slot and range; offset in that range, and its checksum so far.
     _next: int = field(default=0, init=False)
     _literal: int = field(default=0, init=False)
     _slot: int = field(default=0, init=False)
@@ -60,7 +60,7 @@ class Transfer:
         self._checksums = np.zeros(len(self.plan.body.starts), dtype=np.int64)
 
     async def into(self, draft: Draft) -> None:
-        """Write the whole file into `draft`; the commit is left to the caller."""
+        """Write the file into `draft`; the caller commits it."""
         began = time.perf_counter()
         write = draft.blocking_writer()
         async with tasks() as group:
@@ -78,13 +78,13 @@ class Transfer:
         self.stats.write = time.perf_counter() - began
 
     def _write_pieces(self, chunk: int, write: Callable[[int, memoryview], None]) -> None:
-        """Write piece after piece, beside other threads that do the same, to the end."""
+        """Write pieces until the end of the file; several threads do so concurrently."""
         try:
             while (piece := self._next_piece(chunk)) is not None:
                 write(*piece)
         except BaseException:
             with self._turn:
-                self._next = self.plan.size  # the others need not go on
+                self._next = self.plan.size  # stops the other threads
             raise
 
     async def _queue_pieces(self, chunk: int, queue: MemoryObjectSendStream[Piece]) -> None:
@@ -93,7 +93,7 @@ class Transfer:
                 await queue.send(piece)
 
     def _next_piece(self, chunk: int) -> Piece | None:
-        """Return offset and bytes of the next piece, once all of it is final; None at the end."""
+        """Return offset and bytes of the next piece once they are final; None at the end."""
         with self._turn:
             start, stop = self._next, min(self._next + chunk, self.plan.size)
             if start >= stop:
@@ -107,11 +107,11 @@ class Transfer:
         return start, tail if start >= size else memoryview(b"".join((self.body[start:size], tail)))
 
     def _complete(self, stop: int) -> None:
-        """Make all bytes below `stop` final: wait for the copy, put in literals and checksums."""
+        """Make all bytes below `stop` final: wait for the copy, add literals and checksums."""
         size, literals, first = self.plan.body.nbytes, self.plan.literals, self._literal
         self._literal = bisect_left(literals, stop, lo=first, key=itemgetter(0))
         new = literals[first : self._literal]
-        # The copy may write anything between ranges, so it has to be past all of a literal.
+        # The copy may overwrite bytes between ranges: a literal is added when the copy is past its end.
         end = max(stop, new[-1][0] + len(new[-1][1])) if new else stop
         self.filled.wait(min(end, size))
         began = time.perf_counter()
@@ -123,7 +123,7 @@ class Transfer:
         self.stats.checksum += time.perf_counter() - began
 
     def _checksum_ranges(self, limit: int) -> None:
-        """Checksum what the ranges have below `limit`."""
+        """Update the checksums of the ranges with their bytes below `limit`."""
         body = self.plan.body
         rows = slice(self._range, int(body.starts.searchsorted(limit)))
         for start, stop in zip(body.starts[rows].tolist(), body.stops[rows].tolist(), strict=True):
@@ -137,7 +137,7 @@ class Transfer:
             self._crc = 0
 
     def _fill_slots(self, limit: int) -> None:
-        """Put the checksums into the slots below `limit`, whose literals are in place."""
+        """Write checksums into the slots below `limit`; the literals around them are in place."""
         plan, first, last = self.plan, self._slot, int(self.plan.slots.searchsorted(limit))
         checksums = self._checksums[plan.slot_ranges[first:last]].tolist()
         for slot, checksum in zip(plan.slots[first:last].tolist(), checksums, strict=True):

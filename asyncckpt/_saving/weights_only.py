@@ -15,23 +15,23 @@ if TYPE_CHECKING:
 
     from asyncckpt._snapshot.frozen import FrozenState
 
-# Finds each GLOBAL of a pickle of protocol 2, and a few texts that only look like one.
+# Matches each GLOBAL of a pickle of protocol 2, and some strings that look like one.
 _GLOBAL = re.compile(rb"c([A-Za-z_][\w.]*)\n([A-Za-z_][\w.]*)\n")
 
 
 @dataclass(slots=True)
 class WeightsOnlyCheck:
-    """Tells which entries of one state after another will be refused, once for each kind of object."""
+    """Warn of entries that will be refused, once for each kind of object over successive states."""
 
     _kinds: int = field(default=0, init=False)
     _warned: set[str] = field(default_factory=set, init=False)
 
     def warning(self, frozen: FrozenState, kinds: Collection[Any]) -> str | None:
-        """Return what to warn of; None if no kind of object has come that is refused.
+        """Return the text of a warning; None if there is no new kind of object that is refused.
 
         Args:
             frozen: the state.
-            kinds: what `Freezer.kinds` has; nothing is looked at until there are more of them.
+            kinds: `Freezer.kinds`; the state is examined only if their number has changed.
         """
         if len(kinds) == self._kinds:
             return None
@@ -42,7 +42,11 @@ class WeightsOnlyCheck:
             return None
         try:
             refused = refused_entries(read_pickle(frozen.pickled), kinds)
-        except (pickle.UnpicklingError, TypeError, ValueError):  # a pickle of a kind that is not foreseen
+        except (
+            pickle.UnpicklingError,
+            TypeError,
+            ValueError,
+        ):  # a pickle that `read_pickle` does not support
             refused = {"": Refused(dict.fromkeys(refused_globals(foreign)), {"state": None})}
         news = {name: entries for name, entries in refused.items() if name not in self._warned}
         self._warned.update(news)

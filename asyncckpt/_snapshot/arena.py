@@ -145,8 +145,8 @@ class Arena:
     def lease(self, nbytes: int, *, pinned: bool = False, wait: bool = True) -> Lease:
         """Lease a buffer of at least `nbytes`, its pages touched, and pinned for a GPU's sake if asked to.
 
-        Waits for another snapshot to be written where the cap leaves no room, or raises BusyError if told
-        not to wait.
+        If the cap leaves no room, wait until another snapshot is written, or raise BusyError if `wait` is
+        false.
 
         Raises:
             SaveError: the cap is below `nbytes`, or the system has no memory.

@@ -42,7 +42,7 @@ class Watermark:
     """How many bytes at the front of a buffer hold what they will be written as.
 
     Attributes:
-        ended: whether nobody writes into the buffer any more.
+        ended: whether all writes into the buffer have ended.
     """
 
     ended: bool = False
@@ -57,7 +57,7 @@ class Watermark:
         self._changed.notify_all()
 
     def end(self, error: BaseException) -> None:
-        """Say that nobody writes into the buffer any more; the first error is why bytes are missing."""
+        """Mark all writes into the buffer as ended; the first error says why bytes are missing."""
         with self._changed:
             self._error = self._error or error
             self.ended = True
@@ -70,7 +70,7 @@ class Watermark:
             raise self._error
 
     def wait_for_end(self) -> None:
-        """Block until nobody writes into the buffer any more."""
+        """Block until all writes into the buffer have ended."""
         self._changed.until(lambda: self.ended)
 
 
@@ -81,7 +81,7 @@ def copy_ranges(ranges: Ranges, starts: Sequence[int], lease: Lease, done: Water
         ranges: of live storages on any devices.
         starts: where in the buffer each goes, in bytes, ascending.
         lease: the buffer; pinned, if a storage is on a CUDA device.
-        done: told how far the buffer is filled; its end is for the caller to tell.
+        done: advanced as the buffer is filled; the caller ends it.
     """
     if not torch.accelerator.is_available() or all(source.device.type == "cpu" for source in ranges.sources):
         _copy_on_host(ranges, starts, lease, done)

@@ -61,9 +61,8 @@ class BackgroundIO(Base):
             replaced by a writer that makes the same files; any other is given the state in host memory, on a
             background thread, and must be done with it when it returns.
         max_in_flight: snapshots held in host memory at once; a save that finds as many waits for the oldest.
-        preemption_timeout: seconds that a job which is told to go (SIGTERM, or SLURM's requeue signal) waits
-            for pending saves; what has not begun by then is given up. None waits until whoever sent the
-            signal loses patience.
+        preemption_timeout: seconds that a preempted job (SIGTERM, or SLURM's requeue signal) waits for
+            pending saves; those that have not begun by then are given up. None waits without limit.
     """
 
     torch_io: ClassVar[type[CheckpointIO]]
@@ -113,11 +112,11 @@ class BackgroundIO(Base):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
     ) -> None:
-        """Take a snapshot of `checkpoint` and have it written to `path`; returns when the state may change.
+        """Take a snapshot of `checkpoint` and queue its write; return once the state may be changed.
 
         Raises:
-            SaveError: the state cannot be saved, or an earlier save failed and nobody has been told. Nothing
-                was taken.
+            SaveError: the state cannot be saved, or an earlier save failed and its error was not raised yet.
+                This save was not started.
             TypeError: `storage_options` is given, and the writer takes none.
         """
         began = time.perf_counter()
@@ -134,7 +133,7 @@ class BackgroundIO(Base):
                 self._saver, self._handled = Saver(self._max_in_flight, warns=False), sys.exc_info()[1]
             save = self._saver.save(checkpoint, self._target(path, step, storage_options), step, began)
             self._note(path, save.committed, save.stats)
-        # SLURM is told to requeue the job right behind the save to a file of this name.
+        # Lightning requeues the SLURM job right after the save to a file of this name.
         is_requeued = os.path.basename(path).startswith("hpc_ckpt_")  # noqa: PTH119 - it may be a URL
         if self.waits or is_requeued:
             try:
@@ -191,11 +190,11 @@ class BackgroundIO(Base):
             return False
 
     def wait(self, timeout: float | None = None) -> None:
-        """Wait until all that was saved is durable, and all that was to be removed is gone.
+        """Wait until all saves are durable and all removals done.
 
         Raises:
-            SaveError: what failed since the last time.
-            BusyError: the time, in seconds, was too short; the saves go on.
+            SaveError: for failures that were not raised before.
+            BusyError: saves or removals are still pending after `timeout` seconds; they continue.
         """
         end = None if timeout is None else time.monotonic() + timeout
         if self._saver is not None:
@@ -205,7 +204,7 @@ class BackgroundIO(Base):
                 try:
                     outcome.exception(None if end is None else max(end - time.monotonic(), 0))
                 except FutureTimeoutError:
-                    raise BusyError(f"removals were still pending after {timeout} s; they go on") from None
+                    raise BusyError(f"removals are still pending after {timeout} s; they continue") from None
         self._raise_failed_changes()
         if self._saver is not None:
             self._saver.raise_failures()

@@ -141,7 +141,7 @@ class Session:
         """Return outcome and cost of the last operation on a path; its failure is then ours to raise."""
         outcome, stats = self.io.submitted.pop(path, (None, None))
         if outcome is not None:
-            outcome.heard = True
+            outcome.retrieved = True
         return outcome, stats
 
     def is_linked(self, last: str, path: str) -> bool:

@@ -1,4 +1,4 @@
-"""asyncckpt in a shell: look at checkpoints, check, compare and adopt them, and remove old ones."""
+"""The command line: list, inspect, verify, compare, adopt and prune checkpoints."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import sys
 
 
 def main() -> None:
-    """Run the command that the process was started with, and end the process."""
+    """Run the command line of this process, and exit."""
     try:
         from asyncckpt.cli.app import app
     except ModuleNotFoundError as error:

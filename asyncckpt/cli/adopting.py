@@ -1,4 +1,4 @@
-"""`asyncckpt adopt`: describe files of torch.save, so that a Checkpointer continues with them."""
+"""`asyncckpt adopt`: add descriptions to files of torch.save, so that a Checkpointer continues with them."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ Filename = Annotated[
     typer.Option(
         metavar="TEMPLATE",
         show_default=False,
-        help="The filename of the Checkpointer that is to continue: ckpt_{step:03d}.pth for ckpt_007.pth.",
+        help="Filename of the Checkpointer that will continue: ckpt_{step:03d}.pth for ckpt_007.pth.",
     ),
 ]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Change nothing; say what would be adopted.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be adopted; change nothing.")]
 
 _EXIT_STATUSES = {"refused": 1, "failed": 2}
 _NAMED = 5  # of other files, in a message
@@ -50,13 +50,13 @@ def adopt(
     option: StorageOptions = None,
     as_json: output.AsJson = False,
 ) -> None:
-    """Describe files of torch.save in place, so that a Checkpointer with that filename continues with them.
+    """Add descriptions to files of torch.save, in place, so that a Checkpointer continues with them.
 
-    Each file that the template names and that has no description is read, checked, and replaced as a whole by
-    itself and one more record at its end, which torch.load ignores. The step, and metrics if the template has
-    any, are what the name says. In the order of commits the files stand in order of step, behind what is
-    there. What is damaged, has no checksums or is of another format is refused and named. The exit status is
-    1 if a file was refused, 2 if one could not be read or written, or if no file has such a name.
+    Each file that fits the template and has no description is checked and atomically replaced by a copy with
+    one more record at its end, which torch.load ignores. Step and metrics come from the file name. The files
+    follow existing checkpoints in the order of commits, by step. Damaged files, files without checksums and
+    other formats are refused and named. Exit status: 1 if a file was refused, 2 if one could not be read or
+    written or if no file fits.
 
     Example: asyncckpt adopt runs/old --filename "ckpt_{step:03d}.pth"
     """
@@ -123,7 +123,7 @@ def _outcomes(store: Store, seen: Survey, names: NameTemplate, *, dry_run: bool)
             yield _Outcome(placed, "adopted")
     for name in seen.misnamed:
         path, step = store.path_of(name), names.step_of(name)
-        reason = f"{path}: the template {names.template!r} does not make this name of step {step}"
+        reason = f"{path}: the template {names.template!r} gives step {step} another name"
         yield _Outcome(Checkpoint(step, path), "refused", reason)
 
 
@@ -146,4 +146,4 @@ def _nothing_fits(directory: str, filename: str, seen: Survey) -> str:
     guess = guess_template(names)
     advice = f"; try --filename {guess!r}" if guess is not None else ""
     listed = f"there are: {', '.join(names[:_NAMED])}{more}"
-    return f"the template {filename!r} makes no name of a file in {directory}; {listed}{advice}"
+    return f"no file in {directory} fits the template {filename!r}; {listed}{advice}"

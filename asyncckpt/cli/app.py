@@ -46,7 +46,7 @@ def about(
         typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit."),
     ] = False,
 ) -> None:
-    """Look at checkpoints, check, compare and adopt them, and remove old ones."""
+    """List, inspect, verify, compare, adopt and prune checkpoints."""
     del version
 
 

@@ -1,4 +1,4 @@
-"""`asyncckpt bench`: what saves cost on the disk at hand."""
+"""`asyncckpt bench`: the cost of saves on the given disk."""
 
 from __future__ import annotations
 
@@ -26,14 +26,15 @@ State = Annotated[
 WeightsOnly = Annotated[
     bool,
     typer.Option(
-        "--weights-only/--no-weights-only", help="As in torch.load; without it FILE can run any code."
+        "--weights-only/--no-weights-only",
+        help="As in torch.load. With --no-weights-only, FILE can execute any code.",
     ),
 ]
-Repeat = Annotated[int, typer.Option("--repeat", min=1, help="Saves of each kind that are measured.")]
+Repeat = Annotated[int, typer.Option("--repeat", min=1, help="Number of measured saves of each kind.")]
 
 _COLUMNS = {
     "first save": "first_stall_s",
-    "training stands still": "stall_s",
+    "stall": "stall_s",
     "lost per save": "lost_s",
     "durable after": "durable_s",
     "save at most every": "interval_s",
@@ -49,10 +50,10 @@ def bench(  # noqa: PLR0913 - the options of the command
     option: StorageOptions = None,
     as_json: output.AsJson = False,
 ) -> None:
-    """Measure what a training loses per save with torch.save and with asyncckpt, on your own disk.
+    """Measure on your disk what a save costs a training loop, with torch.save and with asyncckpt.
 
-    Beside a small training, on the GPU if there is one, a state is saved by turns in both ways, durably. What
-    is written is removed again. It takes a minute and twice the state in memory beside it.
+    A state is saved durably in both ways by turns, beside a small training loop (on the GPU if there is one).
+    Files are removed afterwards. It takes about a minute, and memory for two copies of the state beside it.
 
     Example: asyncckpt bench --dir /mnt/checkpoints --state last.pt
     """
@@ -91,9 +92,9 @@ def _state(path: str | None, weights_only: bool, option: Sequence[str] | None) -
         image = get_engine().call(read_image, store, file.name)
         return load_image(image, device(), weights_only=weights_only).state
     except pickle.UnpicklingError as error:
-        msg = f"{path} holds more than weights, which loading would execute"
+        msg = f"{path} holds objects beyond weights, which loading would execute"
         raise typer.BadParameter(
-            f"{msg}; if you trust it, add --no-weights-only ({error})", param_hint="--state"
+            f"{msg}; add --no-weights-only if you trust it ({error})", param_hint="--state"
         ) from error
 
 
@@ -122,12 +123,12 @@ def _print(found: Mapping[str, Any]) -> None:
         rate = f"limit: this disk, {output.size(nbytes / limits['write_s'])}/s"
         table.add_row(rate, "", "", "", _seconds(limits["write_s"]), "")
     output.print_table(table)
-    output.line("Lost: the standstill, and what the steps beside the writing took longer.", "dim")
-    output.line(f"Save at most that often, and saves take less than {SHARE:.0%} of the training.", "dim")
+    output.line("Lost: the stall, and the slowdown of the steps until the checkpoint is complete.", "dim")
+    output.line(f"With at least that interval, saves cost less than {SHARE:.0%} of the training time.", "dim")
     output.line(f"Medians of {output.counted(len(found['samples']['ours_stall_s']), 'save')}.", "dim")
 
 
 def _seconds(value: float) -> str:
     if abs(value) < 1:
-        return f"{value * 1e3:.{1 if abs(value) < 0.01 else 0}f} ms"  # noqa: PLR2004 - where tenths tell something
-    return f"{value:.2f} s" if value < 10 else f"{value:.0f} s"  # noqa: PLR2004 - where they tell nothing
+        return f"{value * 1e3:.{1 if abs(value) < 0.01 else 0}f} ms"  # noqa: PLR2004 - tenths matter below 10 ms
+    return f"{value:.2f} s" if value < 10 else f"{value:.0f} s"  # noqa: PLR2004 - from 10 s on they do not

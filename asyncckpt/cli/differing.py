@@ -1,4 +1,4 @@
-"""`asyncckpt diff`: in what two files differ, without unpickling them."""
+"""`asyncckpt diff`: the differences of two files, without unpickling them."""
 
 from __future__ import annotations
 
@@ -27,14 +27,13 @@ _DIFFERENT = 1
 def diff(
     a: A, b: B, *, show_all: ShowAll = False, option: StorageOptions = None, as_json: AsJson = False
 ) -> None:
-    """Tell in what two checkpoints differ, without unpickling them.
+    """Compare two checkpoints. No code in them is executed.
 
-    This compares the entries of the states, plain values, shapes, dtypes, every element of the tensors, and
-    which tensors share memory; not where tensors were, their strides, whether they require gradients, nor
-    whether a dict is an OrderedDict. NaN is equal to NaN, and keys that are objects are the same if they
-    print alike. Tensors of any size are compared in little memory; a remote file is copied to a temporary
-    one first. The exit status is 0 if the files hold the same, 1 if they differ, 2 if they could not be
-    compared.
+    Compares entries, plain values, shapes, dtypes, all tensor elements, and which tensors share memory.
+    Ignores devices, strides, requires_grad, and the difference between dict and OrderedDict. NaN equals NaN;
+    keys that are objects are equal if they print alike. Memory use does not grow with the tensors; a remote
+    file is copied to a temporary one first. Exit status: 0 if the files are equal, 1 if they differ, 2 if
+    they could not be compared.
 
     Example: asyncckpt diff step-00000100.pt step-00000200.pt
     """
@@ -57,7 +56,7 @@ def _side(path: str, options: Sequence[str] | None) -> Side:
 
 
 def _document(a: Side, b: Side) -> dict[str, Any]:
-    """Return all that is printed; --json prints it as it is."""
+    """Return the comparison as the JSON document."""
     from asyncckpt._inspection.tensor_values import compare_values, nbytes_of
 
     found = look_at("differences", [(side.records.path, side.records.pickle) for side in (a, b)])
@@ -113,13 +112,13 @@ def _print(found: dict[str, Any], limit: int | None) -> None:
         line(f"share memory in {row['shared_in']} only: {', '.join(names)}{more}")
     print_rest(len(sharing), limit)
     line("the same" if found["same"] else "different", "green" if found["same"] else "red")
-    line(f"{counted(found['equal_tensors'], 'tensor')} equal, {len(changed)} with other values")
+    line(f"{counted(found['equal_tensors'], 'tensor')} equal, {len(changed)} different")
     if found["nans_in_both"]:
-        line(f"{counted(found['nans_in_both'], 'element')} NaN in both, which is equal here")
+        line(f"{counted(found['nans_in_both'], 'element')} NaN in both files (counted as equal)")
 
 
 def _texts(row: dict[str, Any]) -> list[str]:
-    """Return what stands in the columns of A and B."""
+    """Return the texts of columns A and B."""
     sides = [row.get(side) for side in ("a", "b")]
     if row["what"] in {"kind", "dtype"}:
         return [clean(side["value"]) for side in sides if side]

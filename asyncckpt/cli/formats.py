@@ -1,4 +1,4 @@
-"""Which files are checkpoints, and of which kind, as far as their names and first bytes tell."""
+"""Identify checkpoint files and foreign formats by name and first bytes."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ _SAFETENSORS = ".safetensors"
 _DCP_FILE, _DCP_METADATA = ".distcp", ".metadata"
 DCP = (
     "of torch.distributed.checkpoint, whose files verify cannot check; `python -m"
-    " torch.distributed.checkpoint.format_utils dcp_to_torch DIR FILE` makes one file of them that it can"
+    " torch.distributed.checkpoint.format_utils dcp_to_torch DIR FILE` converts it to a file that it can"
 )
 
 
 async def looks_like_checkpoint(store: Store, file: StoredFile) -> bool:
-    """Tell by its suffix and its first bytes whether a file, which may be damaged, is one of torch.save."""
+    """Return whether a file, possibly damaged, looks like one of torch.save by suffix and first bytes."""
     suffix = PurePosixPath(file.name).suffix
     if suffix in {_SAFETENSORS, _DCP_FILE}:
         return False
@@ -34,23 +34,23 @@ async def looks_like_checkpoint(store: Store, file: StoredFile) -> bool:
 
 
 def is_safetensors(name: str) -> bool:
-    """Tell by its name whether a file is one of safetensors."""
+    """Return whether a file is one of safetensors, by its name."""
     return PurePosixPath(name).suffix == _SAFETENSORS
 
 
 def is_dcp(name: str) -> bool:
-    """Tell by its name whether a file holds tensors of a checkpoint of torch.distributed.checkpoint."""
+    """Return whether a file is part of a checkpoint of torch.distributed.checkpoint, by its name."""
     return PurePosixPath(name).suffix == _DCP_FILE
 
 
 def dcp_files(files: Iterable[StoredFile]) -> list[StoredFile]:
-    """Return the files of the DCP checkpoint that a directory is; none if it is no such checkpoint."""
+    """Return the files of a directory that is a DCP checkpoint; none if it is not."""
     found = [file for file in files if is_dcp(file.name) or file.name == _DCP_METADATA]
     return found if {_DCP_METADATA} < {file.name for file in found} else []
 
 
 async def foreign_format(store: Store, file: StoredFile) -> str | None:
-    """Return what a file is that is in no format of torch.save's since 1.6; None if it does not tell."""
+    """Return the name of the format of a foreign file, or None if it is not known."""
     head = await _head(store, file)
     meaning = recognize(head) if head else None
     return None if meaning is None else re.split("[:,]", meaning)[0]

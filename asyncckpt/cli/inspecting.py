@@ -1,4 +1,4 @@
-"""`asyncckpt inspect`: what a file holds, without unpickling it."""
+"""`asyncckpt inspect`: the contents of a file, without unpickling it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ if TYPE_CHECKING:
     from asyncckpt._inspection.inert import Tensor
 
 File = Annotated[str, typer.Argument(metavar="FILE", show_default=False)]
-Depth = Annotated[int, typer.Option(min=0, help="Levels of modules to sum up, below the top-level entries.")]
+Depth = Annotated[
+    int, typer.Option(min=0, help="Levels of modules in the summary, below the top-level entries.")
+]
 
 _VALUE_WIDTH = 80
 
@@ -38,11 +40,11 @@ def inspect(
     option: StorageOptions = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show what a checkpoint holds, whoever wrote it, without unpickling it: nothing in it is run.
+    """Show what a checkpoint of any origin holds. No code in it is executed.
 
-    This reads the file's directory and its data.pkl, and no tensor's values. The names that
-    torch.load(weights_only=True) would refuse are listed last: do not load such a file with
-    weights_only=False unless you trust whoever made it.
+    Reads the file's directory and its data.pkl, but no tensor values. Names that
+    torch.load(weights_only=True) would refuse are listed last: load such a file with weights_only=False only
+    if you trust its author.
 
     Example: asyncckpt inspect model.pt
     """
@@ -61,7 +63,7 @@ def inspect(
 
 
 def _document(contents: Contents, depth: int) -> dict[str, Any]:
-    """Return all that is printed; --json prints it as it is."""
+    """Return the contents as the JSON document."""
     from asyncckpt._inspection.refusals import refused_globals
 
     summary, checkpoint, records = contents.summary, contents.summary.checkpoint, contents.records
@@ -181,7 +183,7 @@ def _notes(path: list[Any], tensor: Tensor, sharing: Sequence[list[Any]], *, fit
         more = f" and {len(sharing) - 2} more" if len(sharing) > 2 else ""  # noqa: PLR2004 - itself, the other
         yield f"shares storage with {path_text(other)}{more}"
     if not fits:
-        yield "is not all in the file"
+        yield "incomplete in the file"
     elif tensor.numel != tensor.storage.numel:
         yield f"view of a storage of {counted(tensor.storage.numel, 'element')}"
     if not tensor.is_contiguous:
@@ -218,15 +220,15 @@ def _print_values(values: Sequence[dict[str, Any]], limit: int | None) -> None:
 def _print_refused(refused: Sequence[str], limit: int | None) -> None:
     if refused:
         line("")
-        line("torch.load(weights_only=True) refuses this file, since it names:", "red")
+        line("torch.load(weights_only=True) refuses this file because of:", "red")
         for name in refused[:limit]:
             line(f"  {name}", "red")
         print_rest(len(refused), limit)
-        line("With weights_only=False whatever these do is done: only if you trust whoever made the file.")
+        line("weights_only=False executes them: use it only if you trust the author of the file.")
 
 
 def _moment(seconds: float) -> str:
     try:
         return datetime.fromtimestamp(seconds).astimezone().isoformat(" ", "seconds")
-    except (ValueError, OverflowError, OSError):  # no time that there ever was
+    except (ValueError, OverflowError, OSError):  # not a valid time
         return f"{seconds} seconds since the epoch"

@@ -36,7 +36,10 @@ if TYPE_CHECKING:
 
 Best = Annotated[
     str | None,
-    typer.Option(metavar="METRIC[:min|max]", help="Mark the best by this metric; lower is better, or :max."),
+    typer.Option(
+        metavar="METRIC[:min|max]",
+        help="Metric that ranks the checkpoints; lower is better unless :max is added.",
+    ),
 ]
 
 # More metrics than this are named below the table.
@@ -63,11 +66,11 @@ def ls(
     option: StorageOptions = None,
     as_json: output.AsJson = False,
 ) -> None:
-    """List the checkpoints of a directory: what each one tells, the newest and the best of each series.
+    """List the checkpoints of a directory, and mark the newest and the best of each series.
 
-    Those of asyncckpt, Lightning and torch.save; nothing is unpickled. What looks like a checkpoint but
-    cannot be read as one is listed as `damaged?`. A series are the checkpoints of one filename template; what
-    is of none is marked only where there is no series.
+    Reads files of asyncckpt, Lightning and torch.save, without unpickling them. A file that looks like a
+    checkpoint but cannot be read is listed as `damaged?`. A series is the checkpoints of one filename
+    template; files of no series are marked only if there is no series.
 
     Example: asyncckpt ls runs/gpt --best val_loss
     """
@@ -96,9 +99,9 @@ def ls(
 
 
 def _instead(directory: str, option: Sequence[str] | None) -> str:
-    """Return what there is in a directory without checkpoints, as the end of a message."""
+    """Return other contents of a directory without checkpoints, as the end of a message."""
     if dcp_files(call(store_at(directory, option).list)):
-        return ", which is one of torch.distributed.checkpoint: its dcp.load reads it"
+        return "; it is a checkpoint of torch.distributed.checkpoint, which dcp.load reads"
     return nested_hint(directory, option)
 
 
@@ -112,7 +115,7 @@ async def _read(store: Store) -> list[_Row]:
 
 
 async def _row(store: Store, file: StoredFile) -> _Row | None:
-    """Return the row of a file; None if it is no checkpoint, or was removed since it was listed."""
+    """Return the row of a file; None if it is not a checkpoint, or was removed since the listing."""
     from asyncckpt._inspection.contents import summarize
 
     try:
@@ -130,12 +133,12 @@ async def _row(store: Store, file: StoredFile) -> _Row | None:
 
 
 def _order(row: _Row) -> tuple[bool, int, float, str]:
-    """Sort in order of commit; what cannot be read comes last."""
+    """Sort in order of commit, unreadable files last."""
     return row.error is not None, row.checkpoint.sequence, row.checkpoint.created, row.name
 
 
 def _mark(rows: Sequence[_Row], ranking: Ranking) -> Ranking:
-    """Mark the newest and the best of each series; returns what "best" means, if that is known."""
+    """Mark the newest and the best of each series; return metric and mode of "best", if known."""
     good = {row.checkpoint.path: row for row in rows if row.error is None}
     checkpoints = [row.checkpoint for row in good.values()]
     if ranking is None and len(metrics := metric_names(checkpoints)) == 1:
@@ -144,7 +147,7 @@ def _mark(rows: Sequence[_Row], ranking: Ranking) -> Ranking:
     for key, own in series.items():
         for checkpoint in own if len(series) > 1 else ():
             good[checkpoint.path].series = series_text(key)
-        # Without sequence numbers, the time of each has to be known.
+        # Without sequence numbers, all times have to be known.
         if own and (own[-1].sequence or all(checkpoint.created for checkpoint in own)):
             good[own[-1].path].newest = True
         for checkpoint in rank(own, *ranking)[:1] if ranking else ():
@@ -209,7 +212,9 @@ def _print_captions(rows: Sequence[_Row], ranking: Ranking) -> None:
         of_each = ", of each series" if any(row.series for row in rows) else ""
         output.line(f"best: {this} {metric} (--best {metric}:{other} for the {opposite}){of_each}", "dim")
     elif metrics:
-        output.line(f"best: give --best METRIC[:min|max], with one of {', '.join(metrics)}", "dim")
+        output.line(
+            f"best: not shown; choose with --best METRIC[:min|max], one of {', '.join(metrics)}", "dim"
+        )
     if folded := metrics[_METRIC_COLUMNS:]:
         output.line(f"not shown: {', '.join(folded)} (--json has all)", "dim")
 

@@ -1,4 +1,4 @@
-"""Open the stores and files that paths and URLs on the command line name, and look for directories below."""
+"""Open stores and files by the paths and URLs of the command line, and find directories below."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ StorageOptions = Annotated[
     typer.Option(
         "--option",
         metavar="KEY=VALUE",
-        help="An option of the file system behind a URL, as fsspec takes it; JSON, or else text. Repeatable.",
+        help="Option of the file system of a URL, as fsspec takes it: JSON, or else text. Repeatable.",
     ),
 ]
-Recursive = Annotated[bool, typer.Option("--recursive", "-r", help="Look into all directories below, too.")]
+Recursive = Annotated[bool, typer.Option("--recursive", "-r", help="Include all directories below.")]
 
 _LOCAL = frozenset({"file", "local"})
 _DIRECTORIES = frozenset({"", ".", ".."})
-# A hint is not worth a walk through all of a disk.
+# A hint searches a part of the tree only.
 _DEPTH = 3
 _LOOKED_AT = 1000
 _NAMED = 3
@@ -49,7 +49,7 @@ _NAMED = 3
 def call(func: Callable[..., Awaitable[T]], *args: Any) -> T:
     """Run an async function and wait for its result; Ctrl-C cancels it.
 
-    The event loop has a thread of its own: one in the main thread can sleep through the signal.
+    The event loop runs in another thread, since one in the main thread can miss the signal.
     """
     with start_blocking_portal() as portal:
         return portal.call(func, *args)
@@ -59,8 +59,8 @@ def store_at(directory: str, options: Sequence[str] | None) -> Store:
     """Return the store of a directory, which need not exist.
 
     Raises:
-        StoreError: the URL names a protocol that is not known, or whose package is not installed.
-        typer.BadParameter: the options do not go with it.
+        StoreError: the protocol of the URL is unknown, or its package is not installed.
+        typer.BadParameter: the options do not fit it.
     """
     try:
         return open_store(directory, parsed_options(options))
@@ -108,7 +108,7 @@ def stores_at(
 
 
 def nested_hint(path: str, options: Sequence[str] | None) -> str:
-    """Return which directories below hold checkpoints, as the end of a message; empty if none does."""
+    """Return the directories below that hold checkpoints, as the end of a message; empty if none does."""
     found = []
     with suppress(OSError):
         for directory, names in _walk(path, options, _DEPTH):
@@ -117,13 +117,13 @@ def nested_hint(path: str, options: Sequence[str] | None) -> str:
     if not found:
         return ""
     more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
-    return f", but in {', '.join(found[:_NAMED])}{more}; --recursive looks there"
+    return f"; there are some in {', '.join(found[:_NAMED])}{more} (use --recursive)"
 
 
 def options_for(path: str, among: Sequence[str], options: Sequence[str] | None) -> Sequence[str] | None:
-    """Return the options that go with one of several paths: all of them with a URL, none with a local path.
+    """Return the options for one of several paths: all for a URL, none for a local path.
 
-    Where no path is a URL they go with each, so that opening it refuses them.
+    If no path is a URL, each gets all of them, so that opening it refuses them.
     """
     return options if is_url(path) or not any(map(is_url, among)) else None
 
@@ -134,7 +134,7 @@ def is_url(path: str) -> bool:
 
 
 def parsed_options(options: Sequence[str] | None) -> dict[str, Any]:
-    """Return KEY=VALUE options as a dict; raises typer.BadParameter if one is no pair."""
+    """Return KEY=VALUE options as a dict; raise typer.BadParameter if one is not a pair."""
     parsed = {}
     for option in options or ():
         key, equals, text = option.partition("=")
@@ -149,7 +149,7 @@ def parsed_options(options: Sequence[str] | None) -> dict[str, Any]:
 def _walk(
     path: str, options: Sequence[str] | None, depth: int | None = None
 ) -> Iterator[tuple[str, Sequence[str]]]:
-    """Yield directories and the names of their files, `depth` levels of them; then raise what failed."""
+    """Yield directories and the names of their files, `depth` levels; raise the first error at the end."""
     errors: list[OSError] = []
     with remote_errors("listing it", path):
         fs, root = url_to_fs(path, **parsed_options(options))

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _new_console = partial(Console, markup=False, highlight=False, emoji=False)
 console = _new_console()
 errors = _new_console(stderr=True)
-_endless = _new_console(width=100_000)  # what is piped is not cut to the width that a terminal might have
+_endless = _new_console(width=100_000)  # piped output is not cut to the width of a terminal
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document instead.")]
 
@@ -42,7 +42,7 @@ def complain(problem: str | BaseException) -> None:
 
 
 def message(problem: str | BaseException) -> str:
-    """Return an error without its number, and with its file if it has one."""
+    """Return the text of an error without its number, and with its file if it has one."""
     if not isinstance(problem, OSError) or problem.strerror is None:
         return str(problem)
     return problem.strerror if problem.filename is None else f"{problem.strerror} ({problem.filename})"
@@ -68,7 +68,7 @@ def new_table(*columns: str, right: Sequence[str] = ()) -> Table:
 
 
 def print_table(table: Table) -> None:
-    """Print a table on stdout, as wide as it is if that is no terminal."""
+    """Print a table on stdout, in full width if that is not a terminal."""
     (console if console.is_terminal else _endless).print(table)
 
 
@@ -86,7 +86,7 @@ def bytes_progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
         *(name, *columns, progress.TimeRemainingColumn()),
         console=errors,
         transient=True,
-        redirect_stdout=False,  # what is printed on stdout meanwhile stays there
+        redirect_stdout=False,  # output on stdout stays on stdout
         redirect_stderr=False,
     ) as bar:
         yield partial(bar.advance, bar.add_task(clean(label), total=total))
@@ -110,7 +110,7 @@ def size(nbytes: float) -> str:
 
 
 def age(seconds: float) -> str:
-    """Return a time span in the largest unit that it holds twice: 90 min."""
+    """Return a time span in the largest unit that fits twice: 90 min."""
     for length, unit in _AGES:
         if seconds >= 2 * length:
             return f"{seconds / length:.0f} {unit}"

@@ -32,7 +32,8 @@ Keep = Annotated[
     typer.Option(
         metavar="POLICY",
         show_default=False,
-        help="best:K:METRIC[:min|max], last:N or every:N (steps). Repeatable: what any of them keeps stays.",
+        help="best:K:METRIC[:min|max], last:N or every:N (steps). Repeatable: a checkpoint stays if any of"
+        " them keeps it.",
     ),
 ]
 Only = Annotated[
@@ -44,9 +45,12 @@ Only = Annotated[
     ),
 ]
 Verify = Annotated[
-    bool, typer.Option("--verify", help="Read all that is to stay whole, not only the newest of each series.")
+    bool,
+    typer.Option(
+        "--verify", help="Check every byte of all files that stay, not only of the newest of each series."
+    ),
 ]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Remove nothing; say what would be removed.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be removed; remove nothing.")]
 
 _FAILED = 1
 _REMOVED = "removed"
@@ -56,8 +60,8 @@ _REMOVED = "removed"
 class _Decision:
     name: str
     checkpoint: Checkpoint
-    series: str | None  # its template; None for that of files of old versions
-    why: list[str]  # what keeps it; nothing if it is to be removed
+    series: str | None  # its template; None for files of old versions
+    why: list[str]  # what keeps it; empty if it has to go
     error: str | None = None  # why it could not be removed; of one that stays, how it is damaged
     done: str = "keep"  # as shown in the table
 
@@ -77,11 +81,11 @@ def prune(  # noqa: PLR0913 - the options of the command
 ) -> None:
     """Remove the checkpoints of a directory that no --keep keeps.
 
-    Those that were saved by a Checkpointer count, each series (of one filename template) on its own; other
-    files, and copies under other names, are left alone. The newest of each series stays in any case, and so
-    does what a symbolic link in the directory leads to. Before anything is removed, the directory and headers
-    of each file that is to stay are checked, and every byte of the newest of each series: if one is damaged,
-    nothing is removed. The exit status is 1 then, or if one could not be removed.
+    Considers checkpoints that a Checkpointer saved, each series (one filename template) on its own; other
+    files and copies under other names are left alone. The newest of each series always stays, and so do the
+    targets of symbolic links in the directory. Before anything is removed, the structure of every file that
+    stays is checked, and every byte of the newest of each series; if one is damaged, nothing is removed. Exit
+    status: 1 if one is damaged or could not be removed.
 
     Example: asyncckpt prune runs/gpt --keep best:3:val_loss --keep last:2
     """
@@ -129,7 +133,9 @@ def prune(  # noqa: PLR0913 - the options of the command
     for decision in failed:
         output.complain(decision.error or decision.name)
     if blocked:
-        output.complain("nothing was removed, as these are to stay: move or remove them, then prune again")
+        output.complain(
+            "nothing was removed: files that stay are damaged; move or delete them, then prune again"
+        )
     if failed:
         raise typer.Exit(_FAILED)
 
@@ -147,7 +153,7 @@ def _parse_policy(spec: str) -> Policy:
     except ValueError:
         pass
     raise typer.BadParameter(
-        f"{spec!r} is no policy; use best:K:METRIC[:min|max], last:N or every:N", param_hint="--keep"
+        f"{spec!r} is not a policy; use best:K:METRIC[:min|max], last:N or every:N", param_hint="--keep"
     )
 
 
@@ -165,7 +171,7 @@ def _series_in(entries: Sequence[Entry], only: str | None) -> Mapping[str | None
 
 
 def _links_in(store: Store) -> Mapping[str, Sequence[str]]:
-    """Return the names of the symbolic links to each file of a local directory, within that directory."""
+    """Return the names of the symbolic links in a local directory, by their targets in it."""
     links: defaultdict[str, list[str]] = defaultdict(list)
     if isinstance(store, LocalStore):
         directory = Path(os.path.realpath(store.path_of("")))
@@ -177,7 +183,7 @@ def _links_in(store: Store) -> Mapping[str, Sequence[str]]:
 
 
 async def _damaged(store: Store, entries: Sequence[Entry]) -> list[Entry]:
-    """Return the files that look like checkpoints and cannot be whole ones."""
+    """Return the files that look like checkpoints and are damaged."""
     return [
         entry
         for entry in entries
@@ -205,13 +211,13 @@ def _decide(
             why = [spec for spec in policies if path in kept[spec]]
             if not why and path not in leaving:
                 why = ["newest"]
-            why += [f"{link} leads to it" for link in links.get(name, ())]
+            why += [f"target of {link}" for link in links.get(name, ())]
             decisions.append(_Decision(name, checkpoint, series, why))
     return decisions
 
 
 def _check(store: Store, staying: Sequence[_Decision], *, wholly: bool) -> None:
-    """Read the newest of each series whole, or all, and the structure of the others."""
+    """Check every byte of the newest of each series, or of all, and the structure of the others."""
     from asyncckpt._loading.reader import read_file, verify_file
     from asyncckpt._loading.structure import check_structure
 

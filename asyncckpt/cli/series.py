@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 def by_series(checkpoints: Iterable[Checkpoint]) -> dict[str | None, list[Checkpoint]]:
     """Return the checkpoints of each series, in the order given.
 
-    A file without a sequence number is of no series, and neither is a copy under another name. A file of an
-    old version, which does not hold its template, is of the series whose template makes its name; those
-    without one are one series together, None.
+    Files without a sequence number and copies under other names are of no series. A file of an old version,
+    which does not hold its template, is of the series whose template makes its name; those that fit none form
+    one series, None.
     """
     committed = [checkpoint for checkpoint in checkpoints if checkpoint.sequence]
     templates = {}
     for filename in dict.fromkeys(checkpoint.filename for checkpoint in committed):
-        with suppress(ValueError):  # no Checkpointer has written it
+        with suppress(ValueError):  # not written by a Checkpointer
             templates.update({} if filename is None else {filename: NameTemplate(filename)})
     found: dict[str | None, list[Checkpoint]] = {}
     for checkpoint in committed:
@@ -38,12 +38,12 @@ def by_series(checkpoints: Iterable[Checkpoint]) -> dict[str | None, list[Checkp
 
 
 def series_text(key: str | None) -> str:
-    """Return a series as it stands in a table."""
-    return "(not told)" if key is None else clean(key)
+    """Return a series as a cell of a table."""
+    return "(unknown)" if key is None else clean(key)
 
 
 def parse_metric(text: str) -> tuple[str, Mode]:
-    """Return the name and the mode that METRIC[:min|max] means."""
+    """Return the name and the mode of METRIC[:min|max]."""
     name, _, mode = text.rpartition(":")
     if mode == "max":
         return name, "max"
@@ -51,13 +51,13 @@ def parse_metric(text: str) -> tuple[str, Mode]:
 
 
 def require_metric(metric: str, checkpoints: Iterable[Checkpoint], option: str, where: str = "") -> None:
-    """Raise typer.BadParameter unless one of `checkpoints` has `metric`; the message lists those there are.
+    """Raise typer.BadParameter unless one of `checkpoints` has `metric`; the message lists their metrics.
 
     Args:
         metric: its name, which may be mistyped.
-        checkpoints: where to look for it.
-        option: by which it was given.
-        where: what to add to "no checkpoint".
+        checkpoints: the checkpoints to search.
+        option: the option that gave the metric.
+        where: suffix for "no checkpoint" in the message.
     """
     names = metric_names(checkpoints)
     if metric not in names:

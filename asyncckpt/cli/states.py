@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 ShowAll = Annotated[bool, typer.Option("--all", help="Show all rows of each table.")]
 
-# Of each table, unless all are asked for.
+# Of each table, without --all.
 ROWS = 50
 
 
@@ -27,13 +27,13 @@ def print_rows(table: Table, count: int, limit: int | None) -> None:
 
 
 def print_rest(count: int, limit: int | None) -> None:
-    """Say how many more there are than `limit`; None shows all."""
+    """Print how many rows beyond `limit` are not shown; None shows all."""
     if limit is not None and count > limit:
         line(f"… and {count - limit:,} more; --all shows them", "dim")
 
 
 def value_text(row: Mapping[str, Any], room: int = 60) -> str:
-    """Return a value that is printed as {"value": …} or {"text": …} in JSON as a cell of a table."""
+    """Return a value, in JSON {"value": …} or {"text": …}, as a cell of a table."""
     if "value" in row:
         return short(row["value"], room)
     text: str = row["text"]

@@ -1,4 +1,4 @@
-"""`asyncckpt verify`: read files whole and compare every checksum."""
+"""`asyncckpt verify`: read whole files and compare every checksum."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 Paths = Annotated[list[str], typer.Argument(metavar="FILE|DIR", help="Local paths or URLs.")]
 
 _STYLES = {"failed": "red", "unchecked": "yellow", "gone": "yellow"}
-# The first of these statuses that there is decides.
+# The first of these that occurs decides.
 _EXIT_STATUSES = {"failed": 1, "unreadable": 2, "good": 0}
 _NOTHING_CHECKED = 3
 
@@ -56,12 +56,11 @@ def verify(
 ) -> None:
     """Read every byte of checkpoints and compare every checksum.
 
-    Of a directory, this takes what is a checkpoint or looks like one: by the suffix .pt, .pth, .ckpt, .bin or
-    .safetensors, or by its first bytes. What has no checksums that can be compared is named and `unchecked`:
-    files of safetensors, those of torch.save before 1.6, directories of torch.distributed.checkpoint. What is
-    removed or replaced while it is read, as by a training, is `gone`. The exit status is 0 if all that were
-    checked are good, 1 if one is damaged or was saved with its checksums off, 2 if one could not be read, 3
-    if there was none to check.
+    In a directory, reads files that are checkpoints or look like one, by the suffix .pt, .pth, .ckpt, .bin or
+    .safetensors, or by their first bytes. Formats without checksums to compare are reported as `unchecked`:
+    safetensors, torch.save before 1.6, torch.distributed.checkpoint. A file that is removed or replaced while
+    it is read is `gone`. Exit status: 0 if all checked files are good, 1 if one is damaged or was saved with
+    its checksums off, 2 if one could not be read, 3 if there was nothing to check.
 
     Example: asyncckpt verify runs/gpt
     """
@@ -82,7 +81,7 @@ def verify(
 
 
 def _verdicts(path: str, option: Sequence[str] | None, *, recursive: bool) -> Iterator[_Verdict]:
-    """Yield the verdicts on a file, or on what a directory holds."""
+    """Yield the verdicts on a file, or on the files of a directory."""
     found = False
     try:
         for verdict in _of_path(path, option, recursive=recursive):
@@ -136,7 +135,7 @@ def _verified(store: Store, file: StoredFile, label: str) -> _Verdict:
 
     path, nbytes = store.path_of(file.name), file.nbytes
     if is_dcp(file.name):
-        return _Verdict(path, nbytes, "unchecked", f"one file of a directory {DCP}")
+        return _Verdict(path, nbytes, "unchecked", f"a file of a directory {DCP}")
     try:
         with output.bytes_progress(label, nbytes) as advance:
             call(verify_file, store, file.name, advance)
@@ -146,7 +145,7 @@ def _verified(store: Store, file: StoredFile, label: str) -> _Verdict:
         foreign = call(foreign_format, store, file)
         if foreign is None:
             return _Verdict(path, nbytes, "failed", output.message(error))
-        return _Verdict(path, nbytes, "unchecked", f"{foreign}, which has no checksums that verify knows")
+        return _Verdict(path, nbytes, "unchecked", f"{foreign}, without checksums that verify can compare")
     except (AsyncCkptError, OSError) as error:
         return _Verdict(path, nbytes, "unreadable", output.message(error))
     return _Verdict(path, nbytes, "good")
