@@ -35,7 +35,8 @@ T = TypeVar("T")
 _LISTINGS = 100
 _NAME_MAX = 255
 _NO_LINK = frozenset({errno.EPERM, errno.EXDEV, errno.EMLINK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EACCES})
-_NO_SYMLINK = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EACCES})
+# None: what is raised in Python, such as by a wrapper of os.symlink, has no number.
+_NO_SYMLINK = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EACCES, None})
 
 
 class LocalStore(Store):
@@ -220,7 +221,7 @@ class LocalStore(Store):
         text = os.path.relpath(found, directory)
         return self._place(partial(self._ops.symlink, text), target, _NO_SYMLINK)
 
-    def _place(self, make: Callable[[str], None], target: str, refusals: Collection[int]) -> bool:
+    def _place(self, make: Callable[[str], None], target: str, refusals: Collection[int | None]) -> bool:
         """Make something under a temporary name, move it to `target`, and sync the directory.
 
         Returns:
