@@ -99,6 +99,7 @@ own = asyncckpt.Checkpointer(directory, filename=f"rank{rank}-{{step}}.pt")
 for step in (1, 2):
     attempt(ckpt.save, step, {"w": torch.ones(3)})
     attempt(own.save, step, {"w": torch.ones(3)})
+dist.barrier()  # a close lets the other rank have the series
 ckpt.close(), own.close()
 dist.barrier()
 assert [c.step for c in ckpt.checkpoints()] == [c.step for c in own.checkpoints()] == [1, 2]
