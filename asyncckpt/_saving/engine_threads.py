@@ -6,6 +6,7 @@ import asyncio
 import logging
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from contextvars import ContextVar
 from functools import partial
 from queue import SimpleQueue
@@ -55,7 +56,7 @@ class EngineThreads:
         self.ending = False
         self._take = take
         self._after = after
-        self._stop: Callable[[], object] = _nothing
+        self._stopped: asyncio.Event | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._ready: SimpleQueue[BaseException | None] = SimpleQueue()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -128,19 +129,23 @@ class EngineThreads:
             anyio.run(self._serve)
         except BaseException as error:  # noqa: BLE001 - raised by `begin`
             self._ready.put(error)
-        for thread in threading.enumerate():
-            if getattr(thread, "loop", None) is self._loop:  # a worker of anyio, which is ending
-                thread.join()
+        if self._loop is not None:
+            for thread in threading.enumerate():
+                if getattr(thread, "loop", None) is self._loop:  # a worker of anyio, which is ending
+                    thread.join()
+
+    def _stop(self) -> None:
+        if self._loop is not None and self._stopped is not None:
+            with suppress(RuntimeError):  # it is closed: `begin` was interrupted, and has stopped it
+                self._loop.call_soon_threadsafe(self._stopped.set)
 
     async def _serve(self) -> None:
-        loop, stopped = asyncio.get_running_loop(), asyncio.Event()
-        self._loop = loop
-        self._stop = lambda: loop.call_soon_threadsafe(stopped.set)
+        self._loop, self._stopped = asyncio.get_running_loop(), asyncio.Event()
         files = _file_threads()
-        loop.set_default_executor(files)
+        self._loop.set_default_executor(files)
         self._ready.put(None)
         if not self.ending:
-            await stopped.wait()
+            await self._stopped.wait()
         files.shutdown()
 
     def _run_queue(self) -> None:
@@ -177,10 +182,6 @@ class EngineThreads:
     def _loop_of(self) -> asyncio.AbstractEventLoop:
         assert self._loop is not None  # noqa: S101 - `begin` has returned
         return self._loop
-
-
-def _nothing() -> None:
-    pass
 
 
 def _file_threads() -> ThreadPoolExecutor:
