@@ -116,7 +116,7 @@ def test_its_tensors_are_plain_ones_which_freeze_fast() -> None:
             lambda s: s["numpy"]["state"].update(key=torch.ones(625, dtype=torch.int32)),
             "numpy: ValueError: it is no",
         ),
-        (lambda s: s["numpy"]["state"].update(pos=625), "numpy: ValueError: it is no state of a MT19937"),
+        (lambda s: s["numpy"]["state"].update(pos=625), "numpy: ValueError: (it is no|state pos)"),
         (lambda s: s.update(torch=torch.ones(5, dtype=torch.uint8)), "torch: RuntimeError"),
         (lambda s: s.update(torch=None), "torch: AttributeError"),
         (lambda s: s.update(cuda=5), "cuda: TypeError"),
