@@ -6,6 +6,7 @@ import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from asyncckpt import _at_exit  # noqa: F401 - registers a hook
 from asyncckpt._version import __version__
 from asyncckpt.errors import (
     AsyncCkptError,
@@ -87,16 +88,22 @@ _NEED_TORCH = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _NEED_TORCH:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_NEED_TORCH[name]}"), name)
-    globals()[name] = value
-    return value
+_MODULES = frozenset({"checkpointer", "functions", "random_state", "stores"})
+
+if not TYPE_CHECKING:  # for a type checker, every name would exist
+
+    def __getattr__(name: str) -> Any:
+        if name in _MODULES:
+            return import_module(f"{__name__}.{name}")
+        if name not in _NEED_TORCH:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(import_module(f"{__name__}.{_NEED_TORCH[name]}"), name)
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_NEED_TORCH})
+    return sorted({*globals(), *_NEED_TORCH, *_MODULES})
 
 
 logging.getLogger("asyncckpt").addHandler(logging.NullHandler())

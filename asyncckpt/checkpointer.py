@@ -156,8 +156,7 @@ class Checkpointer(Finder):
         """
         began = time.perf_counter()
         step = checked_step(step, state)
-        if self._closed:
-            raise SaveError(f"the Checkpointer of {self.directory} is closed; make a new one")
+        self._refuse_if_closed()
         numbers = checked_metrics(metrics)
         check_metrics(self._keep, numbers)
         name = self._names.name(step, numbers)
@@ -173,6 +172,10 @@ class Checkpointer(Finder):
             self._writer.note_name(name, step)
         return save
 
+    def _refuse_if_closed(self) -> None:
+        if self._closed:
+            raise SaveError(f"the Checkpointer of {self.directory} is closed; make a new one")
+
     def reserve(self, state: Any) -> int:
         """Allocate host memory for snapshots of `state`, so that the first save is as fast as later ones.
 
@@ -181,7 +184,11 @@ class Checkpointer(Finder):
 
         Returns:
             Size of one snapshot in bytes.
+
+        Raises:
+            SaveError: the state cannot be saved, or the Checkpointer is closed.
         """
+        self._refuse_if_closed()
         return self._saver.reserve(collect(state))
 
     def wait(self, timeout: float | None = None) -> None:

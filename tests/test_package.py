@@ -16,7 +16,7 @@ def test_every_public_name_is_there_and_listed() -> None:
 
 def test_an_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="module 'asyncckpt' has no attribute 'Chekpointer'"):
-        _ = asyncckpt.Chekpointer
+        _ = asyncckpt.Chekpointer  # type: ignore[attr-defined]
 
 
 def test_torch_is_imported_with_the_first_name_that_needs_it() -> None:

@@ -6,6 +6,7 @@ import re
 from typing import TYPE_CHECKING
 
 from asyncckpt._inspection.inert import read_pickle
+from asyncckpt._inspection.isolation import look_at
 from asyncckpt._inspection.refusals import foreign_globals, listing, refused_entries
 from asyncckpt._loading.unpickle import is_device
 from asyncckpt.errors import AsyncCkptError, CorruptCheckpointError, UnloadableStateError, UnsafeStateError
@@ -35,16 +36,22 @@ def load_failure(
     """
     if isinstance(error, Warning):  # that the user's filters turn into errors
         return None
+    is_refused = str(error).startswith(_REFUSAL)
     try:
+        look_at("contents", [(where, data_pickle)])  # within limits; what follows costs about as much
         pickled = read_pickle(data_pickle, slow=True)
+    except CorruptCheckpointError as failure:
+        if is_refused and "damaged" not in str(failure):  # it takes too much
+            return _unsafe(where, f"weights_only=True refuses it: {_reason(str(error))}")
+        return failure
     except Exception as damage:  # noqa: BLE001 - whatever a damaged pickle comes to
-        return CorruptCheckpointError(f"{where}: its data.pkl is damaged: {damage}; use another checkpoint")
-    if str(error).startswith(_REFUSAL):
+        reason = str(damage) or type(damage).__name__
+        return CorruptCheckpointError(f"{where}: its data.pkl is damaged: {reason}; use another checkpoint")
+    if is_refused:
         return _refused(error, where, pickled)
     allocation = _ALLOCATION.search(str(error))
-    if allocation and int(allocation[1]) in sizes:
-        return None
-    return _broken(error, where, pickled)
+    is_too_large = allocation is not None and int(allocation[1]) in sizes
+    return None if is_too_large else _broken(error, where, pickled)
 
 
 def _refused(error: Exception, where: str, pickled: Pickled) -> UnsafeStateError:
@@ -52,6 +59,10 @@ def _refused(error: Exception, where: str, pickled: Pickled) -> UnsafeStateError
     what = f"weights_only=True refuses {listing(entries)}" if entries else "weights_only=True refuses it"
     if not entries or _NEEDS_IMPORT in text:
         what += f": {_reason(text)}"
+    return _unsafe(where, what)
+
+
+def _unsafe(where: str, what: str) -> UnsafeStateError:
     return UnsafeStateError(
         f"{where}: {what}; if you trust the file, load it with weights_only=False, or allow these names with"
         " torch.serialization.add_safe_globals"

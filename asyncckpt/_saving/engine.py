@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import concurrent.futures.thread as executors  # its exit hook must be there before ours, to run after it
 import logging
 import os
 import sys
@@ -188,16 +187,24 @@ class Engine:
 
     def use(self, user: object) -> None:
         """Keep threads and host memory between operations until `user` leaves or is garbage-collected."""
-        self._releasing = False
-        if user not in self._users:
-            weakref.finalize(user, self._release_if_unused).atexit = False
-            self._users.add(user)
+        if _ended:
+            raise SaveError(_SHUTTING_DOWN)
+        with self._changed:
+            self._releasing = False
+            if user not in self._users:
+                weakref.finalize(user, self._release_if_unused).atexit = False
+                self._users.add(user)
+
+    def start(self) -> None:
+        """Start the threads, which release host memory once nobody uses it."""
+        self._started()
 
     def leave(self, user: object) -> None:
         """End a use; after the last one, release threads and host memory once the queue is empty."""
-        self._users.discard(user)
+        with self._changed:
+            self._users.discard(user)
         self._release_if_unused()
-        if self._releasing and not self._queue and not self._calls:
+        if self._releasing and not self._is_busy():
             self._wait_for_release()
 
     def release(self) -> None:
@@ -213,10 +220,13 @@ class Engine:
     def statistics(self) -> Statistics:
         """Return what the engine holds now."""
         arena = self.arena.statistics()
-        names = [thread.name for thread in threading.enumerate()]
+        threads = self._threads
         return Statistics(
             pending=len(self._queue),
-            threads=sum(name.startswith("asyncckpt") for name in names),
+            threads=sum(
+                thread.name.startswith("asyncckpt") or (threads is not None and threads.is_worker(thread))
+                for thread in threading.enumerate()
+            ),
             memory=arena.mapped,
             in_use=arena.leased,
         )
@@ -228,15 +238,21 @@ class Engine:
             self._changed.notify_all()
 
     def _is_unused(self) -> bool:
-        return not list(self._users)  # the length may count one that is being collected
+        with self._changed:
+            return not list(self._users)  # the length may count one that is being collected
+
+    def _is_busy(self) -> bool:
+        return bool(self._queue or self._calls) and not _ended
 
     def _wait_for_release(self) -> None:
         """Wait until the threads have ended, unless a new use keeps them."""
         threads = self._threads
         if threads is None:
             self.arena.release()  # memory can be reserved without threads
-        else:
-            self._changed.until(lambda: self._threads is not threads or not self._releasing)
+        elif not threads.owns_caller():  # a finalizer that closes may run on any of them
+            self._changed.until(
+                lambda: self._threads is not threads or not self._releasing or self._is_busy()
+            )
             if self._threads is not threads:
                 threads.join()
 
@@ -247,18 +263,30 @@ class Engine:
                     raise SaveError(_SHUTTING_DOWN)
                 threads = EngineThreads(self._next, self.arena.release)
                 threads.begin()
-                self._threads, self._releasing = threads, False
-            return self._threads
+                self._adopt(threads)
+            return self._threads or threads
+
+    def _adopt(self, threads: EngineThreads) -> None:
+        if self._threads is None:
+            self._threads, self._releasing = threads, False
+        else:  # a signal handler has started others meanwhile
+            threads.ending = True
+            self._changed.notify_all()
 
     def _next(self, threads: EngineThreads) -> Next | None:
         """Wait for the next operation and mark it as begun; None if the threads have to end."""
         taken: list[Operation] = []
 
         def attempt() -> bool:
-            if self._queue and not threads.ending:
+            if self._queue and not self._queue[0].begun and not threads.ending:
                 self._queue[0].begun = True
                 taken.append(self._queue[0])
-            elif self._releasing and (_ended or not self._calls) and self._threads is threads:
+            elif (
+                self._releasing
+                and not self._queue
+                and (_ended or not self._calls)
+                and self._threads is threads
+            ):
                 threads.ending, self._threads = True, None
             return bool(taken) or threads.ending
 
@@ -335,8 +363,8 @@ def _default_limit() -> int:
     return int(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * _SHARE_OF_MEMORY)
 
 
-def _finish_at_exit() -> None:
-    """Finish pending operations when the main thread has ended; Ctrl-C abandons and prints them."""
+def finish_at_exit() -> None:
+    """Finish pending operations when no other thread saves any more; Ctrl-C abandons and prints them."""
     try:
         _finish()
     finally:
@@ -352,9 +380,6 @@ def _print_given_up() -> None:
 
 def _finish() -> None:
     global _ended  # noqa: PLW0603
-    # Other training threads may still save; Python waits for them as well, but only after this hook.
-    while others := [thread for thread in threading.enumerate() if _is_waited_for(thread)]:
-        others[0].join()
     _ended = True  # from here on saves of daemon threads are refused
     if _engine is not None and not _engine.given_up:
         depth, began = _engine.depth(), time.monotonic()
@@ -363,13 +388,6 @@ def _finish() -> None:
             logger.info("finished %d pending operations at exit in %.1f s", depth, time.monotonic() - began)
     for report in _reports:
         report()
-
-
-def _is_waited_for(thread: threading.Thread) -> bool:
-    """Return whether Python waits for a thread; executors stop theirs only after our hook."""
-    of_processes = getattr(sys.modules.get("concurrent.futures.process"), "_threads_wakeups", ())
-    mine = thread in {threading.current_thread(), threading.main_thread()}
-    return not (mine or thread.daemon or thread in executors._threads_queues or thread in of_processes)
 
 
 def _reset_in_child() -> None:
@@ -382,6 +400,5 @@ _engine: Engine | None = None
 _ended = False
 _engine_lock = threading.RLock()
 _reports: list[Callable[[], object]] = []
-threading._register_atexit(_finish_at_exit)  # type: ignore[attr-defined]
 atexit.register(_print_given_up)
 os.register_at_fork(after_in_child=_reset_in_child)

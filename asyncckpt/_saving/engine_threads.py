@@ -76,8 +76,9 @@ class EngineThreads:
             start_threads((self._queue_thread,), self._started)
         except BaseException as error:
             self.ending = True
-            self._stop()
-            if not isinstance(error, RuntimeError):
+            if self._queue_thread.ident is None:  # otherwise that one ends the loop, after its operation
+                self._stop()
+            if not isinstance(error, (RuntimeError, OSError)):
                 raise
             raise SaveError(
                 f"asyncckpt cannot start its threads: {error}; raise the limit (ulimit -u, or the pids"
@@ -119,6 +120,15 @@ class EngineThreads:
     def join(self) -> None:
         self._queue_thread.join()
 
+    def owns_caller(self) -> bool:
+        """Return whether the calling thread is one of these, for which `join` would wait."""
+        thread = threading.current_thread()
+        return thread in self._started or self.is_worker(thread) or thread.name.startswith("asyncckpt-files")
+
+    def is_worker(self, thread: threading.Thread) -> bool:
+        """Return whether anyio runs blocking functions of the loop on a thread."""
+        return self._loop is not None and getattr(thread, "loop", None) is self._loop
+
     def _wait_for_loop(self) -> None:
         failure = self._ready.get()
         if failure is not None:
@@ -129,10 +139,9 @@ class EngineThreads:
             anyio.run(self._serve)
         except BaseException as error:  # noqa: BLE001 - raised by `begin`
             self._ready.put(error)
-        if self._loop is not None:
-            for thread in threading.enumerate():
-                if getattr(thread, "loop", None) is self._loop:  # a worker of anyio, which is ending
-                    thread.join()
+        for thread in threading.enumerate():
+            if self.is_worker(thread):  # which is ending
+                thread.join()
 
     def _stop(self) -> None:
         if self._loop is not None and self._stopped is not None:
@@ -187,7 +196,12 @@ class EngineThreads:
 def _file_threads() -> ThreadPoolExecutor:
     executor = ThreadPoolExecutor(_FILE_THREADS, thread_name_prefix="asyncckpt-files")
     together = threading.Barrier(_FILE_THREADS + 1)
-    for _ in range(_FILE_THREADS):
-        executor.submit(together.wait)
-    together.wait()
+    try:
+        for _ in range(_FILE_THREADS):
+            executor.submit(together.wait)
+        together.wait()
+    except BaseException:
+        together.abort()  # one that waits would never end, nor would the exit of the process
+        executor.shutdown(wait=False)
+        raise
     return executor

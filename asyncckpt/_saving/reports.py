@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import threading
+from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from asyncckpt.errors import AsyncCkptError, CheckpointExistsError, SaveError
@@ -37,7 +39,8 @@ class Reports:
     def committed(self, save: Save, checkpoint: Checkpoint) -> None:
         """Resolve a save with its checkpoint, and call `on_commit`."""
         stats = save.stats
-        logger.info(
+        _guarded(
+            logger.info,
             "%s is durable: %d bytes, stall %.3f s, durable after %.3f s",
             checkpoint.path, stats.nbytes, stats.stall, stats.durable,
         )  # fmt: skip
@@ -48,7 +51,7 @@ class Reports:
     def failed(self, save: Save, error: BaseException) -> None:
         """Resolve a save with its failure, and call `on_error` or keep the failure for the next call."""
         failure = _failure_of(save, error)
-        logger.error("%s", failure, exc_info=error)
+        _guarded(partial(logger.error, "%s", failure, exc_info=error))
         if callable(self._on_error):
             save.committed.retrieved = True
             _guarded(save.committed.set_exception, failure)
@@ -59,7 +62,7 @@ class Reports:
 
     def not_evicted(self, checkpoint: Checkpoint, error: BaseException) -> None:
         """Keep a failed eviction after a commit for the next call."""
-        logger.error("%s is saved, but eviction failed", checkpoint.path, exc_info=error)
+        _guarded(partial(logger.error, "%s is saved, but eviction failed", checkpoint.path, exc_info=error))
         failure = SaveError(f"{checkpoint.path} is saved, but evicting older checkpoints failed: {error}")
         failure.__cause__ = error
         self._keep(failure, None)
@@ -93,8 +96,9 @@ def _failure_of(save: Save, error: BaseException) -> SaveError:
 
 
 def _guarded(func: Callable[..., object], *args: object) -> None:
-    """Call a user's callback; nothing it raises, SystemExit included, may end the engine."""
+    """Call a callback, a logging handler or the like; what it raises, SystemExit included, is logged."""
     try:
         func(*args)
     except BaseException:
-        logger.exception("a callback of a save failed")
+        with suppress(BaseException):
+            logger.exception("a callback of a save failed")

@@ -134,6 +134,7 @@ class Saver:
     def reserve(self, state: object) -> int:
         """Allocate host memory for the snapshots of `state`; return the size of one in bytes."""
         self.open()
+        get_engine().start()
         return self._stager().reserve(state, self._max_in_flight)
 
     def drain(self, timeout: float | None = None) -> None:
@@ -162,7 +163,8 @@ class Saver:
         """Release the host memory of a job, and take it out of flight."""
         if job.snapshot is not None:
             job.snapshot.lease.release()
-        self._in_flight.discard(job)
+        with self._changed:
+            self._in_flight.discard(job)
         self._changed.notify_all()
 
     def finished(self, job: Job) -> None:

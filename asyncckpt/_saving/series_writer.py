@@ -113,7 +113,7 @@ class SeriesWriter:
                 await self._store.remove(_name_of(checkpoint))
                 logger.debug("evicted %s", checkpoint.path)
                 self._steps.pop(_name_of(checkpoint), None)
-                self.own.remove(checkpoint)
+                self.own = [c for c in self.own if c.path != checkpoint.path]
 
     async def _refuse_other_step(self, name: str, step: int) -> None:
         path = self._store.path_of(name)

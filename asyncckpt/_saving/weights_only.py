@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -42,11 +41,7 @@ class WeightsOnlyCheck:
             return None
         try:
             refused = refused_entries(read_pickle(frozen.pickled), kinds)
-        except (
-            pickle.UnpicklingError,
-            TypeError,
-            ValueError,
-        ):  # a pickle that `read_pickle` does not support
+        except Exception:  # noqa: BLE001 - a warning fails no save: say it of the state as a whole
             refused = {"": Refused(dict.fromkeys(refused_globals(foreign)), {"state": None})}
         news = {name: entries for name, entries in refused.items() if name not in self._warned}
         self._warned.update(news)

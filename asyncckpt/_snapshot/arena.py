@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from asyncckpt._snapshot.memory import map_private
-from asyncckpt._snapshot.pinning import pin, unpin
+from asyncckpt._snapshot.pinning import current_device, pin, unpin
 from asyncckpt._threads import Condition, uninterrupted
 from asyncckpt.errors import BusyError, SaveError
 
@@ -70,6 +70,7 @@ class _Buffer:
         lease: who has it; the buffer is free if that is dead or None.
         mapping: the memory; None until it is mapped.
         pinned: whether it is registered with the CUDA runtime, or may be.
+        device: the CUDA device that was current then.
         used: when it was released last.
     """
 
@@ -77,6 +78,7 @@ class _Buffer:
     lease: weakref.ref[Lease] | None
     mapping: Mapping | None = None
     pinned: bool = False
+    device: int = 0
     used: int = 0
 
     @property
@@ -95,6 +97,7 @@ class _Buffer:
                     " lower max_in_flight, or raise the limits of the process (ulimit -v) or of its container"
                 ) from error
         if pinned and not self.pinned:
+            self.device = current_device()
             self.pinned = True  # before it is: undoing what was not done is harmless
             self.pinned = pin(mapping)
         return mapping
@@ -107,9 +110,11 @@ class _Buffer:
 
     def close(self) -> None:
         if self.mapping is not None:
-            if self.pinned:
-                unpin(self.mapping)
-            self.mapping.close()
+            try:
+                if self.pinned:
+                    unpin(self.mapping, self.device)
+            finally:
+                self.mapping.close()
 
 
 @dataclass(slots=True, eq=False)

@@ -7,7 +7,7 @@ from contextlib import suppress
 from threading import Thread
 from typing import TYPE_CHECKING, Generic, TypeVar
 
-from asyncckpt._threads import Condition, start_threads
+from asyncckpt._threads import Condition, is_locked_by_caller, start_threads
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -85,8 +85,18 @@ class _Work(Generic[P]):
         self._changed.notify_all()
 
     def end(self) -> None:
-        self._stop()
-        self._changed.until(lambda: not self._helping)
+        interrupt: BaseException | None = None
+        while True:
+            try:
+                self._stop()
+                self._changed.until(lambda: not self._helping)
+                break
+            except BaseException as error:
+                if is_locked_by_caller():
+                    raise
+                interrupt = error
+        if interrupt is not None:
+            raise interrupt
 
     def _take(self) -> int | None:
         with self._changed:

@@ -36,9 +36,21 @@ def pin(mapping: Mapping) -> bool:
     return True
 
 
-def unpin(mapping: Mapping) -> None:
-    """Undo `pin`, which the memory needs before it is unmapped."""
-    _unregister(mapping, mapping.nbytes)
+def current_device() -> int:
+    """Return the CUDA device of the calling thread."""
+    return torch.cuda.current_device()
+
+
+def unpin(mapping: Mapping, device: int) -> None:
+    """Undo `pin`, which the memory needs before it is unmapped.
+
+    Args:
+        mapping: the memory.
+        device: the current one when it was pinned: on another thread that is the first one, on which this
+            process may have no context yet.
+    """
+    with torch.cuda.device(device):
+        _unregister(mapping, mapping.nbytes)
 
 
 def _unregister(mapping: Mapping, nbytes: int) -> None:

@@ -204,6 +204,8 @@ class BackgroundCheckpoint(Base):
 
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         session, score = self._session, self.best_k_models.get(filepath)
+        if session.kind == "other" and not session.saves:  # a subclass saves outside of our hooks
+            session.before = listing_of(self)
         listed = {"top": self.best_k_models or {self.best_model_path}, "last": {self.last_model_path}}
         kind = session.kind if filepath in listed.get(session.kind, ()) else "other"
         saved = SavedFile(kind, filepath, trainer.global_step, score, self.last_model_path)
@@ -309,8 +311,12 @@ class BackgroundCheckpoint(Base):
         io = trainer.strategy.checkpoint_io
         if saved.kind != "last" or io is not self._session.io or not io.writes_itself:
             return False
-        owners = (trainer.lightning_module, *trainer.callbacks)
-        parts = (type(self), trainer.save_checkpoint, *(owner.on_save_checkpoint for owner in owners))
+        owners = [trainer.lightning_module, *trainer.callbacks]
+        if getattr(trainer, "datamodule", None) is not None:
+            owners.append(trainer.datamodule)
+        methods = [getattr(o, n, None) for o in owners for n in ("on_save_checkpoint", "state_dict")]
+        methods.remove(trainer.lightning_module.state_dict)  # what training changes
+        parts = (type(self), trainer.save_checkpoint, *filter(None, methods))
         return (
             saved.path != newest.path
             and (saved.step, saved.last_model_path) == (newest.step, newest.last_model_path)

@@ -124,6 +124,8 @@ class LocalFile(OpenFile):
     def open(self) -> None:
         """Open the file; blocks."""
         with self._lock:
+            if self._closed:  # its task was cancelled meanwhile
+                raise StoreError(errno.EBADF, f"{self._path} was closed while it was opened", self._path)
             self._fd = self._ops.open(self._path, os.O_RDONLY)
             self.file = committed_file(self._name, self._path, self._ops.fstat(self._fd))
 
