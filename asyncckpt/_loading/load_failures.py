@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 
 _REFUSAL = "Weights only load failed"  # how torch begins what its weights-only unpickler says
+_SAID = re.compile(r"WeightsUnpickler error: ([^\n]+)")
 _NEEDS_IMPORT = "must be imported"
 _ALLOCATION = re.compile(r"tried to allocate (\d+) bytes")
 _SHOWN_NAMES = 5
@@ -88,5 +89,7 @@ def _broken(error: Exception, where: str, pickled: Pickled) -> AsyncCkptError:
 
 def _reason(refusal: str) -> str:
     """Return what the unpickler said, without the advice that torch puts around it."""
+    if said := _SAID.search(refusal):
+        return said[1].strip()
     parts = refusal.split("\n\n")
     return parts[1].strip() if len(parts) > 2 else refusal.partition(". ")[2].partition("\n")[0]  # noqa: PLR2004
