@@ -66,6 +66,30 @@ def test_a_thread_that_outlives_the_main_thread_goes_on_saving(
     assert steps(tmp_path) == [1, 2, 3, 4, 5]
 
 
+def test_a_thread_that_outlives_the_main_thread_saves_for_the_first_time(
+    interpreter: Interpreter, tmp_path: Path
+) -> None:
+    # Not even the imports of the first use come before the main thread has ended.
+    script = """
+        import sys, threading
+        import asyncckpt
+
+        main_is_over = threading.Event()
+        threading._register_atexit(main_is_over.set)
+
+        def train():
+            main_is_over.wait()
+            print("asyncckpt._saving.engine" in sys.modules)
+            ckpt = asyncckpt.Checkpointer(sys.argv[1])
+            ckpt.save(1, {"a": 1})
+            ckpt.save(2, {"a": 2})
+
+        threading.Thread(target=train).start()
+        """
+    assert interpreter.run(script, tmp_path) == (0, "False\n", "")
+    assert steps(tmp_path) == [1, 2]
+
+
 def test_a_daemon_thread_that_keeps_saving_does_not_keep_the_process(
     interpreter: Interpreter, tmp_path: Path
 ) -> None:

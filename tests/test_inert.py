@@ -7,7 +7,7 @@ import io
 import pickle
 import struct
 from collections import OrderedDict, defaultdict, deque
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -342,3 +342,16 @@ def test_texts_are_short_whatever_they_show() -> None:
 def test_sets_are_in_the_same_order_each_time() -> None:
     items = [("t", 1), "b", 3, None, frozenset({1})]
     assert short(set(items)) == short({*items[::-1]})
+
+
+def test_tuples_and_objects_in_a_set_are_in_the_order_of_what_is_in_them() -> None:
+    numbers = range(9)
+    pairs = read_pickle(pickle.dumps({("pair", number) for number in numbers})).root
+    paths = read_pickle(pickle.dumps({PurePosixPath(str(number)) for number in numbers})).root
+    assert [item for _, item in children(pairs)] == [("pair", number) for number in numbers]
+    assert [item.args for _, item in children(paths)] == [(str(number),) for number in numbers]
+
+
+def test_large_integers_in_a_set_are_no_error() -> None:
+    large = 1 << 100_000
+    assert [item for _, item in children({large, 1, (large,)})] == [1, large, (large,)]

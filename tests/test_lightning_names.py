@@ -349,6 +349,26 @@ def test_a_subclass_of_it_may_override_what_the_stock_callback_calls(tmp_path: P
     assert calls[Ours] == calls[Stock]
 
 
+def test_a_subclass_of_it_may_save_before_the_first_checkpoint_is_due(tmp_path: Path) -> None:
+    def saving_early(base: Any) -> Stock:
+        class Mine(base):  # type: ignore[misc]
+            def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+                if trainer.global_step == 1:
+                    self._save_checkpoint(trainer, str(tmp_path / "run" / "extra.ckpt"))
+
+        mine: Stock = Mine(tmp_path / "run", save_last=True)
+        return mine
+
+    found = []
+    for base in (Stock, Ours):
+        callback = saving_early(base)
+        trainer(callback).fit(Model())
+        found.append((attributes(callback), sorted(path.name for path in (tmp_path / "run").iterdir())))
+        (tmp_path / "run").rename(tmp_path / base.__module__)
+    assert_same(found[1], found[0])
+    assert "extra.ckpt" in found[1][1]
+
+
 def test_saves_go_through_the_trainer_where_a_mock_catches_them(tmp_path: Path) -> None:
     found = []
     for kind in (Stock, Ours):

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import fsspec
+import lightning
 import pytest
 import torch
-from lightning.pytorch.callbacks import LambdaCallback, LearningRateFinder
+from lightning.pytorch.callbacks import EarlyStopping, LambdaCallback, LearningRateFinder, Timer
 from lightning.pytorch.plugins import TorchCheckpointIO
 from lightning.pytorch.tuner.tuning import Tuner
 
@@ -293,6 +294,57 @@ def test_what_a_hook_changes_between_the_two_saves_is_in_last(tmp_path: Path) ->
     counts = {name: load(tmp_path / name)["state_dict"]["count"].tolist() for name in files(tmp_path)}
     expected = {"epoch=0.ckpt": 1, "epoch=1.ckpt": 3, "epoch=2.ckpt": 5, "last.ckpt": 6}
     assert counts == {name: [count] * 3 for name, count in expected.items()}
+
+
+class Told:
+    """Mixed into what has a state in a checkpoint: that is another one each time it is asked for."""
+
+    asked = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        self.asked += 1
+        return {"asked": self.asked}
+
+
+class ToldCallback(Told, lightning.Callback):
+    """A callback with a state."""
+
+
+class Data(lightning.LightningDataModule):
+    """A datamodule without a state."""
+
+    def train_dataloader(self) -> Any:
+        return batches(4)
+
+    def val_dataloader(self) -> Any:
+        return batches(1)
+
+
+class ToldData(Told, Data):
+    """A datamodule with a state."""
+
+
+@pytest.mark.parametrize("owner", ["callback", "datamodule"])
+def test_last_has_the_state_that_a_callback_or_a_datamodule_has_for_it(tmp_path: Path, owner: str) -> None:
+    told = ToldCallback() if owner == "callback" else ToldData()
+    callbacks = [told] if owner == "callback" else []
+    datamodule = told if owner == "datamodule" else None
+    io = WatchedIO()
+    run = trainer(*callbacks, ModelCheckpoint(tmp_path, FLAT, save_last=True, save_top_k=-1), plugins=[io])
+    run.fit(Model(), datamodule=datamodule)
+    states = {name: load(tmp_path / name) for name in files(tmp_path)}
+    asked = {n: (s | s["callbacks"])[type(told).__qualname__]["asked"] for n, s in states.items()}
+    assert asked == {"epoch=0.ckpt": 1, "epoch=1.ckpt": 3, "epoch=2.ckpt": 5, "last.ckpt": 6}
+    assert io.calls["copy"] == 0
+
+
+def test_last_is_a_second_name_beside_lightnings_own_callbacks_and_a_plain_datamodule(tmp_path: Path) -> None:
+    io = WatchedIO()
+    stock = [EarlyStopping("val_loss", patience=9), Timer()]
+    checkpoint = ModelCheckpoint(tmp_path, FLAT, save_last=True, save_top_k=-1)
+    trainer(*stock, checkpoint, plugins=[io]).fit(Model(), datamodule=Data())
+    assert io.calls["copy"] == 2
+    assert (tmp_path / "last.ckpt").samefile(checkpoint.best_model_path)
 
 
 class WithAverages(ModelCheckpoint):

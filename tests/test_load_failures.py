@@ -6,6 +6,7 @@ import io
 import pickle
 import re
 import sys
+import tracemalloc
 import types
 import warnings
 import zipfile
@@ -124,6 +125,34 @@ def test_torchs_own_reason_is_given_where_no_name_is_refused(
         warnings.simplefilter("ignore")
         with pytest.raises(UnsafeStateError, match=rf"a\.pt: weights_only=True refuses it: {reason}; if you"):
             asyncckpt.load(tmp_path / "a.pt")
+
+
+def test_what_is_refused_costs_no_more_memory_than_the_file_however_much_its_pickle_asks_for(
+    tmp_path: Path,
+) -> None:
+    # A name that is refused, then a bytearray of 2 GiB of which one byte is there.
+    data = b"\x80\x05cforeign\nName\n)R\x96" + (2 << 30).to_bytes(8, "little") + b"x."
+    path = write(tmp_path / "a.pt", data)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tracemalloc.start()
+        try:
+            with pytest.raises(UnsafeStateError, match=r"a\.pt: weights_only=True refuses it: "):
+                asyncckpt.load(path)
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+    assert peak < 256 << 20
+
+
+def test_objects_that_hold_each_other_twice_are_told_by_path_in_a_set_too(tmp_path: Path) -> None:
+    # Each level is in the next one twice: its text would double with each of them.
+    data = b"\x80\x02cforeign\nName\n)Rq\x02"
+    data += b"0cforeign\nName\nh\x02h\x02\x86Rq\x02" * 40
+    data += b"0}X\x01\x00\x00\x00ac__builtin__\nset\n](h\x02cforeign\nOther\n)Re\x85Rs."
+    path = write(tmp_path / "a.pt", data)
+    with pytest.raises(UnsafeStateError, match=r'refuses state\["a"\]\S* \(foreign\.Name'):
+        asyncckpt.load(path)
 
 
 def test_what_has_to_be_imported_first_is_told(tmp_path: Path) -> None:

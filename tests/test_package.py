@@ -30,3 +30,16 @@ def test_torch_is_imported_with_the_first_name_that_needs_it() -> None:
         print("torch" in sys.modules, Checkpointer is asyncckpt.Checkpointer)
     """
     assert run_python(script) == (0, "0 False\nTrue True\n", "")
+
+
+def test_the_public_modules_are_there_without_an_import_of_their_own() -> None:
+    script = """
+        import sys
+        import asyncckpt
+
+        print({"checkpointer", "functions", "random_state", "stores"} <= set(dir(asyncckpt)))
+        print(asyncckpt.stores.LocalStore.__name__, "torch" in sys.modules)
+        print(asyncckpt.checkpointer.Checkpointer is asyncckpt.Checkpointer)
+        print(asyncckpt.functions.save is asyncckpt.save, callable(asyncckpt.random_state.RandomState))
+    """
+    assert run_python(script) == (0, "True\nLocalStore False\nTrue\nTrue True\n", "")

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from asyncckpt.errors import StoreError
 from asyncckpt.stores.local import LocalStore
-from asyncckpt.stores.local_file import PAGE, direct_range
+from asyncckpt.stores.local_file import PAGE, LocalFile, direct_range
 from asyncckpt.stores.temporary import host_tag, is_temporary, temporary_name
 from asyncckpt.testing.store_contract import StoreContract, content, get, names, put
 from file_operations import Call, FaultyOps, RecordingOps
@@ -438,6 +438,17 @@ class TestRead:
         with pytest.raises(StoreError, match=r"a\.pt ends at byte 3145828, .* 2097152 bytes .* byte 2097152"):
             await self.read(store, 2 << 20, 2 << 20)
         assert data
+
+    def test_what_is_closed_before_a_thread_opens_it_stays_closed(
+        self, tmp_path: Path, ops: FaultyOps
+    ) -> None:
+        path = tmp_path / "a"
+        path.write_bytes(b"x")
+        file = LocalFile(ops, "a", str(path), str(path))
+        file.close()
+        with pytest.raises(StoreError, match="was closed while it was opened"):
+            file.open()
+        assert ops.open_paths == []
 
     async def test_a_directory_cannot_be_read(self, tmp_path: Path, store: LocalStore) -> None:
         (tmp_path / "a.pt").mkdir()

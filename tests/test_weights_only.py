@@ -61,6 +61,13 @@ class Singleton:
 SINGLETON = Singleton()
 
 
+class Unreadable:
+    """Its pickle gives attributes to a set, which has none."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return set, ([1],), {"a": 1}
+
+
 @pytest.fixture
 def checkpointer(tmp_path: Path) -> Iterator[Checkpointer]:
     with Checkpointer(tmp_path) as checkpointer:
@@ -216,6 +223,15 @@ def test_objects_of_a_class_that_a_call_makes_are_warned_of(
     monkeypatch.setitem(copyreg.dispatch_table, MadeUp, lambda kind: (MadeUp, (kind.__name__, (), {})))
     (message,) = warned(checkpointer, 1, {"x": MadeUp("X", (), {})()})
     assert re.match(START + r'state\["x"\] \(.*test_weights_only\.MadeUp\)', message)
+
+
+def test_a_pickle_that_cannot_be_looked_at_is_saved_and_warned_of_as_a_whole(
+    checkpointer: Checkpointer,
+) -> None:
+    (message,) = warned(checkpointer, 1, {"a": Config(), "b": Unreadable()})
+    assert re.match(START + r"state \(.*test_weights_only\.Config\);", message)
+    checkpointer.wait()
+    checkpointer.verify(1)
 
 
 def test_nothing_is_looked_at_while_no_new_kind_of_object_comes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,6 +35,7 @@ _MAX_NAME = 1000
 _MAX_INTEGER = 1 << 64
 _MAX_COUNT = 1 << 63
 _MAX_DIMS = 60
+_SORTED_PARTS, _SORTED_LENGTH = 4, 40  # how much of what is in an item of a set counts for its place
 _MADE_UP = "must be a type"  # what the C unpickler says where a call has made a class
 
 
@@ -330,7 +331,7 @@ def children(node: Any, *, call: bool = True) -> Iterator[tuple[Any, Any]]:
     kind = type(node)
     if kind in _SEQUENCES:
         # A set has no order, but its paths should be the same each time.
-        yield from enumerate(sorted(node, key=repr) if kind in {set, frozenset} else node)
+        yield from enumerate(sorted(node, key=_order) if kind in {set, frozenset} else node)
     elif kind in _DICTS:
         yield from dict.items(node)
         yield from _attributes(vars(node) if kind is OrderedDict else None)
@@ -344,6 +345,29 @@ def children(node: Any, *, call: bool = True) -> Iterator[tuple[Any, Any]]:
         yield from _attributes(node.state)
         yield from enumerate(node.items)
         yield from node.entries
+
+
+def _order(item: Any) -> tuple[str, ...]:
+    """Return what an item of a set is sorted by: not its `repr`, which can be exponentially long."""
+    if type(item) in SCALARS:
+        return (_scalar_text(item),)
+    name, parts = type(item).__name__, item if type(item) is tuple else ()
+    if isinstance(item, Inert):
+        name, parts = item.name, item.args
+    elif is_name(item):
+        name = name_of(item)
+    return (name, *map(_part_text, parts[:_SORTED_PARTS]))
+
+
+def _part_text(part: Any) -> str:
+    if type(part) not in SCALARS:
+        return type(part).__name__
+    return _scalar_text(part[:_SORTED_LENGTH] if type(part) in {str, bytes, bytearray} else part)
+
+
+def _scalar_text(value: Any) -> str:
+    is_large = type(value) is int and not is_in_json(value)
+    return f"{value.bit_length()} bits" if is_large else repr(value)
 
 
 def _attributes(state: Any) -> Iterator[tuple[Any, Any]]:
