@@ -115,6 +115,37 @@ def test_a_daemon_thread_that_keeps_saving_does_not_keep_the_process(
     assert steps(tmp_path)
 
 
+def test_a_daemon_thread_that_saves_at_exit_keeps_no_thread(interpreter: Interpreter, tmp_path: Path) -> None:
+    body = """
+        ckpt = asyncckpt.Checkpointer(path)
+        ckpt.save(1, state_of(1)).committed.result()
+        engine = asyncckpt._saving.engine.get_engine()
+        ending, refused = threading.Event(), threading.Event()
+
+        def train():
+            ending.wait()
+            try:
+                ckpt.save(2, state_of(2))
+            except asyncckpt.SaveError as error:
+                print(error)
+            refused.set()
+
+        def notify_all():
+            if engine._releasing and not ending.is_set():
+                ending.set()
+                refused.wait()
+            notify()
+
+        threading.Thread(target=train, daemon=True).start()
+        ckpt.wait()
+        notify, engine._changed.notify_all = engine._changed.notify_all, notify_all
+        atexit.register(lambda: print(asyncckpt.statistics().threads, "threads"))
+        """
+    output = "the interpreter is shutting down; save, load and list earlier\n0 threads\n"
+    assert run(interpreter, tmp_path, body) == (0, output, "")
+    assert steps(tmp_path) == [1]
+
+
 def test_a_save_that_is_refused_at_exit_takes_nothing(interpreter: Interpreter, tmp_path: Path) -> None:
     body = """
         ckpt = asyncckpt.Checkpointer(path)
@@ -187,6 +218,52 @@ def test_no_thread_can_be_started(interpreter: Interpreter, tmp_path: Path) -> N
     assert (status, errors) == (0, "")
     assert "cannot start its threads: can't start new thread; raise the limit" in output
     assert steps(tmp_path) == [1]
+
+
+def test_only_some_threads_can_be_started(interpreter: Interpreter, tmp_path: Path) -> None:
+    body = """
+        start = threading.Thread.start
+
+        def refuse(thread):
+            if thread.name == "asyncckpt-files_1":
+                raise RuntimeError("can't start new thread")
+            start(thread)
+
+        threading.Thread.start = refuse
+        try:
+            asyncckpt.save(state_of(1), path + "/1.pt")
+        except asyncckpt.SaveError as error:
+            print(error)
+        """
+    status, output, errors = run(interpreter, tmp_path, body)
+    assert (status, errors) == (0, "")
+    assert "cannot start its threads: can't start new thread; raise the limit" in output
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_file_can_be_opened_for_the_threads(interpreter: Interpreter, tmp_path: Path) -> None:
+    body = """
+        ckpt = asyncckpt.Checkpointer(path)
+        ckpt.save(1, state_of(1))
+        asyncckpt.release()
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+        for _ in range(2):
+            try:
+                ckpt.save(2, state_of(2))
+            except asyncckpt.SaveError as error:
+                print(error)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        for thread in threading.enumerate():
+            if thread.name.startswith("asyncckpt"):
+                thread.join()
+        ckpt.save(3, state_of(3)).committed.result()
+        ckpt.close()
+        """
+    status, output, _ = run(interpreter, tmp_path, body)  # asyncio complains of a loop of its own
+    assert status == 0
+    assert output.count("cannot start its threads: [Errno 24] Too many open files") == 2
+    assert steps(tmp_path) == [1, 3]
 
 
 def test_no_memory_can_be_had(interpreter: Interpreter, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -187,6 +188,27 @@ def test_a_callback_that_raises_does_not_stop_the_saves(store: FaultyStore) -> N
         ckpt.save(2, state_of(2)).committed.add_done_callback(raising)
         assert ckpt.save(3, state_of(3)).committed.result(20).step == 3
         assert steps(ckpt) == [2, 3]
+
+
+def test_a_logging_handler_that_raises_hides_no_outcome(
+    store: FaultyStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Raises(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            raise ValueError(record.getMessage())
+
+    monkeypatch.setattr(logging.getLogger("asyncckpt"), "handlers", [Raises()])
+    with Checkpointer(store=store, keep=LastN(1)) as ckpt:
+        caplog.set_level(logging.INFO, "asyncckpt")
+        assert ckpt.save(1, state_of(1)).committed.result(30).step == 1
+        store.fail("commit", GONE)
+        with pytest.raises(SaveError, match="the disk is gone"):
+            ckpt.save(2, state_of(2)).committed.result(30)
+        store.fail("remove", GONE)
+        assert ckpt.save(3, state_of(3)).committed.result(30).step == 3
+        with pytest.raises(SaveError, match="evicting older checkpoints failed: the disk is gone"):
+            ckpt.wait()
+        assert steps(ckpt) == [1, 3]
 
 
 @pytest.mark.parametrize("fails", [False, True])

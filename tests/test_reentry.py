@@ -5,17 +5,19 @@ from __future__ import annotations
 import signal
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 
+import asyncckpt
 from asyncckpt import BusyError, Checkpointer, SaveError
 from asyncckpt._saving.engine import get_engine
 from asyncckpt._snapshot.copy import copy_ranges
-from asyncckpt._threads import is_locked_by_caller
+from asyncckpt._threads import is_locked_by_caller, start_threads
 from asyncckpt.testing import Gate
-from interrupts import Interrupt, settle
+from interrupts import Interrupt, settle, wait_until
 from support import faulty_store, gated_store
 
 if TYPE_CHECKING:
@@ -248,6 +250,122 @@ def test_a_handler_that_only_waits_while_the_state_is_copied(
         assert len(told) == 1
         assert isinstance(told[0], BusyError)
         assert "set a flag in the handler" in str(told[0])
+
+
+def test_a_handler_that_releases_while_a_listing_waits(
+    tmp_path: Path, handler: Callable[[Callable[[], object]], list[object]]
+) -> None:
+    def release() -> None:
+        asyncckpt.release()
+        gate.open()
+
+    def interrupt() -> None:
+        gate.wait_for_arrival(before + 1)
+        signal.pthread_kill(main.ident or 0, signal.SIGINT)
+
+    gate, main = Gate(opened=True), threading.main_thread()
+    with (
+        Checkpointer(store=gated_store(tmp_path, gate, "list")) as ckpt,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        told = handler(release)
+        before = gate.arrived
+        gate.close()
+        interrupting = pool.submit(interrupt)
+        assert ckpt.checkpoints() == []
+        interrupting.result(30)
+    assert told == [None]
+
+
+class TestStart:
+    """What breaks into the start of the engine's threads, which a save begins."""
+
+    @pytest.fixture
+    def gate(self) -> Gate:
+        return Gate(opened=True)
+
+    @pytest.fixture
+    def ckpt(self, tmp_path: Path, gate: Gate) -> Iterator[Checkpointer]:
+        with Checkpointer(store=gated_store(tmp_path, gate, "draft"), max_in_flight=2) as ckpt:
+            asyncckpt.release()
+            yield ckpt
+
+    @pytest.fixture
+    def breaking_in(self, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+        """Call something before, or after, the start of a thread."""
+
+        def install(name: str, before: Callable[[], object], after: Callable[[], object]) -> None:
+            def start(threads: Any, into: list[threading.Thread]) -> None:
+                breaks = not left.isdisjoint(thread.name for thread in threads)
+                left.difference_update(thread.name for thread in threads)
+                if breaks:
+                    before()
+                start_threads(threads, into)
+                if breaks:
+                    after()
+
+            left = {name}
+            monkeypatch.setattr("asyncckpt._saving.engine_threads.start_threads", start)
+
+        return install
+
+    @pytest.mark.parametrize("thread", ["asyncckpt-loop", "asyncckpt-queue"])
+    def test_a_handler_that_saves(
+        self,
+        ckpt: Checkpointer,
+        gate: Gate,
+        breaking_in: Callable[..., None],
+        handler: Callable[[Callable[[], object]], list[object]],
+        thread: str,
+    ) -> None:
+        told = handler(lambda: ckpt.save(2, state_of(2)).committed.result(30).step)
+        breaking_in(thread, lambda: signal.raise_signal(signal.SIGINT), lambda: None)
+        assert ckpt.save(1, state_of(1)).committed.result(30).step == 1
+        assert told == [2]
+        assert ckpt.save(3, state_of(3)).committed.result(30).step == 3
+        assert gate.arrived == 3, "each is written once"
+        asyncckpt.release()
+        wait_until(lambda: asyncckpt.statistics().threads == 0, "the other threads go on")
+
+    def test_a_handler_that_saves_once_the_first_save_is_being_written(
+        self,
+        ckpt: Checkpointer,
+        gate: Gate,
+        breaking_in: Callable[..., None],
+        handler: Callable[[Callable[[], object]], list[object]],
+    ) -> None:
+        def break_in() -> None:
+            gate.wait_for_arrival()
+            signal.raise_signal(signal.SIGINT)
+            gate.open()
+
+        told = handler(lambda: ckpt.save(2, state_of(2)).step)
+        gate.close()
+        breaking_in("asyncckpt-queue", lambda: None, break_in)
+        ckpt.save(1, state_of(1))
+        ckpt.wait()
+        assert told == [2]
+        assert steps(ckpt) == [1, 2]
+        assert gate.arrived == 2, "each is written once"
+        asyncckpt.release()
+        wait_until(lambda: asyncckpt.statistics().threads == 0, "the other threads go on")
+
+    def test_an_interrupt_once_the_first_save_is_being_written(
+        self, ckpt: Checkpointer, gate: Gate, breaking_in: Callable[..., None]
+    ) -> None:
+        def interrupt() -> None:
+            gate.wait_for_arrival()
+            raise KeyboardInterrupt
+
+        gate.close()
+        breaking_in("asyncckpt-queue", lambda: None, interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            ckpt.save(1, state_of(1))
+        ckpt.save(2, state_of(2))
+        gate.open()
+        ckpt.wait()
+        assert steps(ckpt) == [1, 2]
+        assert gate.arrived == 2, "each is written once"
 
 
 def test_another_thread_saves_while_one_waits(tmp_path: Path) -> None:

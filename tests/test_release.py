@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import asyncckpt
-from asyncckpt import BusyError, Checkpointer
+from asyncckpt import BusyError, Checkpointer, SaveError
 from asyncckpt._saving.engine import get_engine
 from asyncckpt.testing import Gate
 from interrupts import wait_until
@@ -77,6 +77,55 @@ def test_a_checkpointer_that_is_collected_gives_back_as_a_closed_one_does(tmp_pa
     ckpt.save(1, state()).committed.result(60)
     del ckpt
     wait_until(lambda: held() == nothing, "something is still held")
+
+
+def test_memory_reserved_after_a_release_is_given_back_as_well(tmp_path: Path) -> None:
+    nothing = held()
+    ckpt = Checkpointer(tmp_path)
+    asyncckpt.release()
+    ckpt.reserve(state())
+    assert asyncckpt.statistics().memory >= SIZE
+    del ckpt
+    wait_until(lambda: held() == nothing, "something is still held")
+
+
+def test_nothing_can_be_reserved_once_it_is_closed(tmp_path: Path) -> None:
+    nothing = held()
+    ckpt = Checkpointer(tmp_path)
+    ckpt.close()
+    with pytest.raises(SaveError, match="is closed; make a new one"):
+        ckpt.reserve(state())
+    assert held() == nothing
+
+
+def test_a_close_on_a_thread_of_the_engine_does_not_wait_for_its_end(tmp_path: Path) -> None:
+    """As in a finalizer, where a callback of a save holds the last reference."""
+
+    class Trainer:
+        def __init__(self) -> None:
+            self.ckpt = Checkpointer(store=gated_store(tmp_path, gate))
+
+        def train(self) -> None:
+            self.ckpt.save(1, {"w": torch.zeros(3)}).committed.add_done_callback(self.note)
+
+        def note(self, _: object) -> None:
+            pass
+
+        def __del__(self) -> None:
+            closing.append(threading.current_thread())
+            self.ckpt.close()
+            closed.set()
+
+    nothing = held()
+    gate, closed = Gate(), threading.Event()
+    closing: list[threading.Thread] = []
+    Trainer().train()
+    assert not closing
+    gate.open()
+    assert closed.wait(30)
+    assert closing[0] is not threading.current_thread()
+    wait_until(lambda: held() == nothing, "something is still held")
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001.pt"]
 
 
 def test_what_the_functions_hold_is_given_back_on_demand(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from asyncckpt import (
 )
 from asyncckpt.layout.description import Description
 from asyncckpt.stores.local import LocalStore
+from asyncckpt.testing import Gate
 from file_operations import FaultyOps
 from support import flip, payload_offset
 
@@ -348,3 +349,20 @@ def test_a_failing_on_commit_is_logged(tmp_path: Path, caplog: pytest.LogCapture
     assert "a callback of a save failed" in caplog.text
     with pytest.raises(TypeError, match="on_commit must be a callable"):
         Checkpointer(tmp_path, on_commit="print")  # type: ignore[arg-type]
+
+
+def test_a_name_that_is_looked_for_while_its_checkpoint_is_evicted(tmp_path: Path) -> None:
+    class Removes(LocalStore):
+        async def remove(self, name: str) -> None:
+            await super().remove(name)
+            await gate.passing()
+
+    gate = Gate()
+    with Checkpointer(store=Removes(str(tmp_path)), filename="e{epoch}.pt", keep=LastN(1)) as ckpt:
+        for step in (1, 2):
+            ckpt.save(step, state_of(step), metrics={"epoch": step}).committed.result(30)
+        gate.wait_for_arrival()
+        ckpt.save(3, state_of(3), metrics={"epoch": 1})
+        gate.open()
+        ckpt.wait()
+        assert steps(ckpt) == [3]
