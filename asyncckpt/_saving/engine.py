@@ -262,16 +262,18 @@ class Engine:
                 if _ended:
                     raise SaveError(_SHUTTING_DOWN)
                 threads = EngineThreads(self._next, self.arena.release)
-                threads.begin()
-                self._adopt(threads)
+                try:
+                    threads.begin()
+                    self._adopt(threads)
+                finally:
+                    if self._threads is not threads:  # interrupted; or a signal handler has started others
+                        threads.ending = True
+                        self._changed.notify_all()
             return self._threads or threads
 
     def _adopt(self, threads: EngineThreads) -> None:
         if self._threads is None:
             self._threads, self._releasing = threads, False
-        else:  # a signal handler has started others meanwhile
-            threads.ending = True
-            self._changed.notify_all()
 
     def _next(self, threads: EngineThreads) -> Next | None:
         """Wait for the next operation and mark it as begun; None if the threads have to end."""
