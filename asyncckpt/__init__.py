@@ -27,10 +27,10 @@ from asyncckpt.errors import (
 )
 from asyncckpt.retention import BestK, EveryN, KeepAll, LastN, Policy
 from asyncckpt.signals import StopOnSignal
-from asyncckpt.types import Checkpoint, SaveStats
+from asyncckpt.types import Checkpoint, SaveStats, Statistics
 
 if TYPE_CHECKING:
-    from asyncckpt._saving.engine import Statistics, release, set_memory_limit, statistics
+    from asyncckpt._saving.engine import release, set_memory_limit, statistics
     from asyncckpt._saving.save import Save
     from asyncckpt.checkpointer import Checkpointer
     from asyncckpt.functions import load, save, wait
@@ -78,7 +78,6 @@ _NEED_TORCH = {
     "Checkpointer": "checkpointer",
     "RandomState": "random_state",
     "Save": "_saving.save",
-    "Statistics": "_saving.engine",
     "load": "functions",
     "release": "_saving.engine",
     "save": "functions",

@@ -82,3 +82,20 @@ class SaveStats:
     durable: float = 0.0
     nbytes: int = 0
     queue_depth: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Statistics:
+    """What asyncckpt holds in this process.
+
+    Attributes:
+        pending: queued saves, removals, links and copies, the running one included.
+        threads: running threads, copy threads included.
+        memory: bytes of host memory, in use and free.
+        in_use: part of `memory`: snapshots that are being taken or written.
+    """
+
+    pending: int
+    threads: int
+    memory: int
+    in_use: int

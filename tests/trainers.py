@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from asyncckpt._trainer.callback import _is_last_epoch
+from asyncckpt._trainer.listing import is_last_epoch
 from asyncckpt.lightning import AsyncCheckpointIO
 from asyncckpt.stores.local import LocalStore
 
@@ -89,7 +89,7 @@ class AtTheEnd(lightning.Callback):
         self.func = func
 
     def on_train_epoch_end(self, trainer: Any, *_: Any) -> None:
-        if _is_last_epoch(trainer):
+        if is_last_epoch(trainer):
             self.func()
 
     def on_exception(self, *_: Any) -> None:

@@ -10,7 +10,6 @@ import threading
 import time
 import weakref
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -18,6 +17,7 @@ from asyncckpt._saving.engine_threads import EngineThreads, in_callback
 from asyncckpt._snapshot.arena import Arena
 from asyncckpt._threads import Condition, handler_error, is_locked_by_caller
 from asyncckpt.errors import BusyError, SaveError
+from asyncckpt.types import Statistics
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
@@ -59,23 +59,6 @@ class Operation(ABC):
     def awaits_caller(self) -> bool:
         """Return whether it cannot end before the calling thread continues its copy."""
         return False
-
-
-@dataclass(frozen=True, slots=True)
-class Statistics:
-    """What asyncckpt holds in this process.
-
-    Attributes:
-        pending: queued saves, removals, links and copies, the running one included.
-        threads: running threads, copy threads included.
-        memory: bytes of host memory, in use and free.
-        in_use: part of `memory`: snapshots that are being taken or written.
-    """
-
-    pending: int
-    threads: int
-    memory: int
-    in_use: int
 
 
 class Engine:

@@ -15,7 +15,7 @@ from lightning_utilities.core.rank_zero import WarningCache, rank_zero_warn
 from asyncckpt._saving import operations
 from asyncckpt._saving.engine import get_engine, wait_for_pending
 from asyncckpt._trainer.checkpoint_io import BackgroundIO, background_io, is_local, locate, refer
-from asyncckpt._trainer.listing import SavedFile, Session, derive, listing_of
+from asyncckpt._trainer.listing import SavedFile, Session, derive, is_last_epoch, listing_of
 from asyncckpt.errors import AsyncCkptError, SaveError, add_note
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ class BackgroundCheckpoint(Base):
         """
         with self._hook(trainer):
             super().on_train_epoch_end(trainer, pl_module)
-        if _is_last_epoch(trainer):
+        if is_last_epoch(trainer):
             self._complete(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -377,21 +377,6 @@ class BackgroundCheckpoint(Base):
 
 # Types instead of their names, for command line parsers that read the signature.
 BackgroundCheckpoint.__init__.__annotations__ = get_type_hints(BackgroundCheckpoint.__init__)
-
-
-def _is_last_epoch(trainer: Trainer) -> bool:
-    """Return whether training ends with the epoch that ends now.
-
-    `fit_loop.done` would tell, but it logs that it does, and counts the epoch as completed.
-    """
-    loop: Any = trainer.fit_loop  # its type lacks some attributes
-    limits = (
-        (loop.epoch_loop.global_step, loop.max_steps),
-        (loop.epoch_progress.current.processed, loop.max_epochs),
-    )
-    if any(limit is not None and 0 <= limit <= reached for reached, limit in limits):
-        return True
-    return trainer.should_stop and loop._can_stop_early
 
 
 def _package(owner: Any) -> str:

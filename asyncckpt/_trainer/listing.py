@@ -14,6 +14,7 @@ from asyncckpt.errors import SaveError, SaveSkipped
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from lightning.pytorch import Trainer
     from lightning.pytorch.callbacks import ModelCheckpoint
 
     from asyncckpt._saving.save import Outcome
@@ -192,3 +193,18 @@ class Session:
         is_told = isinstance(error, SaveError)
         self.cause = self.cause or (error.__cause__ if is_told else None) or error
         return str(error) if is_told else f"{path} could not be {what}: {str(error) or repr(error)}"
+
+
+def is_last_epoch(trainer: Trainer) -> bool:
+    """Return whether training ends with the epoch that ends now.
+
+    `fit_loop.done` would tell, but it logs that it does, and counts the epoch as completed.
+    """
+    loop: Any = trainer.fit_loop  # its type lacks some attributes
+    limits = (
+        (loop.epoch_loop.global_step, loop.max_steps),
+        (loop.epoch_progress.current.processed, loop.max_epochs),
+    )
+    if any(limit is not None and 0 <= limit <= reached for reached, limit in limits):
+        return True
+    return trainer.should_stop and loop._can_stop_early
