@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 _LONGEST_REASON = 500
 _DEPTH = 3000  # torch.save itself goes a thousand levels deep at most
 
-# By which names states tell how far the training had come.
+# Keys of states under which training loops keep their progress.
 _LIGHTNING = "pytorch-lightning_version"
 _STEPS = ("global_step", "step", "iteration")
 _METRIC = re.compile(r"(?:^|[^a-z])(?:loss|acc|accuracy)(?:$|[^a-z])", re.IGNORECASE)
@@ -121,7 +121,7 @@ def _leaves(path: Path, node: Any, met: dict[int, Path]) -> Iterator[tuple[Path,
 
 
 def _progress(root: Any) -> dict[str, Any]:
-    """Return what a state tells about its training, by the customs of those who write states."""
+    """Return the step, the epoch and the metrics that a state has under their usual keys."""
     if not isinstance(root, dict):
         return {}
     version = root.get(_LIGHTNING)

@@ -1,4 +1,4 @@
-"""What a checkpoint file holds, whoever wrote it: read in a few small pieces, and never unpickled here."""
+"""The contents of a checkpoint file of any writer, read in a few small pieces and never unpickled here."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ MAX_PICKLE = 2 << 30
 _MAX_BYTEORDER = 16
 _UNDESCRIBED = Description(0, None, {}, 0.0)
 _children = BoundedSemaphore(4)  # a listing asks for as many as it reads files
-_DEFAULT_BYTEORDER = "little"  # of old files, which do not tell
+_DEFAULT_BYTEORDER = "little"  # old files have no record of it
 _CONSTANTS = b"/constants.pkl"  # the record that only TorchScript archives have
 _TORCHSCRIPT = "a TorchScript archive, a program rather than a checkpoint: read it with torch.jit.load"
 _NUMBERS = {"float32": "f", "float64": "d", "float16": "e", "bfloat16": "f", "int64": "q", "int32": "i"}
@@ -43,9 +43,9 @@ class Summary:
     """What a listing shows of a file.
 
     Attributes:
-        checkpoint: what the file tells; 0 stands for a time or a place in the order that it does not tell.
+        checkpoint: from the description or the state; unknown times and sequence numbers are 0.
         writer: `asyncckpt`, `lightning` or `torch`.
-        epoch: as the file tells it.
+        epoch: from the state, if it has one.
     """
 
     checkpoint: Checkpoint
@@ -98,7 +98,7 @@ class Records:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Contents:
-    """What a file tells of itself.
+    """What `asyncckpt inspect` shows of a file.
 
     Attributes:
         summary: what a listing shows.
@@ -120,7 +120,7 @@ class Contents:
 
 
 async def read_contents(file: OpenFile) -> Contents:
-    """Return what a file tells of itself. Of its tensors' values none is read, but those that are metrics.
+    """Read what `asyncckpt inspect` shows of a file; of the values of tensors only those that are metrics.
 
     Raises:
         CorruptCheckpointError: it is damaged or another format; the message says which.
@@ -241,7 +241,7 @@ async def _record(file: OpenFile, directory: Directory, name: str, limit: int) -
 
 @asynccontextmanager
 async def _recognized(file: OpenFile) -> AsyncIterator[None]:
-    """Let errors say which file they are about, and what it is if it is no checkpoint."""
+    """Add the path to errors, and the format of a file that is no checkpoint."""
     try:
         yield
     except CorruptCheckpointError as error:

@@ -116,7 +116,7 @@ async def _mapped_copy(file: OpenFile, progress: Callable[[int], None]) -> mmap.
 
 def dtype_of(name: str) -> torch.dtype | None:
     """Return the dtype of this name, None if this torch has none."""
-    dtype = vars(torch).get(name)  # getattr would import what torch imports when it is asked for
+    dtype = vars(torch).get(name)  # getattr would run the lazy imports of torch
     return dtype if isinstance(dtype, torch.dtype) else None
 
 

@@ -1,4 +1,4 @@
-"""Texts that show in a line what a state holds: short, whatever its size, and without control characters.
+"""One-line texts for the entries of a state: of bounded length, without control characters.
 
 Also part of the child process: only the standard library.
 """

@@ -87,7 +87,7 @@ async def adopt(
 
     Args:
         store: where the file is.
-        found: what it is to be.
+        found: the step, metrics and sequence number that its description gets.
         progress: called with how many more bytes were read, on the event loop's thread.
         dry_run: do all but writing.
 

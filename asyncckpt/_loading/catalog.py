@@ -79,7 +79,7 @@ class Catalog:
             gone = {(file.name, file.version) for file in new if file.name not in found}
             if not gone:
                 return sorted(found.values(), key=_order)
-            # They were removed since they were listed. What took their place may not have been seen.
+            # They were removed after the listing, which may lack their replacements: list again.
             vanished |= gone
 
     def _is_known(self, file: StoredFile) -> bool:

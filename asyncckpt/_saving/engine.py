@@ -276,8 +276,10 @@ class Engine:
             return bool(taken) or threads.ending
 
         self._changed.until(attempt)
-        self._changed.notify_all()  # some wait for the end of the threads
-        return (taken[0].run, partial(self._finished, taken[0])) if taken else None
+        if taken:
+            return taken[0].run, partial(self._finished, taken[0])
+        self._changed.notify_all()  # to those who wait for the end of the threads
+        return None
 
     def _finished(self, operation: Operation) -> None:
         with self._changed:

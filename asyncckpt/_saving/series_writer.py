@@ -84,7 +84,7 @@ class SeriesWriter:
         if get_engine().pending(self._store.path_of(name)):
             raise _exists(self._store.path_of(name), there, step)
         # That save may have failed, or its file may have been removed: look at the store.
-        get_engine().call(self._refuse_other_step, name, step)
+        get_engine().call(self._refuse_listed, name, step)
 
     def note_name(self, name: str, step: int) -> None:
         self._steps[name] = step
@@ -98,10 +98,9 @@ class SeriesWriter:
         if not self._prepared:
             await self._store.prepare()
             self._prepared = True
-        if self._overwrite or description.step is None:
-            await self.look()
-        else:
-            await self._refuse_other_step(name, description.step)
+        checkpoints = await self.look()
+        if not self._overwrite and description.step is not None:
+            await self._refuse_other_step(name, description.step, checkpoints)
         self._sequence += 1
         return replace(description, sequence=self._sequence)
 
@@ -115,9 +114,13 @@ class SeriesWriter:
                 self._steps.pop(_name_of(checkpoint), None)
                 self.own = [c for c in self.own if c.path != checkpoint.path]
 
-    async def _refuse_other_step(self, name: str, step: int) -> None:
+    async def _refuse_listed(self, name: str, step: int) -> None:
+        # A save may be under way, whose listing has to stay as it is.
+        await self._refuse_other_step(name, step, (await self._look()).all_checkpoints)
+
+    async def _refuse_other_step(self, name: str, step: int, listed: Sequence[Checkpoint]) -> None:
         path = self._store.path_of(name)
-        there = next((c for c in await self.look() if c.path == path), None)
+        there = next((c for c in listed if c.path == path), None)
         if there is None and not await self._is_there(name):
             return
         if there is None or there.step != step:

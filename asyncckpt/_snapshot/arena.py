@@ -170,14 +170,13 @@ class Arena:
             for _ in range(count):
                 leases.callback(self.lease(nbytes, pinned=pinned, wait=False).release)
 
-    def release(self) -> int:
-        """Unpin and unmap every free buffer, all if nothing is leased; returns how many bytes those were."""
+    def release(self) -> None:
+        """Unpin and unmap every free buffer; all of them if nothing is leased."""
         with self._changed:
             free = [buffer for buffer in self._buffers if not buffer.is_leased]
             self._buffers = [buffer for buffer in self._buffers if buffer.is_leased]
         for buffer in free:
             buffer.close()
-        return sum(buffer.nbytes for buffer in free)
 
     def _fill(self, lease: Lease, nbytes: int, *, pinned: bool, wait: bool) -> None:
         replaced: list[_Buffer] = []

@@ -227,7 +227,7 @@ class BackgroundCheckpoint(Base):
         if saved.outcome is not None:
             now = copy.copy(self)
             now.best_k_models = dict(self.best_k_models)
-            session.untold.append((saved.outcome, stats, trainer.global_step, now))
+            session.unreported.append((saved.outcome, stats, trainer.global_step, now))
         elif trainer.is_global_zero:
             self._warn_if_passed_by(trainer)
             for logger in trainer.loggers:
@@ -259,7 +259,7 @@ class BackgroundCheckpoint(Base):
     @contextmanager
     def _hook(self, trainer: Trainer) -> Iterator[None]:
         session = self._session
-        self._tell_loggers(trainer)
+        self._notify_loggers(trainer)
         session.agreed, session.kind, session.newest = False, "other", None
         session.io.waits = trainer.state.fn != "fit"
         try:
@@ -275,7 +275,7 @@ class BackgroundCheckpoint(Base):
             self._refresh_best(trainer, self._monitor_candidates(trainer))
         self._remove_obsolete(trainer)
         self._agree(trainer, wait=True, alone=alone)
-        self._tell_loggers(trainer)
+        self._notify_loggers(trainer)
         self._session.raise_failures()
 
     def _agree(self, trainer: Trainer, *, wait: bool = False, alone: bool = False) -> None:
@@ -355,11 +355,11 @@ class BackgroundCheckpoint(Base):
                 session.removals[path] = removal
         session.io.causes = ()
 
-    def _tell_loggers(self, trainer: Trainer) -> None:
-        """Tell the loggers of what has been committed since the last time."""
-        untold = self._session.untold
-        while untold and untold[0][0].done():
-            outcome, stats, step, callback = untold.popleft()
+    def _notify_loggers(self, trainer: Trainer) -> None:
+        """Notify the loggers of the checkpoints committed since the last time."""
+        unreported = self._session.unreported
+        while unreported and unreported[0][0].done():
+            outcome, stats, step, callback = unreported.popleft()
             for logger in [] if outcome.failed() else trainer.loggers:
                 logger.after_save_checkpoint(callback)
                 if self.log_cost and stats is not None:

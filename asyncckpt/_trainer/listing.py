@@ -108,7 +108,7 @@ class Session:
         best: the file that the link to the best leads to, and the path of that link.
         obsolete: what is to be removed at the end of this hook, or of a later one if something failed.
         removals: removals under way, on the rank that writes.
-        untold: saves that loggers do not know of, with their cost, step, and the callback as of each.
+        unreported: saves that loggers do not know of, with their cost, step, and the callback as of each.
         agreed: whether the ranks have agreed in this hook on what has failed.
         failures, cause: what is to be raised at the end of this hook.
     """
@@ -121,7 +121,9 @@ class Session:
     best: tuple[str, str] = ("", "")
     obsolete: list[str] = field(default_factory=list)
     removals: dict[str, Outcome[None]] = field(default_factory=dict)
-    untold: deque[tuple[Outcome[Any], SaveStats | None, int, ModelCheckpoint]] = field(default_factory=deque)
+    unreported: deque[tuple[Outcome[Any], SaveStats | None, int, ModelCheckpoint]] = field(
+        default_factory=deque
+    )
     agreed: bool = False
     failures: list[str] = field(default_factory=list)
     cause: BaseException | None = None
@@ -190,15 +192,15 @@ class Session:
             return ""
         if error is None or (isinstance(error, FileNotFoundError) and what == "removed"):
             return None
-        is_told = isinstance(error, SaveError)
-        self.cause = self.cause or (error.__cause__ if is_told else None) or error
-        return str(error) if is_told else f"{path} could not be {what}: {str(error) or repr(error)}"
+        is_ours = isinstance(error, SaveError)
+        self.cause = self.cause or (error.__cause__ if is_ours else None) or error
+        return str(error) if is_ours else f"{path} could not be {what}: {str(error) or repr(error)}"
 
 
 def is_last_epoch(trainer: Trainer) -> bool:
     """Return whether training ends with the epoch that ends now.
 
-    `fit_loop.done` would tell, but it logs that it does, and counts the epoch as completed.
+    `fit_loop.done` says so, too, but logs it, and counts the epoch as completed.
     """
     loop: Any = trainer.fit_loop  # its type lacks some attributes
     limits = (

@@ -1,4 +1,4 @@
-"""The commands, put together. Nothing here or in their modules imports torch before it is needed."""
+"""The command line application. Neither it nor the modules of its commands import torch at the top."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("asyncckpt")
 
-# A temporary object of another process has no lock to tell whether that still runs: it is left this long.
+# Temporary objects have no lock that shows whether their writer still runs: younger ones are not removed.
 ABANDONED_AFTER = 24 * 60 * 60.0
 # What tells one content of a name from the next, by what file systems call it.
 _TIMES = ("mtime", "LastModified", "last_modified", "updated", "created")
@@ -63,7 +63,7 @@ class RemoteStore(Store):
         return f"{self._given}/{name}"
 
     async def prepare(self) -> None:
-        """Make the directory, and remove what crashed writers left; the second time nothing is asked."""
+        """Make the directory, and remove what crashed writers left; only the first call makes requests."""
         if not self._prepared:
             with remote_errors("opening it", self._given):
                 await self._prepare()
