@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import io
-import pickle
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch.storage import TypedStorage
+
+from asyncckpt._snapshot.freeze import Freezer
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -85,35 +84,21 @@ def adam_state(parameters: Iterable[torch.Tensor], random: RandomTensors) -> dic
 
 
 def distinct_tensors(state: Any) -> list[torch.Tensor]:
-    """Return a flat tensor over all of each storage of a state, wherever in it tensors are."""
+    """Return a flat tensor over all of each storage of a state that is not empty."""
+    frozen, ranges = Freezer().freeze(state)
+    dtypes = {key: dtype for key, dtype, *_ in frozen.tensors}
     return [
-        torch.empty(0, dtype=dtype, device=storage.device).set_(storage)
-        for storage, dtype in _storages(state)
+        torch.empty(0, dtype=dtypes.get(key, torch.uint8), device=source.device).set_(source)
+        for key, source in enumerate(ranges.sources)
+        if source.nbytes()
     ]
 
 
 def bytes_of(state: Any) -> int:
     """Return the bytes of all storages of a state, each counted once."""
-    return sum(storage.nbytes() for storage, _ in _storages(state))
+    return sum(Freezer().freeze(state)[1].sizes)
 
 
 def device() -> torch.device:
     """Return where a training would have its state."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _storages(state: Any) -> list[tuple[torch.UntypedStorage, torch.dtype]]:
-    """Return each storage that is not empty, and the dtype of a tensor on it."""
-    found = {}
-
-    class Walk(pickle.Pickler):
-        def persistent_id(self, value: Any) -> str | None:
-            if not isinstance(value, TypedStorage):
-                return None
-            storage = value._untyped_storage
-            if storage.nbytes():
-                found[storage.data_ptr()] = storage, value.dtype
-            return ""
-
-    Walk(io.BytesIO()).dump(state)
-    return list(found.values())
