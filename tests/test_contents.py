@@ -21,7 +21,8 @@ import asyncckpt
 from asyncckpt import Checkpoint, Checkpointer, CorruptCheckpointError
 from asyncckpt._inspection.contents import Contents, Summary, read_contents, summarize
 from asyncckpt._saving.engine import get_engine
-from asyncckpt.layout.torch_zip import CENTRAL, lay_out, plan
+from asyncckpt.layout.torch_zip import lay_out, plan
+from asyncckpt.layout.zip_format import CENTRAL
 from asyncckpt.stores import open_store
 from asyncckpt.stores.local import LocalStore
 from strangers import data_pickle, pickled_text, write_file

@@ -18,7 +18,7 @@ from torch.utils.serialization import config as _config
 
 import asyncckpt
 from asyncckpt import Checkpointer
-from asyncckpt.layout.torch_zip import DESCRIPTION
+from asyncckpt.layout.zip_format import DESCRIPTION
 from sameness import assert_same
 from states import DTYPES, Model, filled
 from support import flip, payload_offset, run_python

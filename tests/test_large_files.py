@@ -17,7 +17,8 @@ from torch.utils.serialization import config as _config
 from asyncckpt._checksum import crc32, crc32_combine
 from asyncckpt._snapshot.freeze import Freezer
 from asyncckpt.layout.description import Description
-from asyncckpt.layout.torch_zip import STORAGES, lay_out, plan
+from asyncckpt.layout.torch_zip import lay_out, plan
+from asyncckpt.layout.zip_format import STORAGES
 from asyncckpt.layout.zip_reader import read_description, read_directory
 from asyncckpt.stores.local import LocalStore
 from support import payload_offset

@@ -17,7 +17,8 @@ from asyncckpt._saving.transfer import Transfer
 from asyncckpt._snapshot.copy import Watermark
 from asyncckpt.errors import SaveError
 from asyncckpt.layout.description import Description
-from asyncckpt.layout.torch_zip import STORAGES, lay_out, plan
+from asyncckpt.layout.torch_zip import lay_out, plan
+from asyncckpt.layout.zip_format import STORAGES
 from asyncckpt.layout.zip_reader import read_directory
 from asyncckpt.stores.base import Draft
 from asyncckpt.stores.local import LocalStore

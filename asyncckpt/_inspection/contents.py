@@ -15,7 +15,7 @@ from asyncckpt._threads import in_thread
 from asyncckpt.errors import CorruptCheckpointError
 from asyncckpt.layout.description import Description, checkpoint_of
 from asyncckpt.layout.other_formats import HEAD, recognize
-from asyncckpt.layout.torch_zip import ROOT
+from asyncckpt.layout.zip_format import ROOT
 from asyncckpt.layout.zip_reader import TAIL, check_header, read_description, read_directory
 
 if TYPE_CHECKING:

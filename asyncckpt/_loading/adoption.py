@@ -12,7 +12,8 @@ from asyncckpt._threads import for_each, in_thread
 from asyncckpt.errors import CheckpointNotFoundError, CorruptCheckpointError, StoreError
 from asyncckpt.layout.description import Description
 from asyncckpt.layout.other_formats import HEAD, recognize
-from asyncckpt.layout.torch_zip import DESCRIPTION, ROOT, tail_with_description
+from asyncckpt.layout.torch_zip import tail_with_description
+from asyncckpt.layout.zip_format import DESCRIPTION, ROOT
 from asyncckpt.layout.zip_reader import read_directory
 
 if TYPE_CHECKING:

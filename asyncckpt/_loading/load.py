@@ -11,7 +11,7 @@ import torch
 from asyncckpt._loading.load_failures import load_failure
 from asyncckpt._loading.unpickle import PayloadFile, load_file
 from asyncckpt.layout.description import Description, checkpoint_of
-from asyncckpt.layout.torch_zip import DESCRIPTION
+from asyncckpt.layout.zip_format import DESCRIPTION
 from asyncckpt.types import Checkpoint
 
 if TYPE_CHECKING:

@@ -18,33 +18,37 @@ import numpy as np
 
 from asyncckpt._checksum import crc32
 from asyncckpt.layout.plan import Body, FilePlan, Format
+from asyncckpt.layout.zip_format import (
+    ALIGNMENT,
+    CENTRAL,
+    CENTRAL_MAGIC,
+    DATA_PICKLE,
+    DESCRIBES,
+    DESCRIPTION,
+    DESCRIPTOR_MAGIC,
+    END,
+    END64,
+    END64_LOCATOR,
+    END64_LOCATOR_MAGIC,
+    END64_MAGIC,
+    END_MAGIC,
+    EXTRA,
+    LOCAL,
+    LOCAL_MAGIC,
+    ROOT,
+    STORAGES,
+    ZIP64,
+    ZIP64_COUNT,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from asyncckpt.types import Offsets
 
-ROOT = "archive/"
-STORAGES = ROOT + "data/"
-DATA_PICKLE = ROOT + "data.pkl"
-DESCRIBES = ".asyncckpt.json"  # within the folder, which torch.save may call otherwise than we do
-DESCRIPTION = ROOT + DESCRIBES
-ALIGNMENT = 64
-# A size or an offset from here on needs a zip64 field.
-ZIP64 = 0xFFFF_FFFF
-ZIP64_COUNT = 0xFFFF
-
-LOCAL = struct.Struct("<4sHHHHHIIIHH")
-CENTRAL = struct.Struct("<4sHHHHHHIIIHHHHHII")
-END = struct.Struct("<4sHHHHIIH")
-END64 = struct.Struct("<4sQHHIIQQQQ")
-END64_LOCATOR = struct.Struct("<4sIQI")
-LOCAL_MAGIC, CENTRAL_MAGIC, DESCRIPTOR_MAGIC = b"PK\x03\x04", b"PK\x01\x02", b"PK\x07\x08"
-END_MAGIC, END64_MAGIC, END64_LOCATOR_MAGIC = b"PK\x05\x06", b"PK\x06\x06", b"PK\x06\x07"
 _UTF8, _DESCRIPTOR_FOLLOWS = 0x0800, 0x0008
 _FIRST_OF_1980 = 0x21
 _CENTRAL_CRC = 16
-EXTRA = struct.Struct("<HH")  # id and length of a field in a header's extra part
 
 
 class TorchState(Protocol):

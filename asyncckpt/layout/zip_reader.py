@@ -7,12 +7,10 @@ import struct
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from asyncckpt._checksum import crc32
 from asyncckpt.errors import CorruptCheckpointError
 from asyncckpt.layout.description import Description
-from asyncckpt.layout.torch_zip import (
+from asyncckpt.layout.zip_format import (
     CENTRAL,
     CENTRAL_MAGIC,
     DESCRIBES,
@@ -134,6 +132,8 @@ def read_directory(size: int) -> Generator[Request, bytes, Directory]:
         raise CorruptCheckpointError("its directory is damaged") from error
     if at != len(data):
         raise CorruptCheckpointError("its directory does not fill its place")
+    import numpy as np  # noqa: PLC0415 - a listing does without it
+
     entries.sort(key=lambda entry: entry[-1])
     names = tuple(entry[0] for entry in entries)
     _check_names(names)

@@ -9,7 +9,6 @@ import threading
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-import numpy as np
 from anyio import CapacityLimiter
 from anyio.lowlevel import RunVar
 
@@ -187,5 +186,7 @@ class LocalFile(OpenFile):
 
 
 def _address(data: memoryview) -> int:
+    import numpy as np  # noqa: PLC0415 - a listing does without it
+
     address: int = np.frombuffer(data, np.uint8).__array_interface__["data"][0]
     return address
