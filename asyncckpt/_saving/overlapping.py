@@ -23,12 +23,20 @@ class Overlapping:
         default: for saves that do not say.
         guard: "version" or "checksum".
         device_memory: bytes that clones may take on each device.
+        everyone: whether to defer what any optimizer of the process owns, attached or not.
 
     Raises:
         TypeError, ValueError: an argument is invalid.
     """
 
-    def __init__(self, default: bool, guard: GuardKind, device_memory: int) -> None:  # noqa: FBT001
+    def __init__(
+        self,
+        default: bool,  # noqa: FBT001
+        guard: GuardKind,
+        device_memory: int,
+        *,
+        everyone: bool = False,
+    ) -> None:
         if guard not in {"version", "checksum"}:
             raise ValueError(f'guard must be "version" or "checksum", not {guard!r}')
         if isinstance(device_memory, bool) or not isinstance(device_memory, int):
@@ -38,7 +46,7 @@ class Overlapping:
         self._default = _checked(default)
         if default:
             watch_steps()
-        self._overlap = Overlap(Owners(), DeviceBudget(device_memory), guard == "checksum")
+        self._overlap = Overlap(Owners(everyone=everyone), DeviceBudget(device_memory), guard == "checksum")
 
     def attach(self, optimizers: Iterable[Any]) -> None:
         """Let what optimizers own be deferred.
