@@ -124,7 +124,8 @@ class BackgroundCheckpoint(Base):
             rank_zero_warn("asyncckpt saves in the foreground on XLA devices: all ranks have to take part.")
         elif stage == "fit" and background_io(current) is None:
             io.lend(trainer.strategy)
-        io.overlaps |= self.overlap
+        if self.overlap:
+            io.overlap()
         if io.overlaps and stage == "fit":
             self.fence_class.put_first(trainer, io)
         io.waits = True  # until the first hook of the loop
@@ -240,6 +241,8 @@ class BackgroundCheckpoint(Base):
             session.saves.append(saved)
             self._list_anew()
             raise
+        if getattr(trainer.lightning_module, "saved_models", None):
+            self.fence()  # with manual optimization they are in the module only while they are saved
         self._last_global_step_saved, self._last_checkpoint_saved = trainer.global_step, filepath
         stats = session.note(saved)
         session.newest = saved

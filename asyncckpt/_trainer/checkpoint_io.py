@@ -76,7 +76,6 @@ class BackgroundIO(Base):
     torch_io: ClassVar[type[CheckpointIO]]
     stock_async: ClassVar[type[Base]]
 
-    overlaps: bool  # whether saves are overlapped, unless they are complete when they return
     fences_hooks: bool  # whether a HookFence comes before the hooks that may change parameters
     waits: bool  # whether saves and removals are complete when they return, as nobody waits for them later
     submitted: dict[str, tuple[Outcome[Any], SaveStats | None]]  # what is not done, and no callback has taken
@@ -103,16 +102,18 @@ class BackgroundIO(Base):
         check_options(max_in_flight, "wait", "raise", None)
         self._max_in_flight = max_in_flight
         self._preemption_timeout = preemption_timeout
-        self.overlaps = overlap
+        self._overlaps = overlap
         self._guard: GuardKind = guard
         self._device_memory = device_memory
         vars(self).update(self._idle())
 
     def _idle(self) -> dict[str, Any]:
         unset = dict.fromkeys(("_saver", "_lender", "_handled", "_thread"))
-        overlapping = Overlapping(self.overlaps, self._guard, self._device_memory, everyone=True)
         flags = {"waits": False, "fences_hooks": False}
-        return {**unset, **flags, "submitted": {}, "causes": (), "_overlapping": overlapping}
+        return {**unset, **flags, "submitted": {}, "causes": (), "_overlapping": self._new_overlapping()}
+
+    def _new_overlapping(self) -> Overlapping:
+        return Overlapping(self._overlaps, self._guard, self._device_memory, everyone=True)
 
     def __getstate__(self) -> dict[str, Any]:
         # A process that gets a copy has nothing pending: that stays with this one.
@@ -156,9 +157,13 @@ class BackgroundIO(Base):
             if self._saver is None:
                 # Lightning's checkpoints hold objects of its own, and it loads them with its own default.
                 self._saver, self._handled = Saver(self._max_in_flight, warns=False), sys.exc_info()[1]
-            overlap = self._overlapping.of(self._may_overlap(checkpoint) and not is_complete, ())
+            why_not = self._why_not_overlapped(checkpoint, is_complete=is_complete)
+            overlap, reason = self._overlapping.of(False if why_not else None, ())
             target = self._target(path, step, storage_options)
             save = self._saver.save(checkpoint, target, step, began, overlap)
+            save.stats.reason = save.stats.reason or reason or why_not
+            if not why_not:
+                self._overlapping.note(save, began)
             self._note(path, save.committed, save.stats)
         if is_complete:
             try:
@@ -257,6 +262,7 @@ class BackgroundIO(Base):
             else:
                 add_note(error, failure)
         finally:
+            self._overlapping.close()
             saver, self._saver = self._saver, None
             if saver is not None:
                 saver.close()
@@ -279,14 +285,29 @@ class BackgroundIO(Base):
         self._lender = (strategy, strategy.checkpoint_io)
         strategy.checkpoint_io = self
 
+    def overlap(self) -> None:
+        """Overlap saves from now on."""
+        if not self._overlaps:
+            self._overlaps = True
+            self._overlapping = self._new_overlapping()
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether saves are overlapped, unless they are complete when they return."""
+        return self._overlaps
+
     @property
     def writes_itself(self) -> bool:
         """Whether asyncckpt's writer makes the files."""
         return self.checkpoint_io is None or type(self.checkpoint_io) is self.torch_io
 
-    def _may_overlap(self, checkpoint: dict[str, Any]) -> bool:
-        # Lightning's WeightAveraging writes through `.data`, which no version counter shows, in its hooks.
-        return self.overlaps and (self.fences_hooks or "averaging_state" not in checkpoint)
+    def _why_not_overlapped(self, checkpoint: dict[str, Any], *, is_complete: bool) -> str:
+        if self.overlaps and is_complete:
+            return "the save was to be complete when it returned"
+        if self.overlaps and "averaging_state" in checkpoint and not self.fences_hooks:
+            # It writes through `.data`, which no version counter shows.
+            return "Lightning's WeightAveraging changes parameters; ModelCheckpoint of asyncckpt would fence"
+        return ""
 
     def _base(self) -> CheckpointIO:
         return self.checkpoint_io or self.torch_io()
