@@ -93,6 +93,7 @@ def many_tensors(options: Options, count: int = 10_000) -> Samples:
 
     def values(_: int) -> None:
         torch._foreach_add_(tensors, 1.0)
+        options.synchronize()
 
     def numbers(step: int) -> None:
         values(step)

@@ -162,7 +162,7 @@ def _copied(samples: Samples, *details: str) -> Figure:
 
 
 def durable_figures(warm: Samples) -> dict[str, Figure]:
-    """Return how soon saves are durable, beside bare writes; from the samples of `measure_saves.warm_saves`."""
+    """Return the rate until durable beside bare writes, from the samples of `measure_saves.warm_saves`."""
     how = "O_DIRECT writes" if warm["direct"][0] else "buffered writes (O_DIRECT is refused here)"
     ours, bare = (_rate(warm["file_bytes"][0], warm[name]) for name in ("durable_s", "bare_write_s"))
     details = (
