@@ -1,0 +1,228 @@
+"""Copy pieces of a CUDA device to pinned host memory, on a stream beside the training's."""
+
+from __future__ import annotations
+
+from collections import deque
+from itertools import starmap
+from threading import Lock
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import cuda
+
+from asyncckpt._snapshot.lanes import Lane, Piece, bytes_of, move_small
+from asyncckpt.errors import TornSnapshotError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from asyncckpt._snapshot.arena import Lease
+    from asyncckpt._snapshot.device_budget import DeviceBudget
+    from asyncckpt._snapshot.ranges import Ranges
+
+# Ranges that are gathered into one image, in bytes and in number: it takes as much host memory again.
+_IMAGE, _MOST = 16 << 20, 4096
+
+
+class CudaLane(Lane):
+    """Copies from one device, behind the kernels that were queued when this was made.
+
+    Clones are made in the order of the training stream, which is the current one of the calling thread.
+
+    Args:
+        device: of the sources.
+        lease: the buffer, pinned.
+        budget: memory for clones.
+    """
+
+    batch = 2
+
+    def __init__(self, device: torch.device, lease: Lease, budget: DeviceBudget) -> None:
+        self._device = device
+        self._address = lease.address
+        self._buffer = torch.frombuffer(lease.view, dtype=torch.uint8)
+        self._budget = budget
+        self._taken = 0
+        self._side = cuda.Stream(device)
+        self._follow_training()
+        self._lock = Lock()
+        self._last = self._side.record_event()
+        self._launched: set[int] = set()  # `start` of the pieces that a fence has launched
+        self._held: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    def gather(self, ranges: Ranges, starts: Sequence[int]) -> tuple[list[Piece], list[int]]:
+        """Clone small ranges into few images.
+
+        Returns:
+            Pieces that copy the images and spread them in the buffer, and the indices of the ranges for which
+            there is no memory on the device.
+        """
+        pieces: list[Piece] = []
+        rest: list[int] = []
+        with cuda.device(self._device), torch.no_grad():
+            for group in _groups(ranges):
+                image = self._image(group)
+                if image is None:
+                    rest += [index for index, _ in group]
+                    continue
+                spread = [(starts[index], ranges.sizes[index]) for index, _ in group]
+                storage = image.untyped_storage()
+                pieces.append(Piece(min(spread)[0], storage, 0, image.nbytes, cloned=True, spread=spread))
+        self._follow_training()
+        return pieces, rest
+
+    def clone(self, pieces: Sequence[Piece]) -> list[Piece] | None:
+        """Return pieces that copy a clone of the sources; None if there is no memory for it on the device."""
+        nbytes = sum(piece.nbytes for piece in pieces)
+        if not self._take(nbytes):
+            return None
+        try:
+            image = torch.empty(nbytes, dtype=torch.uint8, device=self._device)
+        except cuda.OutOfMemoryError:
+            return None
+        cloned, at = [], 0
+        with cuda.device(self._device):
+            for piece in pieces:
+                _copy(image[at : at + piece.nbytes], _source(piece))
+                cloned.append(Piece(piece.start, image.untyped_storage(), at, piece.nbytes, cloned=True))
+                at += piece.nbytes
+        self._follow_training()
+        return cloned
+
+    def launch(self, pieces: Sequence[Piece]) -> _Launch:
+        return self._launch([piece for piece in pieces if piece.start not in self._launched])
+
+    def wait(self, launched: _Launch) -> None:
+        launched.event.synchronize()
+        for piece, scratch in launched.scratch:
+            at = scratch.data_ptr()
+            moves = []
+            for start, nbytes in piece.spread:
+                moves.append((self._address + start, at, nbytes))
+                at += nbytes
+            deque(starmap(move_small, moves), maxlen=0)
+
+    def fence(self, pieces: Sequence[Piece]) -> list[Piece | None]:
+        """Clone what would be copied last, as far as the budget goes, and launch the rest."""
+        if cuda.is_current_stream_capturing():
+            raise TornSnapshotError(
+                "an optimizer step was captured into a CUDA graph before an overlapped copy was finished;"
+                " call wait() before a capture"
+            )
+        live = [index for index, piece in enumerate(pieces) if not piece.cloned]
+        first, room = len(live), self._budget.left(self._device)
+        while first and pieces[live[first - 1]].nbytes <= room:
+            first -= 1
+            room -= pieces[live[first]].nbytes
+        cloned = self.clone([pieces[index] for index in live[first:]])
+        after: list[Piece | None] = list(pieces)
+        if cloned is None:
+            first = len(live)
+        else:
+            self.spilled += sum(piece.nbytes for piece in cloned)
+            for index, piece in zip(live[first:], cloned, strict=True):
+                after[index] = piece
+        rest = [pieces[index] for index in live[:first]]
+        self._launch(rest)
+        self._launched.update(piece.start for piece in rest)
+        return after
+
+    def order(self) -> None:
+        """Let the training stream wait until what was launched is copied; the host does not wait."""
+        training = cuda.current_stream(self._device)
+        before, after = cuda.Event(enable_timing=True), cuda.Event(enable_timing=True)
+        before.record(training)
+        training.wait_event(self._last)
+        after.record(training)
+        self._held.append((before, after))
+
+    def close(self) -> None:
+        self._side.synchronize()
+        self._budget.give_back(self._device, self._taken)
+        self._taken = 0
+
+    def fence_seconds(self) -> float:
+        for _, after in self._held:
+            after.synchronize()
+        milliseconds: float = sum(before.elapsed_time(after) for before, after in self._held)
+        return milliseconds / 1000
+
+    def _launch(self, pieces: Sequence[Piece]) -> _Launch:
+        scratch = []
+        # A fence launches, too, from another thread: the last event has to be the newest one.
+        with self._lock, cuda.stream(self._side):
+            for piece in pieces:
+                if piece.spread:
+                    target = _pinned(piece.nbytes)
+                    scratch.append((piece, target))
+                else:
+                    target = self._buffer[piece.start : piece.start + piece.nbytes]
+                _copy(target, _source(piece))
+            self._last = self._side.record_event()
+            return _Launch(self._last, scratch)
+
+    def _follow_training(self) -> None:
+        """Order what the side stream does next behind what the training stream has in its queue."""
+        self._side.wait_stream(cuda.current_stream(self._device))
+
+    def _image(self, group: Sequence[tuple[int, torch.Tensor]]) -> torch.Tensor | None:
+        if not self._take(sum(source.nbytes for _, source in group)):
+            return None
+        try:
+            return _concatenated([source for _, source in group])
+        except cuda.OutOfMemoryError:
+            return None
+
+    def _take(self, nbytes: int) -> bool:
+        taken = self._budget.take(self._device, nbytes)
+        self._taken += nbytes if taken else 0
+        return taken
+
+
+class _Launch(NamedTuple):
+    """Copies under way.
+
+    Attributes:
+        event: of their end.
+        scratch: host memory of the pieces that are then spread.
+    """
+
+    event: torch.cuda.Event
+    scratch: list[tuple[Piece, torch.Tensor]]
+
+
+def _groups(ranges: Ranges) -> list[list[tuple[int, torch.Tensor]]]:
+    """Divide ranges into groups of one dtype and of a bounded size; each range with a tensor of its bytes."""
+    groups: list[list[tuple[int, torch.Tensor]]] = []
+    last: dict[torch.dtype, tuple[list[tuple[int, torch.Tensor]], int]] = {}
+    for index, (storage, offset, nbytes, view) in enumerate(zip(*ranges, strict=True)):
+        whole = view is not None and view.nbytes == nbytes and view.is_contiguous()
+        source = view if whole and view is not None else bytes_of(storage)[offset : offset + nbytes]
+        group, size = last.get(source.dtype, ([], 0))
+        if not group or size + nbytes > _IMAGE or len(group) == _MOST:
+            group, size = [], 0
+            groups.append(group)
+        group.append((index, source))
+        last[source.dtype] = group, size + nbytes
+    return groups
+
+
+def _source(piece: Piece) -> torch.Tensor:
+    return bytes_of(piece.storage)[piece.offset : piece.offset + piece.nbytes]
+
+
+def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
+    target.copy_(source, non_blocking=True)
+
+
+def _concatenated(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """Return a copy of the elements of contiguous tensors of one dtype, one after another."""
+    if len(tensors) == 1:
+        return tensors[0].detach().clone()
+    # In C: to flatten each from here would take longer than the copy.
+    flat: torch.Tensor = torch._C._nn.flatten_dense_tensors(tensors)
+    return flat
+
+
+def _pinned(nbytes: int) -> torch.Tensor:
+    return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
