@@ -57,8 +57,8 @@ class Part(NamedTuple):
 
 
 MEASUREMENTS = (
-    Part("lost", 5, 110),
-    Part("short", 5, 60),
+    Part("lost", 4, 110),
+    Part("short", 4, 60),
     Part("device_memory", 1, 50),
     Part("gpu_tensors", 9, 40),
     Part("loads", 2, 50),

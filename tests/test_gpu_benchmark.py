@@ -102,7 +102,7 @@ def test_ways_to_copy_are_measured_by_turns(measured: tuple[dict[str, Any], str,
     data, _, _ = measured
     for part in ("lost", "short"):
         samples = data["samples"][part]
-        for way in ("overlapped", "blocking", "bare", "handmade", "cloned"):
+        for way in ("overlapped", "roomy", "blocking", "bare", "handmade", "cloned"):
             assert len(samples[f"{way}_lost_s"]) == len(samples[f"{way}_call_s"]) == 1
             assert min(samples[f"{way}_call_s"]) >= 0
         assert min(samples["step_s"]) > 0
