@@ -42,8 +42,8 @@ class Owners:
             inner = hooked(optimizer)
             if inner is None:
                 raise TypeError(
-                    f"a {type(optimizer).__name__} is no torch.optim.Optimizer with step hooks: nothing tells when"
-                    " it changes parameters; save with overlap=False"
+                    f"a {type(optimizer).__name__} is no torch.optim.Optimizer with step hooks: nothing tells"
+                    " when it changes parameters; save with overlap=False"
                 )
             found.append(inner)
         watch_steps()
