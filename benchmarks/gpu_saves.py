@@ -46,6 +46,7 @@ def short(options: Options) -> Samples:
 
 def _lost(options: Options, shape: Shape, seconds: float) -> Samples:
     samples: defaultdict[str, list[Any]] = defaultdict(list)
+    torch.set_num_threads(1)  # as the host of a GPU job; on busy cores more of them wait for each other
     training = GPTTraining(TINY if options.quick else shape, options.device)
     if not options.quick:
         training.last(seconds)

@@ -16,7 +16,7 @@ from asyncckpt.errors import TornSnapshotError
 from sameness import assert_same
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
 MIB = 1 << 20
@@ -25,9 +25,11 @@ BUDGETS = (0, 4 * MIB, 256 * MIB)
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request: pytest.FixtureRequest) -> str:
-    name: str = request.param
-    return name
+def device(request: pytest.FixtureRequest) -> Iterator[str]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # on busy cores more of them wait for each other
+    yield request.param
+    torch.set_num_threads(threads)
 
 
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
