@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 pytestmark = [pytest.mark.filterwarnings(f) for f in (*QUIET, "ignore:.*no pre-optimization state was saved")]
 
+SLOW = pytest.mark.slow
 EACH_STEP: dict[str, Any] = {"every_n_train_steps": 1, "save_top_k": -1, "filename": "{step}"}
 
 
@@ -214,7 +215,7 @@ TRAIN_END: dict[str, Any] = {"save_top_k": -1, "save_on_train_epoch_end": True}
     [
         pytest.param(Wide, EACH_STEP, [], {}, id="automatic"),
         pytest.param(Wide, EACH_STEP | {"save_last": True}, [], {}, id="last"),
-        pytest.param(Wide, EACH_STEP | {"save_weights_only": True}, [], {}, id="weights only"),
+        pytest.param(Wide, EACH_STEP | {"save_weights_only": True}, [], {}, id="weights only", marks=SLOW),
         pytest.param(Fused, EACH_STEP, [], {}, id="fused"),
         pytest.param(Searching, EACH_STEP, [], {"max_epochs": 1}, id="LBFGS"),
         pytest.param(Overriding, EACH_STEP, [], {}, id="optimizer_step"),
@@ -222,15 +223,17 @@ TRAIN_END: dict[str, Any] = {"save_top_k": -1, "save_on_train_epoch_end": True}
         pytest.param(Alternating, EACH_STEP, [], {}, id="manual, two optimizers"),
         pytest.param(Keeping, EACH_STEP, [], {}, id="manual, weights before the step"),
         pytest.param(Wide, EACH_STEP, [], {"accumulate_grad_batches": 2}, id="accumulation"),
-        pytest.param(Wide, EACH_STEP, [], {"gradient_clip_val": 0.1}, id="gradient clipping"),
-        pytest.param(Wide, EACH_STEP, [], {"precision": "bf16-mixed"}, id="bf16"),
+        pytest.param(Wide, EACH_STEP, [], {"gradient_clip_val": 0.1}, id="gradient clipping", marks=SLOW),
+        pytest.param(Wide, EACH_STEP, [], {"precision": "bf16-mixed"}, id="bf16", marks=SLOW),
         pytest.param(Wide, EACH_STEP, [], {"plugins": scaling}, id="gradient scaler"),
         pytest.param(Wide, EACH_STEP, [ema], {"val_check_interval": 2}, id="EMA"),
         pytest.param(Wide, EACH_STEP, [around("")], {"val_check_interval": 2}, id="swap around validations"),
         pytest.param(Wide, EACH_STEP, [around("epoch_")], {}, id="swap in validation epochs"),
         pytest.param(Wide, EPOCHS, [swa], {}, id="SWA"),
         pytest.param(Wide, EPOCHS, [between_epochs], {}, id="swap between epochs"),
-        pytest.param(Wide, TRAIN_END, [between_epochs], {}, id="swap between epochs, saved at their end"),
+        pytest.param(
+            Wide, TRAIN_END, [between_epochs], {}, id="swap between epochs, saved at their end", marks=SLOW
+        ),
         pytest.param(Ending, EPOCHS, [], {}, id="swap in the module's hook"),
     ],
 )
