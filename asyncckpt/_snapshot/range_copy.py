@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -45,8 +46,9 @@ class RangeCopy:
         self._front = 0
         self._report = report
         self._changed = Condition()
+        self._handed = bytearray(len(pieces))  # whether a fence has handed it over to a lane
         self._launching = 0
-        self._fencing = 0
+        self._fences: dict[int, dict[torch.device, list[int]]] = {}  # what each is handing over
         self._running = self._stopped = False
 
     def is_complete(self) -> bool:
@@ -81,29 +83,34 @@ class RangeCopy:
 
         What is left is copied, or cloned, or ordered before whatever the thread queues next on a device.
         """
-        taken: list[tuple[torch.device, list[int]]] = []
-        with self._changed:
-            if self._stopped or self.ended:
-                return
-            self._fencing += 1
+        taken: dict[torch.device, list[int]] = {device: [] for device in self.lanes}
         try:
             with self._changed:
-                for device, left in self._left.items():
-                    taken.append((device, list(left)))
-                    left.clear()
-            while taken:
-                self._hand_over(*taken[-1])
-                taken.pop()
-            self._changed.until(lambda: not self._launching or self.ended)
-            for lane in self.lanes.values():
-                lane.order()
+                if self._stopped or self.ended:
+                    return
+                self._fences[id(taken)] = taken
+            handing = True
+            while handing:
+                self._changed.until(lambda: self._claim(taken))
+                handing = any(taken.values())
+                for device, indices in taken.items():
+                    self._hand_over(device, indices)
+            self.order()
         finally:
             with self._changed:
                 if not self._stopped:
-                    for device, indices in taken:  # interrupted
+                    for device, indices in taken.items():  # interrupted
                         self._left[device].extendleft(reversed(indices))
-                self._fencing -= 1
+                self._fences.pop(id(taken), None)
             self._changed.notify_all()
+
+    def order(self) -> None:
+        """Order what the calling thread queues next on a device behind the reads of its sources.
+
+        After a fence in another thread, or on another stream, this is enough.
+        """
+        for lane in self.lanes.values():
+            lane.order()
 
     def cancel(self) -> None:
         """Copy no more; return once nothing is copied."""
@@ -111,8 +118,10 @@ class RangeCopy:
             self._stopped = True
             for left in self._left.values():
                 left.clear()
-            self.ended |= not self._running
+            never_run = not self._running and not self.ended
         self._changed.notify_all()
+        if never_run:
+            self._end()
         self._changed.until(lambda: self.ended)
 
     def _take(self, *, wait: bool) -> tuple[Lane, list[int]] | None:
@@ -127,7 +136,7 @@ class RangeCopy:
                     self._launching += 1
                     batch.append((lane, [left.popleft() for _ in range(count)]))
                     return True
-            return not self._fencing  # a fence may put back what it has taken
+            return not self._fences  # one may put back what it has taken
 
         self._changed.until(attempt, None if wait else 0)
         return batch[0] if batch else None
@@ -141,6 +150,15 @@ class RangeCopy:
                 self._launching -= 1
             self._changed.notify_all()
 
+    def _claim(self, taken: dict[torch.device, list[int]]) -> bool:
+        """Take what no fence has handed over; return whether there is something, or nothing to wait for."""
+        for device, left in self._left.items():
+            if new := [index for index in left if not self._handed[index]]:
+                taken[device] = new
+                self._left[device] = deque(index for index in left if self._handed[index])
+        others = any(any(other.values()) for other in self._fences.values() if other is not taken)
+        return any(taken.values()) or not (self._launching or others) or self.ended
+
     def _hand_over(self, device: torch.device, indices: list[int]) -> None:
         """Let a lane take over pieces at a fence, and put back what it has not copied."""
         pieces = [piece for index in indices if (piece := self._pieces[index]) is not None]
@@ -148,6 +166,7 @@ class RangeCopy:
         self._mark([index for index, piece in zip(indices, after, strict=True) if piece is None])
         with self._changed:
             for index, piece in zip(indices, after, strict=True):
+                self._handed[index] = True
                 if piece is not None and not self._stopped:
                     self._pieces[index] = piece
                     self._left[device].append(index)
@@ -168,11 +187,14 @@ class RangeCopy:
 
     def _end(self) -> None:
         try:
-            self._changed.until(lambda: not self._fencing)
+            self._changed.until(lambda: not self._fences)
         finally:
-            for lane in self.lanes.values():
-                lane.close()
-            with self._changed:
-                self._pieces.clear()
-                self.ended = True
-            self._changed.notify_all()
+            try:
+                with ExitStack() as lanes:
+                    for lane in self.lanes.values():
+                        lanes.callback(lane.close)
+            finally:
+                with self._changed:
+                    self._pieces.clear()
+                    self.ended = True
+                self._changed.notify_all()
