@@ -14,7 +14,7 @@ from asyncckpt._snapshot.guard import Checksums, Guard, torn_error
 from asyncckpt._snapshot.owners import changes
 from asyncckpt._snapshot.range_copy import RangeCopy
 from asyncckpt._threads import Condition, start_threads
-from asyncckpt.errors import SaveError
+from asyncckpt.errors import SaveError, TornSnapshotError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -31,19 +31,21 @@ if TYPE_CHECKING:
 _DEFERRABLE = frozenset({"cpu", "cuda"})
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Overlap:
-    """What may be deferred.
+    """What the saves of one Checkpointer may defer.
 
     Attributes:
         owners: the optimizers whose parameters and state hold still until their next step.
         budget: device memory for clones.
         checksums: whether to compare checksums of the sources at the freeze with those of their copies.
+        torn: whether a snapshot was torn.
     """
 
     owners: Owners
     budget: DeviceBudget
     checksums: bool = False
+    torn: bool = False
 
 
 def defer(  # noqa: PLR0913, PLR0917 - what is copied, and where to
@@ -85,6 +87,7 @@ def defer(  # noqa: PLR0913, PLR0917 - what is copied, and where to
         lease.view,
         filled,
         stats,
+        overlap,
     )
 
 
@@ -120,6 +123,7 @@ class DeferredCopy:
         buffer: what is copied into.
         filled: progress; ended with the copy.
         stats: `deferred`, `fence`, `device_fence` and `spilled_bytes` are set.
+        overlap: told if the snapshot is torn.
         state: what the sources are entries of.
         released: called when the sources may be changed.
     """
@@ -131,6 +135,7 @@ class DeferredCopy:
     buffer: memoryview
     filled: Watermark
     stats: SaveStats
+    overlap: Overlap
     state: Any = None
     released: Callable[[], object] = lambda: None
     _error: BaseException | None = field(default=None, init=False)
@@ -232,3 +237,4 @@ class DeferredCopy:
             failure.__cause__ = error
             error = failure
         self._error = self._error or error
+        self.overlap.torn |= isinstance(error, TornSnapshotError)
