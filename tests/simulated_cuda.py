@@ -394,8 +394,7 @@ class _Condition:
 
     def until(self, attempt: Callable[[], Any], timeout: float | None = None) -> Any:
         while not (result := attempt()) and timeout != 0:
-            seen = self._changes
-            self._machine.pause(lambda: self._changes != seen)
+            self._machine.pause(lambda seen=self._changes: self._changes != seen)  # type: ignore[misc]
         return result
 
     def notify_all(self) -> None:

@@ -71,9 +71,7 @@ class State:
             end += part.nbytes + _GAP
             self.frozen.append((torch.arange(part.offset + part.nbytes) + 41 * index) % 127)
         self.buffer = torch.zeros(end, dtype=torch.uint8)
-        self.lease: Any = SimpleNamespace(
-            view=memoryview(self.buffer.numpy()), address=self.buffer.data_ptr()
-        )
+        self.lease: Any = SimpleNamespace(view=self.buffer.numpy().data, address=self.buffer.data_ptr())
         self.expected = torch.zeros_like(self.buffer)
         for part, start, content in zip(self.parts, self.starts, self.frozen, strict=True):
             self.expected[start : start + part.nbytes] = content[part.offset :].to(torch.uint8)
@@ -231,7 +229,7 @@ def test_a_deferred_copy_has_the_bytes_as_of_the_save_whenever_the_fence_comes(
 @settings(max_examples=150, deadline=None)
 @given(parts=parts, seed=seeds, failing=failures, limit=st.integers(0, 150), fenced=st.booleans())
 def test_memory_that_is_freed_after_the_save_is_not_used_again_before_it_is_copied(
-    parts: list[Part], seed: int, failing: set[int], limit: int, fenced: bool
+    parts: list[Part], seed: int, failing: set[int], limit: int, *, fenced: bool
 ) -> None:
     with simulated(seed, failing) as machine:
         state = State(machine, parts)

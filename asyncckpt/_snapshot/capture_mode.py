@@ -14,8 +14,8 @@ _THREAD_LOCAL = 1  # of enum cudaStreamCaptureMode
 def allow_captures() -> None:
     """Let other threads capture CUDA graphs while the calling thread waits for events.
 
-    A capture in the default mode, "global", fails if any thread waits or allocates meanwhile, unless that thread
-    is in another mode. A runtime that is linked in another way than torch's wheels do it is left as it is.
+    A capture in the default mode, "global", fails if any thread waits or allocates meanwhile that is not in
+    another mode itself. A runtime that is not linked as in torch's wheels is left as it is.
     """
     path = Path(torch.__file__).parent / "lib" / "libtorch_global_deps.so"
     with suppress(OSError, AttributeError):

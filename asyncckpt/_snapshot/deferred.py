@@ -143,7 +143,7 @@ class DeferredCopy:
 
     def reads_from(self, optimizer: torch.optim.Optimizer) -> bool:
         """Return whether a step of `optimizer` changes what is read."""
-        # After the first fence a step on another stream still has to be ordered, which costs less than the look.
+        # After the first fence steps on other streams still have to be ordered; that costs less than a look.
         return self.guard is None or changes(optimizer, self.storages)
 
     def start(self) -> None:
