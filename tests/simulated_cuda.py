@@ -40,7 +40,8 @@ class Memory:
     def __init__(self, machine: Machine, device: torch.device, nbytes: int) -> None:
         self.device = device
         self.stream = machine.current_stream(device)
-        self.bytes = torch.full((nbytes,), 0xA5, dtype=torch.uint8)
+        with torch.inference_mode(mode=False):  # streams use it from another thread
+            self.bytes = torch.full((nbytes,), 0xA5, dtype=torch.uint8)
 
     @property
     def _cdata(self) -> int:
@@ -139,6 +140,7 @@ class HostThread:
         self.ended = False
         self.error: BaseException | None = None
         self.device = torch.device("cuda", 0)
+        self.interrupted_after = 0  # calls of `pause`; 0 for never
         self.streams: dict[torch.device, Stream] = {}
         self._machine, self._program = machine, program
         self._go, self._stop = threading.Semaphore(0), threading.Semaphore(0)
@@ -155,6 +157,10 @@ class HostThread:
         self._go.acquire()
         if self._machine.is_aborted:
             raise _AbortedError
+        if self.interrupted_after:
+            self.interrupted_after -= 1
+            if not self.interrupted_after:
+                raise KeyboardInterrupt
 
     def abort(self) -> None:
         while not self.ended:
@@ -186,6 +192,7 @@ class Machine:
         self.clock = count()
         self.is_aborted = False
         self.is_capturing = False
+        self.looks_again = False  # whether waiting threads are woken once where nothing else can advance
         self.here = threading.local()
         self.contexts: set[torch.device] = set()
         self.allocated: dict[torch.device, int] = {}
@@ -214,7 +221,10 @@ class Machine:
                 ]
                 able += [stream for stream in self.streams if stream.can_advance()]
                 if not able:
-                    break
+                    if self.looks_again and not all(thread.ended for thread in self._threads):
+                        self.looks_again, able = False, [one for one in self._threads if not one.ended]
+                    else:
+                        break
                 self._random.choices(able, [self._pace(one) for one in able])[0].advance()
             assert all(thread.ended for thread in self._threads), "a thread waits forever"
             assert all(stream.is_idle() for stream in self.streams), "a stream waits forever"

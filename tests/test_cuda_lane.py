@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -12,15 +12,17 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from asyncckpt._snapshot import cuda_lane
 from asyncckpt._snapshot.copy import Watermark, copy_ranges
 from asyncckpt._snapshot.deferred import DeferredCopy, Overlap, defer
 from asyncckpt._snapshot.device_budget import DeviceBudget
 from asyncckpt._snapshot.ranges import Ranges
+from asyncckpt.errors import TornSnapshotError
 from asyncckpt.types import SaveStats
 from simulated_cuda import Machine, Memory, Stream, View
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Collection, Iterator, Sequence
 
 # In place of the real ones, so that a few bytes have every kind of piece.
 _SMALL, _STRIDE, _PIECE, _IMAGE, _MOST = 8, 12, 40, 20, 3
@@ -115,7 +117,7 @@ class State:
 
 
 @contextmanager
-def simulated(seed: int, failing: set[int]) -> Iterator[Machine]:
+def simulated(seed: int, failing: Collection[int] = ()) -> Iterator[Machine]:
     machine = Machine(seed, failing)
     with pytest.MonkeyPatch.context() as patch:
         machine.install(patch)
@@ -194,6 +196,209 @@ def test_a_blocking_copy_has_the_bytes_as_of_its_call(
         state.assert_copied()
         state.memories.clear()
         assert not any(machine.allocated.values())
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    sizes=st.lists(st.integers(20, 40), min_size=3, max_size=5),
+    seed=seeds,
+    before=st.integers(0, 20),
+    limit=st.sampled_from([0, 12]),
+)
+def test_a_fence_and_the_background_launch_pieces_of_one_device_at_once(
+    sizes: list[int], seed: int, before: int, limit: int
+) -> None:
+    with simulated(seed) as machine:
+        state = State(machine, [Part(0, nbytes, 0, None, owned=True) for nbytes in sizes])
+        saving = Saving(machine, state, limit)
+
+        def train() -> None:
+            copy = saving.save()
+            machine.start(saving.run)
+            pauses(machine, before)
+            copy.fence()
+            state.change(lambda _: True)
+
+        machine.start(train)
+        machine.run()
+        state.assert_copied()
+        saving.assert_ended()
+
+
+@settings(max_examples=200, deadline=None)
+@given(parts=parts, seed=seeds, limit=st.integers(0, 150), at=st.integers(1, 60), before=st.integers(0, 20))
+def test_an_interrupted_fence_can_be_repeated(
+    parts: list[Part], seed: int, limit: int, at: int, before: int
+) -> None:
+    with simulated(seed) as machine:
+        machine.looks_again = True
+        state = State(machine, parts)
+        assume(any(map(state.is_deferred, range(len(parts)))))
+        saving = Saving(machine, state, limit)
+
+        def train() -> None:
+            copy = saving.save()
+            machine.start(saving.run)
+            pauses(machine, before)
+            machine.thread().interrupted_after = at
+            with suppress(KeyboardInterrupt):
+                copy.fence()
+            machine.thread().interrupted_after = 0
+            copy.fence()
+            state.change(state.is_deferred)
+
+        machine.start(train)
+        machine.run()
+        state.assert_copied()
+
+
+@settings(max_examples=50, deadline=None)
+@given(parts=parts, seed=seeds, limit=st.integers(0, 150))
+def test_what_is_queued_after_a_fence_needs_no_thread(parts: list[Part], seed: int, limit: int) -> None:
+    with simulated(seed) as machine:
+        state = State(machine, parts)
+        assume(any(map(state.is_deferred, range(len(parts)))))
+        saving = Saving(machine, state, limit)
+
+        def train() -> None:
+            saving.save().fence()
+            state.change(state.is_deferred)
+            for device in {memory.device for memory in state.memories}:
+                machine.current_stream(device).synchronize()
+            machine.start(saving.run)
+
+        machine.start(train)
+        machine.run()
+        state.assert_copied()
+        saving.assert_ended()
+
+
+@settings(max_examples=50, deadline=None)
+@given(parts=parts, seed=seeds, before=st.integers(0, 20))
+def test_a_fence_lets_no_copy_wait_for_what_was_queued_since_the_save(
+    parts: list[Part], seed: int, before: int
+) -> None:
+    with simulated(seed) as machine:
+        parts = [replace(part, owned=True, nbytes=part.nbytes + _SMALL) for part in parts]
+        state = State(machine, parts)
+        saving = Saving(machine, state, 0)
+        copied: list[bool] = []
+
+        def run(copy: DeferredCopy) -> None:
+            copy.copy.run()
+            copied.append(True)
+
+        def train() -> None:
+            copy = saving.save()
+            machine.start(lambda: run(copy))
+            for device in {memory.device for memory in state.memories}:
+                machine.current_stream(device).add(lambda: None, lambda: bool(copied))
+            pauses(machine, before)
+            copy.fence()
+            state.change(lambda _: True)
+
+        machine.start(train)
+        machine.run()
+        state.assert_copied()
+
+
+def test_a_step_that_is_captured_before_the_fence_fails_the_save_and_queues_nothing() -> None:
+    with simulated(0) as machine:
+        state = State(machine, [Part(0, 30, 0, None, owned=True)])
+        saving = Saving(machine, state, 100)
+
+        def train() -> None:
+            copy = saving.save()
+            stream = machine.current_stream(torch.device("cuda", 0))
+            stream.synchronize()
+            machine.is_capturing = True
+            copy.fence()
+            assert stream.is_idle()
+            machine.is_capturing = False
+            machine.start(saving.run)
+
+        machine.start(train)
+        with pytest.raises(TornSnapshotError, match="captured into a CUDA graph"):
+            machine.run()
+
+
+def test_a_step_that_is_captured_after_the_fence_is_none_of_the_copy() -> None:
+    with simulated(0) as machine:
+        state = State(machine, [Part(0, 30, 0, None, owned=True)])
+        saving = Saving(machine, state, 100)
+
+        def train() -> None:
+            copy = saving.save()
+            copy.fence()
+            stream = machine.current_stream(torch.device("cuda", 0))
+            stream.synchronize()
+            machine.is_capturing = True
+            copy.fence()
+            assert stream.is_idle()
+            machine.is_capturing = False
+            machine.start(saving.run)
+
+        machine.start(train)
+        machine.run()
+        state.assert_copied()
+
+
+@pytest.mark.parametrize("runs", [True, False])
+def test_all_lanes_are_closed_and_the_copy_has_ended_where_a_device_fails(
+    monkeypatch: pytest.MonkeyPatch, *, runs: bool
+) -> None:
+    with simulated(0) as machine:
+        state = State(machine, [Part(device, 30, 0, None, owned=True) for device in (0, 1)])
+        saving = Saving(machine, state, 100)
+        synchronize = Stream.synchronize
+
+        def failing(stream: Stream) -> None:
+            if stream.device.index == 0:
+                raise RuntimeError("device-side assert")
+            synchronize(stream)
+
+        monkeypatch.setattr(Stream, "synchronize", failing)
+
+        def train() -> None:
+            copy = saving.save()
+            copy.fence()
+            with pytest.raises(RuntimeError, match="device-side assert"):
+                copy.copy.run() if runs else copy.cancel()
+            assert copy.copy.ended
+            copy.cancel()
+
+        machine.start(train)
+        machine.run()
+        saving.assert_ended()
+
+
+def test_a_save_in_inference_mode_is_copied_by_other_threads() -> None:
+    with simulated(0) as machine:
+        state = State(machine, [Part(0, 30, 0, None, owned=True)])
+        saving = Saving(machine, state, 0)
+
+        def train() -> None:
+            with torch.inference_mode():
+                saving.save()
+            machine.start(saving.run)
+
+        machine.start(train)
+        machine.run()
+        state.assert_copied()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.bool, torch.complex64])
+@pytest.mark.parametrize("autocast", [torch.float16, torch.bfloat16])
+def test_small_tensors_are_gathered_as_they_are(dtype: torch.dtype, autocast: torch.dtype) -> None:
+    tensors = [torch.ones(3, 2, dtype=dtype), torch.zeros((), dtype=dtype), torch.ones(1, dtype=dtype)]
+    if dtype.is_floating_point:
+        tensors[0].requires_grad_()
+    for count in (1, 3):
+        expected = torch.cat([tensor.detach().flatten() for tensor in tensors[:count]])
+        with torch.autocast("cpu", dtype=autocast), torch.no_grad():
+            gathered = cuda_lane._concatenated(tensors[:count])
+        assert gathered.untyped_storage()._cdata != tensors[0].untyped_storage()._cdata
+        assert torch.equal(gathered.flatten(), expected)
 
 
 @settings(max_examples=300, deadline=None)
@@ -300,7 +505,7 @@ def test_two_threads_with_streams_of_their_own_each_fence_what_they_change(
 def test_nothing_is_copied_any_more_once_cancel_has_returned(
     parts: list[Part], seed: int, limit: int, before: tuple[int, int, int]
 ) -> None:
-    with simulated(seed, set()) as machine:
+    with simulated(seed) as machine:
         state = State(machine, parts)
         assume(any(map(state.is_deferred, range(len(parts)))))
         saving = Saving(machine, state, limit)
@@ -328,15 +533,18 @@ def test_nothing_is_copied_any_more_once_cancel_has_returned(
 
 
 @settings(max_examples=30, deadline=None)
-@given(parts=parts, seed=seeds)
-def test_no_context_is_made_on_a_device_that_the_state_is_not_on(parts: list[Part], seed: int) -> None:
-    with simulated(seed, set()) as machine:
+@given(parts=parts, seed=seeds, current=st.booleans())
+def test_no_context_is_made_on_a_device_that_the_state_is_not_on(
+    parts: list[Part], seed: int, *, current: bool
+) -> None:
+    with simulated(seed) as machine:
         state = State(machine, [Part(1, part.nbytes, part.offset, part.dtype, part.owned) for part in parts])
         assume(any(map(state.is_deferred, range(len(parts)))))
         saving = Saving(machine, state, 50)
 
         def train() -> None:
-            machine.use(torch.device("cuda", 1))
+            if current:
+                machine.use(torch.device("cuda", 1))
             copy = saving.save()
             machine.start(saving.run)
             copy.fence()
