@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     import torch
+    from torch.storage import UntypedStorage
 
     from asyncckpt._snapshot.arena import Lease
     from asyncckpt._snapshot.device_budget import DeviceBudget
@@ -27,8 +28,6 @@ if TYPE_CHECKING:
     from asyncckpt._snapshot.owners import Owners
     from asyncckpt._snapshot.ranges import Ranges
     from asyncckpt.types import SaveStats
-
-_DEFERRABLE = frozenset({"cpu", "cuda"})
 
 
 @dataclass(slots=True, eq=False)
@@ -66,7 +65,7 @@ def defer(  # noqa: PLR0913, PLR0917 - what is copied, and where to
     deferred = [
         index
         for index, (source, size) in enumerate(zip(ranges.sources, ranges.sizes, strict=True))
-        if size > SMALL and source._cdata in owned and source.device.type in _DEFERRABLE
+        if size > SMALL and source._cdata in owned and _may_wait(source)
     ]
     if not deferred:
         stats.reason = overlap.owners.why_none() if any_large else "all of the state is small"
@@ -75,8 +74,13 @@ def defer(  # noqa: PLR0913, PLR0917 - what is copied, and where to
     checksums = Checksums(held, [starts[index] for index in deferred]) if overlap.checksums else None
     others = sorted(set(range(len(starts))).difference(deferred))
     lanes = open_lanes(ranges, [*deferred, *_on_cuda(ranges, others)], lease, overlap.budget)
-    clones, rest = _clone(ranges, starts, others, lanes)
-    copy_ranges(ranges.select(rest), [starts[index] for index in rest], lease, Watermark())
+    try:
+        clones, rest = _clone(ranges, starts, others, lanes)
+        copy_ranges(ranges.select(rest), [starts[index] for index in rest], lease, Watermark())
+    except BaseException:
+        for lane in lanes.values():
+            lane.close()
+        raise
     pieces = [*pieces_of(ranges, starts, deferred), *clones]
     stats.deferred_bytes = sum(held.sizes)
     return DeferredCopy(
@@ -89,6 +93,11 @@ def defer(  # noqa: PLR0913, PLR0917 - what is copied, and where to
         stats,
         overlap,
     )
+
+
+def _may_wait(source: UntypedStorage) -> bool:
+    """Return whether the copy of a storage may be deferred: other processes would not wait for it."""
+    return source.device.type == "cuda" or (source.device.type == "cpu" and not source.is_shared())
 
 
 def _on_cuda(ranges: Ranges, indices: Iterable[int]) -> list[int]:
@@ -168,10 +177,11 @@ class DeferredCopy:
         self.stats.fence += time.perf_counter() - began
 
     def cancel(self) -> None:
-        """Copy no more; return once nothing is copied."""
+        """Copy no more, and fence nothing; return once nothing is copied."""
         self.guard = None
         fences.remove(self)
         self.copy.cancel()
+        self.released()
 
     def settle(self) -> None:
         """Raise unless the buffer holds the state as it was when it was frozen; called once all is copied.

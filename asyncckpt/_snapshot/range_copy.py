@@ -57,12 +57,12 @@ class RangeCopy:
 
     def run(self) -> None:
         """Copy all pieces; return or raise once nothing is copied any more."""
-        with self._changed:
-            if self._stopped:
-                return
-            self._running = True
         launched: deque[tuple[Lane, list[int], Any]] = deque()
         try:
+            with self._changed:
+                if self._stopped:
+                    return
+                self._running = True
             while (batch := self._take(wait=not launched)) is not None or launched:
                 if batch is not None:
                     lane, indices = batch
@@ -122,7 +122,8 @@ class RangeCopy:
         self._changed.notify_all()
         if never_run:
             self._end()
-        self._changed.until(lambda: self.ended)
+        if not self.ended:  # the caller may hold the lock, once it is
+            self._changed.until(lambda: self.ended)
 
     def _take(self, *, wait: bool) -> tuple[Lane, list[int]] | None:
         """Take the next batch of one device; None if there is none, now or, with `wait`, ever."""
@@ -161,6 +162,7 @@ class RangeCopy:
 
     def _hand_over(self, device: torch.device, indices: list[int]) -> None:
         """Let a lane take over pieces at a fence, and put back what it has not copied."""
+        indices[:] = [index for index in indices if self._pieces[index] is not None]
         pieces = [piece for index in indices if (piece := self._pieces[index]) is not None]
         after = self.lanes[device].fence(pieces)
         self._mark([index for index, piece in zip(indices, after, strict=True) if piece is None])
@@ -187,7 +189,8 @@ class RangeCopy:
 
     def _end(self) -> None:
         try:
-            self._changed.until(lambda: not self._fences)
+            if self._fences:
+                self._changed.until(lambda: not self._fences)
         finally:
             try:
                 with ExitStack() as lanes:
