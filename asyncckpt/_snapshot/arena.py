@@ -70,6 +70,7 @@ class _Buffer:
         lease: who has it; the buffer is free if that is dead or None.
         mapping: the memory; None until it is mapped.
         pinned: whether it is registered with the CUDA runtime, or may be.
+        refused: whether it could not be registered, which is not tried again.
         device: the CUDA device that was current then.
         used: when it was released last.
     """
@@ -78,6 +79,7 @@ class _Buffer:
     lease: weakref.ref[Lease] | None
     mapping: Mapping | None = None
     pinned: bool = False
+    refused: bool = False
     device: int = 0
     used: int = 0
 
@@ -96,10 +98,11 @@ class _Buffer:
                     f"cannot take {self.nbytes} bytes of host memory for a snapshot: {error}; save less,"
                     " lower max_in_flight, or raise the limits of the process (ulimit -v) or of its container"
                 ) from error
-        if pinned and not self.pinned:
+        if pinned and not self.pinned and not self.refused:
             self.device = current_device()
             self.pinned = True  # before it is: undoing what was not done is harmless
             self.pinned = pin(mapping)
+            self.refused = not self.pinned
         return mapping
 
     def _map(self) -> Mapping:
