@@ -39,7 +39,7 @@ class Memory:
 
     def __init__(self, machine: Machine, device: torch.device, nbytes: int) -> None:
         self.device = device
-        self.stream = machine.current_stream(device)
+        self.streams = {machine.current_stream(device)}  # which the allocator knows to use it
         with torch.inference_mode(mode=False):  # streams use it from another thread
             self.bytes = torch.full((nbytes,), 0xA5, dtype=torch.uint8)
 
@@ -64,6 +64,9 @@ class View:
     def is_contiguous(self) -> bool:
         return True
 
+    def record_stream(self, stream: Stream) -> None:
+        self.memory.streams.add(stream)
+
     def untyped_storage(self) -> Memory:
         return self.memory
 
@@ -81,8 +84,8 @@ class Event:
         stream.add(lambda: reached.append(next(self._machine.clock)))
 
     def synchronize(self) -> None:
-        reached = self._reached
-        self._machine.pause(lambda: reached is None or bool(reached))
+        self._machine.contexts.add(self._machine.thread().device)  # the runtime makes one, if there is none
+        self._machine.pause(self.is_reached())
 
     def elapsed_time(self, end: Event) -> float:
         assert self._reached
@@ -129,7 +132,7 @@ class Stream:
         self.wait_event(stream.record_event())
 
     def synchronize(self) -> None:
-        self.record_event().synchronize()
+        self._machine.pause(self.record_event().is_reached())
 
 
 class HostThread:
@@ -247,9 +250,10 @@ class Machine:
         self.contexts.add(device)
 
     def current_stream(self, device: torch.device) -> Stream:
-        if (stream := self.thread().streams.get(device)) is None:
-            stream = self._default.get(device) or self._default.setdefault(device, Stream(self, device))
-        return stream
+        return self.thread().streams.get(device) or self.default_stream(device)
+
+    def default_stream(self, device: torch.device) -> Stream:
+        return self._default.get(device) or self._default.setdefault(device, Stream(self, device))
 
     def allocate(self, device: torch.device, nbytes: int) -> Memory:
         """Allocate memory of the current stream, or raise what CUDA raises where there is none."""
@@ -330,6 +334,7 @@ class Machine:
             Event=lambda *, enable_timing=False: Event(self),  # noqa: ARG005
             OutOfMemoryError=torch.cuda.OutOfMemoryError,
             current_stream=self.current_stream,
+            default_stream=self.default_stream,
             device=self.on_device,
             is_current_stream_capturing=lambda: self.is_capturing,
             set_device=self.use,
@@ -355,25 +360,20 @@ class Machine:
 
     def _finder(self, view: View, stream: Stream) -> Callable[[], torch.Tensor]:
         """Return what finds the bytes of a view when an operation on `stream` runs."""
-        memory, offset, nbytes = view.memory, view.offset, view.nbytes
-        if memory.stream is stream:  # what is freed is used again only behind the operation
-            return lambda: memory.bytes[offset : offset + nbytes]
-        return _Weakly(memory, offset, nbytes)
+        memory = weakref.ref(view.memory)
+        streams, found = view.memory.streams, view.memory.bytes[view.offset : view.offset + view.nbytes]
+
+        def find() -> torch.Tensor:
+            # What these streams use is used again only behind their operations.
+            if memory() is None and stream not in streams:
+                raise ReadAfterFreeError
+            return found
+
+        return find
 
     def _count(self, device: torch.device, nbytes: int) -> None:
         self.allocated[device] = self.allocated.get(device, 0) + nbytes
         self.most_allocated[device] = max(self.most_allocated.get(device, 0), self.allocated[device])
-
-
-class _Weakly:
-    def __init__(self, memory: Memory, offset: int, nbytes: int) -> None:
-        self._memory, self._offset, self._nbytes = weakref.ref(memory), offset, nbytes
-
-    def __call__(self) -> torch.Tensor:
-        memory = self._memory()
-        if memory is None:
-            raise ReadAfterFreeError
-        return memory.bytes[self._offset : self._offset + self._nbytes]
 
 
 class _Lock:

@@ -15,7 +15,7 @@ from asyncckpt._snapshot.lanes import Lane, Piece, bytes_of, move_small
 from asyncckpt.errors import TornSnapshotError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from asyncckpt._snapshot.arena import Lease
     from asyncckpt._snapshot.device_budget import DeviceBudget
@@ -74,6 +74,7 @@ class CudaLane(Lane):
                 if image is None:
                     rest += [index for index, _ in group]
                     continue
+                self._keep(source for _, source in group)
                 spread = [(starts[index], ranges.sizes[index]) for index, _ in group]
                 storage = image.untyped_storage()
                 pieces.append(Piece(min(spread)[0], storage, 0, image.nbytes, cloned=True, spread=spread))
@@ -88,6 +89,7 @@ class CudaLane(Lane):
             image = self._allocate(nbytes, lambda: _memory(nbytes, self._device))
             if image is None:
                 return None
+            self._keep(map(_source, pieces))
             for piece in pieces:
                 _copy(image[at : at + piece.nbytes], _source(piece))
                 cloned.append(Piece(piece.start, image.untyped_storage(), at, piece.nbytes, cloned=True))
@@ -99,7 +101,8 @@ class CudaLane(Lane):
         return self._launch([piece for piece in pieces if piece.start not in self._launched])
 
     def wait(self, launched: _Launch) -> None:
-        launched.event.synchronize()
+        with cuda.device(self._device):
+            launched.event.synchronize()
         for piece, scratch in launched.scratch:
             at = scratch.data_ptr()
             moves = []
@@ -115,11 +118,7 @@ class CudaLane(Lane):
                 "an optimizer step was captured into a CUDA graph before an overlapped copy was finished;"
                 " call wait() before a capture"
             )
-        live = [
-            index
-            for index, piece in enumerate(pieces)
-            if not piece.cloned and piece.start not in self._launched
-        ]
+        live = [index for index, piece in enumerate(pieces) if not piece.cloned]
         first, room = len(live), self._budget.left(self._device)
         while first and pieces[live[first - 1]].nbytes <= room:
             first -= 1
@@ -160,8 +159,9 @@ class CudaLane(Lane):
 
     def fence_seconds(self) -> float:
         held = list(self._held)
-        for _, after in held:
-            after.synchronize()
+        with cuda.device(self._device):
+            for _, after in held:
+                after.synchronize()
         milliseconds: float = sum(before.elapsed_time(after) for before, after in held)
         return milliseconds / 1000
 
@@ -195,6 +195,16 @@ class CudaLane(Lane):
         """Note that clones are in the queue of the training stream: their copies have to come behind it."""
         self._clones.append(cuda.current_stream(self._device).record_event())
 
+    def _keep(self, sources: Iterable[torch.Tensor]) -> None:
+        """Let memory that is freed before it is cloned be used again only afterwards.
+
+        On the default stream, from which most memory is allocated, that needs nothing.
+        """
+        training = cuda.current_stream(self._device)
+        if training != cuda.default_stream(self._device):
+            for source in sources:
+                source.record_stream(training)
+
     def _image(self, group: Sequence[tuple[int, torch.Tensor]]) -> torch.Tensor | None:
         sources = [source for _, source in group]
         return self._allocate(sum(source.nbytes for source in sources), lambda: _concatenated(sources))
@@ -208,9 +218,7 @@ class CudaLane(Lane):
         try:
             return make()
         except cuda.OutOfMemoryError:
-            with self._lock:
-                self._taken -= nbytes
-            self._budget.give_back(self._device, nbytes)
+            # It stays taken until `close`: torch empties its cache before it refuses, which takes long.
             return None
 
 

@@ -33,9 +33,9 @@ def pin(mapping: Mapping) -> bool:
             with suppress(RuntimeError):
                 torch.zeros(1, device="cuda")
             logger.warning(
-                "%d MiB of host memory could not be pinned (%s, after %d MiB): copies from the GPU are slower,"
-                " and overlapped ones hold up training; raise the limit of locked memory (ulimit -l; for a"
-                " container --ulimit memlock=-1), or let fewer processes save on this host",
+                "%d MiB of host memory could not be pinned (%s, after %d MiB): copies from the GPU are"
+                " slower, and overlapped ones hold up training; raise the limit of locked memory (ulimit -l;"
+                " for a container --ulimit memlock=-1), or let fewer processes save on this host",
                 mapping.nbytes >> 20,
                 cudart.cudaGetErrorString(refusal),
                 offset >> 20,

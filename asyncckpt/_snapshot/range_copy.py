@@ -130,13 +130,14 @@ class RangeCopy:
         batch: list[tuple[Lane, list[int]]] = []
 
         def attempt() -> bool:
-            for device, left in self._left.items():
-                if left:
-                    lane = self.lanes[device]
-                    count = min(lane.batch, len(left))
-                    self._launching += 1
-                    batch.append((lane, [left.popleft() for _ in range(count)]))
-                    return True
+            # Of the device with most left, so that several of them copy at once.
+            device = max(self._left, key=lambda device: len(self._left[device]), default=None)
+            if device is not None and (left := self._left[device]):
+                lane = self.lanes[device]
+                count = min(lane.batch, len(left))
+                self._launching += 1
+                batch.append((lane, [left.popleft() for _ in range(count)]))
+                return True
             return not self._fences  # one may put back what it has taken
 
         self._changed.until(attempt, None if wait else 0)
