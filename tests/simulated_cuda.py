@@ -346,6 +346,7 @@ class Machine:
             "_memory": lambda nbytes, device: View(self.allocate(device, nbytes), 0, nbytes),
             "_pinned": lambda nbytes: torch.full((nbytes,), 0x5A, dtype=torch.uint8),
             "Lock": self.lock,
+            "allow_captures": lambda: self.use(self.thread().device),
             "bytes_of": lambda memory: View(memory, 0, memory.nbytes()),
             "cuda": names,
         }

@@ -84,6 +84,8 @@ class CudaLane(Lane):
     def clone(self, pieces: Sequence[Piece]) -> list[Piece] | None:
         """Return pieces that copy a clone of the sources; None if there is no memory for it on the device."""
         nbytes = sum(piece.nbytes for piece in pieces)
+        if not nbytes:
+            return []
         cloned, at = [], 0
         with cuda.device(self._device):
             image = self._allocate(nbytes, lambda: _memory(nbytes, self._device))
@@ -124,16 +126,16 @@ class CudaLane(Lane):
             first -= 1
             room -= pieces[live[first]].nbytes
         # Before the clones, which are made behind all that the training stream has in its queue.
-        self._launch_for_good([pieces[index] for index in live[:first]])
-        last = live[first:]
-        cloned = self.clone([pieces[index] for index in last]) if last else []
-        if cloned is None:
-            self._launch_for_good([pieces[index] for index in last])
-            return list(pieces)
+        self._launch_at_fence([pieces[index] for index in live[:first]])
         after: list[Piece | None] = list(pieces)
-        for index, piece in zip(last, cloned, strict=True):
-            self.spilled += piece.nbytes
-            after[index] = piece
+        last = [pieces[index] for index in live[first:]]
+        cloned = self.clone(last)
+        if cloned is None:
+            self._launch_at_fence(last)
+        else:
+            self.spilled += sum(piece.nbytes for piece in cloned)
+            for index, piece in zip(live[first:], cloned, strict=True):
+                after[index] = piece
         return after
 
     def order(self) -> None:
@@ -185,7 +187,7 @@ class CudaLane(Lane):
                 self._last = event
             return _Launch(event, scratch)
 
-    def _launch_for_good(self, pieces: Sequence[Piece]) -> None:
+    def _launch_at_fence(self, pieces: Sequence[Piece]) -> None:
         """Launch pieces at a fence; `launch` leaves them out."""
         if pieces:
             self._launch(pieces)
