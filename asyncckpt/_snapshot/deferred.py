@@ -221,9 +221,9 @@ class DeferredCopy:
         self.stats.deferred = time.perf_counter() - began
         if self._error is None:
             self.filled.advance(len(self.buffer))
-        self.filled.end(self._error or SaveError("the copy of the state has ended"))
         if self.guard is None:
             fences.remove(self)
+        self.filled.end(self._error or SaveError("the copy of the state has ended"))
 
     def _allow_changes(self) -> None:
         self._look(final=True)
