@@ -46,7 +46,8 @@ class Trial:
         if self._reason is None:
 
             def note(_: Optimizer) -> None:
-                self._spans[overlapped].append(time.perf_counter() - began)
+                if self._running is note:
+                    self._spans[overlapped].append(time.perf_counter() - began)
                 self.end()
 
             self._running = note
@@ -65,4 +66,3 @@ def _decide(overlapped: float, blocking: float) -> str:
     reason = f"they lose time here: {overlapped:.3f} s up to the next step, {blocking:.3f} s if blocking"
     logger.warning("saves are not overlapped any more: %s", reason)
     return reason
-
