@@ -75,7 +75,7 @@ def names(directory: Path) -> list[str]:
 
 def test_the_callback_works_in_the_other_package(tmp_path: Path) -> None:
     arguments: Any = {"dirpath": tmp_path, "monitor": "loss", "save_last": "link"}
-    callback = ours.ModelCheckpoint(**arguments, save_best=True)
+    callback = ours.ModelCheckpoint(**arguments, save_best=True, overlap=True)
     run = other_trainer(callback)
     run.fit(OtherModel((3.0, 2.0, 4.0)))
     kept = "epoch=1-step=8.ckpt"
