@@ -132,7 +132,7 @@ def test_the_first_saves_are_a_trial(
             training.step()
     assert kinds == [True, False] * 4 + [overlapped_wins] * 4
     assert caplog.text.count("they lose time here: 2.000 s") == (0 if overlapped_wins else 1)
-    assert fences.pending() == ()
+    assert fences.watchers() == ()
 
 
 def test_saves_that_say_what_they_are_take_no_part_in_the_trial(tmp_path: Path, training: Training) -> None:
@@ -149,15 +149,15 @@ def test_a_trial_that_is_not_over_leaves_no_fence(tmp_path: Path, training: Trai
     ckpt = Checkpointer(tmp_path, overlap=True)
     training.step()
     ckpt.save(1, training.state).committed.result()
-    assert len(fences.pending()) == 1
+    assert len(fences.watchers()) == 1
     ckpt.close()
-    assert fences.pending() == ()
+    assert fences.watchers() == ()
 
 
 def test_a_trial_measures_one_save_at_a_time() -> None:
     spans = Trial()
     for _ in range(3):
         spans.begin(0.0, overlapped=True)
-    assert len(fences.pending()) == 1
+    assert len(fences.watchers()) == 1
     spans.end()
-    assert fences.pending() == ()
+    assert fences.watchers() == ()

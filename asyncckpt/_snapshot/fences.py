@@ -28,6 +28,7 @@ class Fenced(Protocol):
 
 _changed = Condition()
 _pending: tuple[Fenced, ...] = ()
+_watchers: tuple[Callable[[Optimizer], object], ...] = ()
 # Whether the last step was captured into a CUDA graph, whose replays run no hooks.
 _captured: weakref.WeakKeyDictionary[Optimizer, bool] = weakref.WeakKeyDictionary()
 
@@ -75,6 +76,25 @@ def pending() -> tuple[Fenced, ...]:
     return _pending
 
 
+def watch(watcher: Callable[[Optimizer], object]) -> None:
+    """Call `watcher` with an optimizer before each step, behind its fences."""
+    global _watchers  # noqa: PLW0603
+    with _changed:
+        _watchers = (*_watchers, watcher)
+
+
+def unwatch(watcher: Callable[[Optimizer], object]) -> None:
+    """Call `watcher` no more."""
+    global _watchers  # noqa: PLW0603
+    with _changed:
+        _watchers = tuple(other for other in _watchers if other != watcher)
+
+
+def watchers() -> tuple[Callable[[Optimizer], object], ...]:
+    """Return what is called before each step."""
+    return _watchers
+
+
 def asyncckpt_fence(optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
     """Fence all copies of what a step of `optimizer` changes; its name is shown by torch.compile."""
     captured = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
@@ -82,12 +102,14 @@ def asyncckpt_fence(optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, 
         with _changed:
             _captured[optimizer] = captured
     copies = [copy for copy in _pending if copy.reads_from(optimizer)]
-    if not copies:
+    if not copies and not _watchers:
         return None
 
     def fence() -> None:
         for copy in copies:
             copy.fence()
+        for watcher in _watchers:
+            watcher(optimizer)
 
     # A closure computes the gradients: torch's own optimizers change nothing before it has returned once.
     if getattr(type(optimizer).step, "__wrapped__", fence).__module__.startswith("torch.optim."):
@@ -110,8 +132,8 @@ def _then(closure: Callable[..., Any], fence: Callable[[], None]) -> Callable[..
 
 
 def _reset_in_child() -> None:
-    global _pending  # noqa: PLW0603
-    _pending = ()
+    global _pending, _watchers  # noqa: PLW0603
+    _pending = _watchers = ()
 
 
 os.register_at_fork(after_in_child=_reset_in_child)
