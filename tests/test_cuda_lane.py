@@ -543,7 +543,7 @@ def test_two_threads_with_streams_of_their_own_each_fence_what_they_change(
     parts=parts,
     seed=seeds,
     limit=st.integers(0, 150),
-    before=st.tuples(st.integers(0, 60), st.integers(0, 20), st.integers(0, 40)),
+    before=st.tuples(st.sampled_from([0, 20, 300]), st.integers(0, 20), st.integers(0, 40)),
 )
 def test_nothing_is_copied_any_more_once_cancel_has_returned(
     parts: list[Part], seed: int, limit: int, before: tuple[int, int, int]

@@ -65,4 +65,3 @@ def _decide(overlapped: float, blocking: float) -> str:
     reason = f"they lose time here: {overlapped:.3f} s up to the next step, {blocking:.3f} s if blocking"
     logger.warning("saves are not overlapped any more: %s", reason)
     return reason
-
