@@ -46,7 +46,8 @@ class Trial:
         if self._reason is None:
 
             def note(_: Optimizer) -> None:
-                self._spans[overlapped].append(time.perf_counter() - began)
+                if self._running is note:
+                    self._spans[overlapped].append(time.perf_counter() - began)
                 self.end()
 
             self._running = note

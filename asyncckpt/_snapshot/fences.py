@@ -28,7 +28,7 @@ class Fenced(Protocol):
 
 _changed = Condition()
 _pending: tuple[Fenced, ...] = ()
-_watchers: tuple[Callable[[Optimizer], object], ...] = ()
+_watchers: weakref.WeakSet[Callable[[Optimizer], object]] = weakref.WeakSet()
 # Whether the last step was captured into a CUDA graph, whose replays run no hooks.
 _captured: weakref.WeakKeyDictionary[Optimizer, bool] = weakref.WeakKeyDictionary()
 
@@ -77,22 +77,21 @@ def pending() -> tuple[Fenced, ...]:
 
 
 def watch(watcher: Callable[[Optimizer], object]) -> None:
-    """Call `watcher` with an optimizer before each step, behind its fences."""
-    global _watchers  # noqa: PLW0603
+    """Call `watcher`, which is not kept alive, with an optimizer before each step, behind its fences."""
     with _changed:
-        _watchers = (*_watchers, watcher)
+        _watchers.add(watcher)
 
 
 def unwatch(watcher: Callable[[Optimizer], object]) -> None:
     """Call `watcher` no more."""
-    global _watchers  # noqa: PLW0603
     with _changed:
-        _watchers = tuple(other for other in _watchers if other != watcher)
+        _watchers.discard(watcher)
 
 
-def watchers() -> tuple[Callable[[Optimizer], object], ...]:
+def watchers() -> list[Callable[[Optimizer], object]]:
     """Return what is called before each step."""
-    return _watchers
+    with _changed:
+        return list(_watchers)
 
 
 def asyncckpt_fence(optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
@@ -102,13 +101,14 @@ def asyncckpt_fence(optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, 
         with _changed:
             _captured[optimizer] = captured
     copies = [copy for copy in _pending if copy.reads_from(optimizer)]
-    if not copies and not _watchers:
+    watching = watchers() if _watchers else []
+    if not copies and not watching:
         return None
 
     def fence() -> None:
         for copy in copies:
             copy.fence()
-        for watcher in _watchers:
+        for watcher in watching:
             watcher(optimizer)
 
     # A closure computes the gradients: torch's own optimizers change nothing before it has returned once.
@@ -132,8 +132,9 @@ def _then(closure: Callable[..., Any], fence: Callable[[], None]) -> Callable[..
 
 
 def _reset_in_child() -> None:
-    global _pending, _watchers  # noqa: PLW0603
-    _pending = _watchers = ()
+    global _pending  # noqa: PLW0603
+    _pending = ()
+    _watchers.clear()
 
 
 os.register_at_fork(after_in_child=_reset_in_child)

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("asyncckpt")
 
-# Registered in pieces: one that is refused leaves the others, and no copy may cross from piece to piece.
-PIECE = 1 << 30
+# Registered in pieces, since each holds up other calls of CUDA meanwhile. No copy may cross from piece to piece.
+PIECE = 256 << 20
 _PORTABLE = 1  # pinned for every device, not only for the current one
 
 
