@@ -581,13 +581,15 @@ def test_no_context_is_made_on_a_device_that_the_state_is_not_on(
     parts: list[Part], seed: int, *, current: bool
 ) -> None:
     with simulated(seed) as machine:
-        state = State(machine, [Part(1, part.nbytes, part.offset, part.dtype, part.owned) for part in parts])
+        parts = [replace(part, device=1) for part in parts]
+        state, blocking = State(machine, parts), State(machine, parts)
         assume(any(map(state.is_deferred, range(len(parts)))))
         saving = Saving(machine, state, 50)
 
         def train() -> None:
             if current:
                 machine.use(torch.device("cuda", 1))
+            copy_ranges(blocking.make(), blocking.starts, blocking.lease, blocking.progress())
             copy = saving.save()
             machine.start(saving.run)
             copy.fence()

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from asyncckpt._snapshot.capture_mode import allow_captures
 from asyncckpt._snapshot.memory import map_private
 from asyncckpt._snapshot.pinning import current_device, pin, unpin
 from asyncckpt._threads import Condition, start_threads, uninterrupted
@@ -198,6 +199,7 @@ class Arena:
             try:
                 if device is not None:
                     torch.cuda.set_device(device)
+                    allow_captures()
                 self._lease(nbytes, pinned=device is not None, wait=False).release()
             except (BusyError, SaveError) as error:
                 logger.debug("memory for the first snapshot is not ready: %s", error)
