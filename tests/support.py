@@ -67,13 +67,14 @@ def assert_waits(ended: Callable[[], object]) -> None:
         frames = sys._current_frames()
         for thread in threading.enumerate():
             ours = thread is threading.current_thread() or thread.name.startswith("asyncckpt")
-            if not ours and _waits(frames.get(thread.ident or 0)):
+            if not ours and is_waiting(frames.get(thread.ident or 0)):
                 return
         time.sleep(0.001)
     pytest.fail("it has not waited")
 
 
-def _waits(frame: FrameType | None) -> bool:
+def is_waiting(frame: FrameType | None) -> bool:
+    """Return whether a thread with this frame waits for asyncckpt's threads."""
     while frame is not None:
         # The first attempt has failed, and the call sleeps until something changes.
         if frame.f_code is Condition.until.__code__ and "wakeup" in frame.f_locals:

@@ -29,10 +29,11 @@ warnings.simplefilter("ignore")
 
 import lightning
 import torch
-from trainers import Model, StoreIO, trainer
+from trainers import Model, StoreIO, delay_copies, trainer
 
 from asyncckpt import SaveError
 from asyncckpt._saving.engine import get_engine
+from asyncckpt._saving.saver import Saver
 from asyncckpt.lightning import ModelCheckpoint
 from asyncckpt.testing import FaultyStore, SlowStore
 
@@ -106,6 +107,44 @@ class Looking(lightning.Callback):
             file.write(str(os.path.exists(trainer.checkpoint_callback.best_model_path)))
 
 
+class Wide(Told):
+    # Its weights are large enough to be deferred.
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(4, 4096)
+
+
+class Weights(lightning.Callback):
+    def on_train_start(self, trainer, module):
+        self.saves, self.weights, save = [], {}, Saver.save
+
+        def noting(*args, **arguments):
+            self.saves.append(save(*args, **arguments))
+            return self.saves[-1]
+
+        Saver.save = noting
+
+    def on_train_batch_end(self, trainer, module, *_):
+        self.weights[trainer.global_step] = module.layer.weight.detach().clone()
+
+    def on_train_end(self, trainer, module):
+        directory = trainer.checkpoint_callback.dirpath
+        states = {step: torch.load(f"{directory}/{step}.ckpt")["state_dict"] for step in self.weights}
+        equal = [torch.equal(states[step]["layer.weight"], weight) for step, weight in self.weights.items()]
+        overlapped = [save.stats.overlapped for save in self.saves]
+        with open(f"{directory}-{trainer.global_rank}.found", "w") as file:
+            json.dump([equal, overlapped], file)
+
+
+def fit_overlapped(name):
+    delay_copies(setattr)
+    callback = ModelCheckpoint(
+        os.path.join(DIRECTORY, name), "{step}", every_n_train_steps=1, save_top_k=-1,
+        auto_insert_metric_name=False, overlap=True,
+    )
+    trainer(Weights(), callback, strategy=STRATEGY, devices=2, max_epochs=2).fit(Wide())
+
+
 def slow(store):
     return SlowStore(store, delays={"commit": 0.2})
 
@@ -135,7 +174,7 @@ def fit(name):
 
 
 if __name__ == "__main__":
-    ends = {name: fit(name) for name in FITS}
+    ends = {name: fit_overlapped(name) if name == "overlapped" else fit(name) for name in FITS}
     if os.environ.get("LOCAL_RANK", "0") == "0":
         with open(os.path.join(DIRECTORY, "ends.json"), "w") as file:
             json.dump(ends, file)
@@ -183,7 +222,8 @@ def test_all_ranks_know_what_was_saved_and_what_failed(
     tmp_path: Path, strategy: str, failing: str | None
 ) -> None:
     bad = {"at the next save": ["next"], "at the end": ["end"], None: []}[failing]
-    ends = run_in_two_processes(tmp_path, strategy, ["good", "slow", *bad])
+    overlapped = [] if strategy == "ddp_spawn" else ["overlapped"]  # three times as slow to start
+    ends = run_in_two_processes(tmp_path, strategy, ["good", "slow", *overlapped, *bad])
     assert known_to_both(tmp_path, "good") == {
         "error": None,
         "step": 6,
@@ -197,6 +237,10 @@ def test_all_ranks_know_what_was_saved_and_what_failed(
     assert [(tmp_path / f"slow-{rank}.found").read_text() for rank in range(2)] == ["True", "True"]
     assert ends.pop("slow")[0] == "2.ckpt"
     assert ends.pop("good") == ["2.ckpt", True, "TorchCheckpointIO"]
+    for name in overlapped:
+        found = [json.loads((tmp_path / f"{name}-{rank}.found").read_text()) for rank in range(2)]
+        # By turns, to be compared; only the first rank writes.
+        assert found == [[[True] * 4, [True, False] * 2], [[True] * 4, []]]
     assert (tmp_path / "good" / "2.ckpt").samefile(tmp_path / "good" / "best.ckpt")
     for name in bad:
         known = known_to_both(tmp_path, name)

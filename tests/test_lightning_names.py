@@ -144,7 +144,7 @@ def test_it_takes_the_same_arguments_in_the_same_order() -> None:
 
 def test_its_signature_is_that_of_the_stock_callback_and_ours_by_keyword() -> None:
     ours, stock = inspect.signature(Ours).parameters, inspect.signature(Stock).parameters
-    assert list(ours) == [*stock, "save_best", "log_cost"]
+    assert list(ours) == [*stock, "save_best", "log_cost", "overlap"]
     assert [ours[name].default for name in stock] == [parameter.default for parameter in stock.values()]
     assert [ours[name].kind for name in stock] == [parameter.kind for parameter in stock.values()]
     hints, expected = get_type_hints(Ours.__init__), get_type_hints(Stock.__init__)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+import threading
+import time
 from typing import TYPE_CHECKING, Any
 
 import lightning
@@ -9,9 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from asyncckpt._snapshot import lanes
 from asyncckpt._trainer.listing import is_last_epoch
 from asyncckpt.lightning import AsyncCheckpointIO
 from asyncckpt.stores.local import LocalStore
+from support import is_waiting
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -94,6 +99,23 @@ class AtTheEnd(lightning.Callback):
 
     def on_exception(self, *_: Any) -> None:
         self.func()
+
+
+def delay_copies(setattr_: Callable[[object, str, object], object]) -> None:
+    """Let copies of host memory in the background go on only while the thread that calls this waits.
+
+    Args:
+        setattr_: how to replace an attribute.
+    """
+    memmove, waiting = lanes.memmove, threading.get_ident()
+
+    def delayed(*arguments: Any) -> None:
+        if threading.current_thread().name == "asyncckpt-copy":
+            while not is_waiting(sys._current_frames().get(waiting)):
+                time.sleep(0.001)
+        memmove(*arguments)
+
+    setattr_(lanes, "memmove", delayed)
 
 
 def is_ours(path: Path) -> bool:

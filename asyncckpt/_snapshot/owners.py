@@ -69,6 +69,8 @@ class Owners:
     def why_none(self) -> str:
         """Return why `tensors` has found nothing."""
         seen = stepping()
+        if self._everyone and not seen:
+            return "no step of an optimizer was seen yet"
         missing = [optimizer for optimizer in self._attached if optimizer not in seen]
         return why_not(missing[0]) if missing else "nothing of the state belongs to an attached optimizer"
 

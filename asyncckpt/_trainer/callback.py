@@ -14,8 +14,11 @@ from lightning_utilities.core.rank_zero import WarningCache, rank_zero_warn
 
 from asyncckpt._saving import operations
 from asyncckpt._saving.engine import get_engine, wait_for_pending
-from asyncckpt._trainer.checkpoint_io import BackgroundIO, background_io, is_local, locate, refer
+from asyncckpt._trainer.checkpoint_io import BackgroundIO, background_io, refer
 from asyncckpt._trainer.listing import SavedFile, Session, derive, is_last_epoch, listing_of
+from asyncckpt._trainer.locations import is_local, locate
+from asyncckpt._trainer.own_code import is_saved_by_users, may_change_parameters, package_of
+from asyncckpt._trainer.strategies import warn_if_passed_by
 from asyncckpt.errors import AsyncCkptError, SaveError, add_note
 
 if TYPE_CHECKING:
@@ -24,6 +27,8 @@ if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
     from lightning.pytorch.callbacks import ModelCheckpoint as Base
     from torch import Tensor
+
+    from asyncckpt._trainer.hook_fence import HookFence
 else:
     Base = object
 
@@ -40,13 +45,16 @@ class BackgroundCheckpoint(Base):
             a relative symbolic link, True for a file of its own, which costs no bytes where the file system
             has hard links.
         log_cost: log what each save cost to the trainer's loggers: `asyncckpt/stall` and `asyncckpt/durable`
-            in seconds, `asyncckpt/nbytes`.
+            in seconds, `asyncckpt/nbytes`; of an overlapped save also `asyncckpt/fence`.
+        overlap: let the saves of the trainer be copied during the next batch, until the optimizer's step; see
+            `AsyncCheckpointIO`, whose options hold if the trainer has one.
     """
 
     CHECKPOINT_NAME_BEST = "best"
 
     trainer_class: ClassVar[type[Trainer]]
     io_class: ClassVar[type[BackgroundIO]]
+    fence_class: ClassVar[type[HookFence]]
 
     def __init__(  # noqa: PLR0913, PLR0917 - Lightning's arguments, so that completion shows them
         self,
@@ -68,6 +76,7 @@ class BackgroundCheckpoint(Base):
         *,
         save_best: bool | Literal["link"] | None = None,
         log_cost: bool = False,
+        overlap: bool = False,
     ) -> None:
         super().__init__(
             dirpath, filename, monitor, verbose, save_last, save_top_k, save_on_exception, save_weights_only,
@@ -78,14 +87,15 @@ class BackgroundCheckpoint(Base):
             raise ValueError(f'save_best must be None, True, False or "link", not {save_best!r}')
         self.save_best = save_best
         self.log_cost = log_cost
-        self._session = Session(self.io_class())
+        self.overlap = overlap
+        self._session = Session(self.io_class(overlap=overlap))
 
     # What a wrong argument's TypeError names.
     __init__.__qualname__ = "ModelCheckpoint.__init__"
 
     def __getstate__(self) -> dict[str, Any]:
         # A process that gets it has nothing pending: that stays with this one.
-        return vars(self) | {"_session": Session(self.io_class())}
+        return vars(self) | {"_session": Session(self.io_class(overlap=self.overlap))}
 
     # Lightning's hooks
 
@@ -97,10 +107,10 @@ class BackgroundCheckpoint(Base):
             ValueError: `save_best` or `save_last` is "link" and dirpath is remote.
         """
         if not isinstance(trainer, self.trainer_class):
+            wanted, given = package_of(self.trainer_class), package_of(type(trainer))
             raise TypeError(
-                f"{type(self).__module__}.{type(self).__name__} works with the Trainer of"
-                f" {_package(self.trainer_class)}, not with that of {_package(type(trainer))}; import both"
-                " from one package"
+                f"{type(self).__module__}.{type(self).__name__} works with the Trainer of {wanted}, not with"
+                f" that of {given}; import both from one package"
             )
         super().setup(trainer, pl_module, stage)
         if self.save_best == "link" and not is_local(self.dirpath or ""):
@@ -109,11 +119,15 @@ class BackgroundCheckpoint(Base):
                 f" `dirpath={self.dirpath}`."
             )
         current: Any = trainer.strategy.checkpoint_io
-        io = background_io(current) or self.io_class(current)
+        io = background_io(current) or self.io_class(current, overlap=self.overlap)
         if type(current).__name__ == "XLACheckpointIO":
             rank_zero_warn("asyncckpt saves in the foreground on XLA devices: all ranks have to take part.")
         elif stage == "fit" and background_io(current) is None:
             io.lend(trainer.strategy)
+        if self.overlap:
+            io.overlap()
+        if io.overlaps and stage == "fit":
+            self.fence_class.put_first(trainer, io)
         io.waits = True  # until the first hook of the loop
         self._session = Session(io)
 
@@ -136,6 +150,8 @@ class BackgroundCheckpoint(Base):
         """Save if the epoch trigger says so, or what was waiting for a metric."""
         with self._hook(trainer):
             super().on_validation_end(trainer, pl_module)
+        if may_change_parameters(pl_module, "on_validation_end"):  # its turn comes after ours
+            self.fence()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Wait until everything is on disk, on every rank."""
@@ -152,6 +168,7 @@ class BackgroundCheckpoint(Base):
                 super().on_exception(trainer, pl_module, exception)
         except AsyncCkptError as failure:
             add_note(exception, failure)
+        self.fence_class.remove(trainer)  # there may be no teardown
         self._session.io.finish(exception)
         self._session.io.waits = True
         try:
@@ -162,10 +179,15 @@ class BackgroundCheckpoint(Base):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let go of the trainer."""
         super().teardown(trainer, pl_module, stage)
+        self.fence_class.remove(trainer)
         try:
             self._complete(trainer, alone=True)
         finally:
-            self._session = Session(self.io_class())
+            self._session = Session(self.io_class(overlap=self.overlap))
+
+    def fence(self) -> None:
+        """Wait until parameters and optimizer state may be changed by hand, as `AsyncCheckpointIO.fence`."""
+        self._session.io.fence()
 
     # What Lightning's own hooks call
 
@@ -219,6 +241,8 @@ class BackgroundCheckpoint(Base):
             session.saves.append(saved)
             self._list_anew()
             raise
+        if getattr(trainer.lightning_module, "saved_models", None):
+            self.fence()  # with manual optimization they are in the module only while they are saved
         self._last_global_step_saved, self._last_checkpoint_saved = trainer.global_step, filepath
         stats = session.note(saved)
         session.newest = saved
@@ -229,7 +253,7 @@ class BackgroundCheckpoint(Base):
             now.best_k_models = dict(self.best_k_models)
             session.unreported.append((saved.outcome, stats, trainer.global_step, now))
         elif trainer.is_global_zero:
-            self._warn_if_passed_by(trainer)
+            warn_if_passed_by(trainer.strategy)
             for logger in trainer.loggers:
                 logger.after_save_checkpoint(proxy(self))
 
@@ -309,18 +333,11 @@ class BackgroundCheckpoint(Base):
         It would not, if a user's code takes part: a subclass, a patched trainer, an `on_save_checkpoint`.
         """
         io = trainer.strategy.checkpoint_io
-        if saved.kind != "last" or io is not self._session.io or not io.writes_itself:
-            return False
-        owners = [trainer.lightning_module, *trainer.callbacks]
-        if getattr(trainer, "datamodule", None) is not None:
-            owners.append(trainer.datamodule)
-        methods = [getattr(o, n, None) for o in owners for n in ("on_save_checkpoint", "state_dict")]
-        methods.remove(trainer.lightning_module.state_dict)  # what training changes
-        parts = (type(self), trainer.save_checkpoint, *filter(None, methods))
         return (
-            saved.path != newest.path
+            (saved.kind == "last" and saved.path != newest.path)
+            and (io is self._session.io and io.writes_itself)
             and (saved.step, saved.last_model_path) == (newest.step, newest.last_model_path)
-            and all(_package(part) in {"asyncckpt", "lightning", "pytorch_lightning"} for part in parts)
+            and not is_saved_by_users(trainer, self)
         )
 
     def _refresh_best(self, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
@@ -364,23 +381,12 @@ class BackgroundCheckpoint(Base):
                 logger.after_save_checkpoint(callback)
                 if self.log_cost and stats is not None:
                     cost = {"stall": stats.stall, "durable": stats.durable, "nbytes": stats.nbytes}
+                    cost |= {"fence": stats.fence} if stats.overlapped else {}
                     logger.log_metrics({f"asyncckpt/{name}": n for name, n in cost.items()}, step)
-
-    def _warn_if_passed_by(self, trainer: Trainer) -> None:
-        saving = next(c for c in type(trainer.strategy).__mro__ if "save_checkpoint" in vars(c))
-        if saving.__name__ != "Strategy":
-            _warnings.warn(
-                f"`{saving.__name__}` writes its checkpoints itself, so asyncckpt cannot save them in the"
-                " background: training stands still until they are written."
-            )
 
 
 # Types instead of their names, for command line parsers that read the signature.
 BackgroundCheckpoint.__init__.__annotations__ = get_type_hints(BackgroundCheckpoint.__init__)
-
-
-def _package(owner: Any) -> str:
-    return str(owner.__module__).partition(".")[0]
 
 
 class WithLinkBest(BackgroundCheckpoint if TYPE_CHECKING else object):  # type: ignore[misc]

@@ -10,39 +10,38 @@ import threading
 import time
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
-
-from fsspec.core import split_protocol
 
 from asyncckpt._loading.catalog import read_described
 from asyncckpt._loading.load import load_image
-from asyncckpt._loading.planned import load_plan
 from asyncckpt._loading.reader import read_file, read_image
 from asyncckpt._saving import operations
 from asyncckpt._saving.arguments import check_options
 from asyncckpt._saving.engine import get_engine, wait_for_pending
+from asyncckpt._saving.overlapping import DEVICE_MEMORY, Overlapping
 from asyncckpt._saving.saver import Saver
-from asyncckpt._saving.targets import FileTarget, Target
-from asyncckpt._threads import in_thread
+from asyncckpt._saving.targets import FileTarget
+from asyncckpt._trainer.locations import locate
+from asyncckpt._trainer.state_target import StateTarget
 from asyncckpt.errors import AsyncCkptError, BusyError, SaveError, add_note
 from asyncckpt.layout.description import Description
 from asyncckpt.stores import open_store
-from asyncckpt.types import Checkpoint, SaveStats
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
     from lightning.fabric.plugins import CheckpointIO
     from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO as Base
     from typing_extensions import Self
 
     from asyncckpt._saving.operations import Causes
+    from asyncckpt._saving.overlapping import GuardKind
     from asyncckpt._saving.save import Outcome
-    from asyncckpt._saving.staging import Snapshot
+    from asyncckpt._saving.targets import Target
     from asyncckpt.stores.base import Store
+    from asyncckpt.types import SaveStats
 else:
     Base = object
 
@@ -63,25 +62,39 @@ class BackgroundIO(Base):
         max_in_flight: snapshots held in host memory at once; a save that finds as many waits for the oldest.
         preemption_timeout: seconds that a preempted job (SIGTERM, or SLURM's requeue signal) waits for
             pending saves; those that have not begun by then are given up. None waits without limit.
+        overlap: let saves return after the freeze, and copy the parameters and the state of all optimizers of
+            the process until their next step, which waits for the rest. An optimizer takes part from its
+            first step on. Saves that are complete when they return are not overlapped.
+        guard: how a change is noticed that comes from anything but an optimizer's step: by the "version"
+            counters of tensors, or also by a "checksum" of the memory.
+        device_memory: bytes that overlapped saves may take on each device for clones.
+
+    Raises:
+        TypeError, ValueError: an argument is invalid.
     """
 
     torch_io: ClassVar[type[CheckpointIO]]
     stock_async: ClassVar[type[Base]]
 
+    fences_hooks: bool  # whether a HookFence comes before the hooks that may change parameters
     waits: bool  # whether saves and removals are complete when they return, as nobody waits for them later
     submitted: dict[str, tuple[Outcome[Any], SaveStats | None]]  # what is not done, and no callback has taken
     _saver: Saver | None
+    _overlapping: Overlapping
     causes: Causes  # removals, copies and links are left undone if one of these fails
     _lender: tuple[Any, CheckpointIO] | None  # a strategy, and the CheckpointIO that it gets back
     _handled: BaseException | None  # the exception that was being handled when the first save was made
     _thread: int | None  # which is making a save
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - each is one decision of the user's
         self,
         checkpoint_io: CheckpointIO | None = None,
         *,
         max_in_flight: int = 2,
         preemption_timeout: float | None = None,
+        overlap: bool = False,
+        guard: GuardKind = "version",
+        device_memory: int = DEVICE_MEMORY,
     ) -> None:
         if isinstance(checkpoint_io, self.stock_async):
             checkpoint_io = checkpoint_io.checkpoint_io  # two of a kind: ours takes its place
@@ -89,19 +102,26 @@ class BackgroundIO(Base):
         check_options(max_in_flight, "wait", "raise", None)
         self._max_in_flight = max_in_flight
         self._preemption_timeout = preemption_timeout
+        self._overlaps = overlap
+        self._guard: GuardKind = guard
+        self._device_memory = device_memory
         vars(self).update(self._idle())
 
-    @staticmethod
-    def _idle() -> dict[str, Any]:
+    def _idle(self) -> dict[str, Any]:
         unset = dict.fromkeys(("_saver", "_lender", "_handled", "_thread"))
-        return {**unset, "waits": False, "submitted": {}, "causes": ()}
+        flags = {"waits": False, "fences_hooks": False}
+        return {**unset, **flags, "submitted": {}, "causes": (), "_overlapping": self._new_overlapping()}
+
+    def _new_overlapping(self) -> Overlapping:
+        return Overlapping(self._overlaps, self._guard, self._device_memory, everyone=True)
 
     def __getstate__(self) -> dict[str, Any]:
         # A process that gets a copy has nothing pending: that stays with this one.
         return {name: value for name, value in vars(self).items() if name not in self._idle()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state | self._idle())
+        vars(self).update(state)
+        vars(self).update(self._idle())
 
     def __enter__(self) -> Self:
         return self
@@ -114,6 +134,9 @@ class BackgroundIO(Base):
     ) -> None:
         """Take a snapshot of `checkpoint` and queue its write; return once the state may be changed.
 
+        With `overlap`, parameters and optimizer state may then be changed by the steps of optimizers only,
+        or after `fence`.
+
         Raises:
             SaveError: the state cannot be saved, or an earlier save failed and its error was not raised yet.
                 This save was not started.
@@ -124,6 +147,9 @@ class BackgroundIO(Base):
             # A signal handler has come in between: the save it broke into holds the locks.
             self._base().save_checkpoint(checkpoint, path, storage_options)
             return
+        # Lightning requeues the SLURM job right after the save to a file of this name.
+        is_requeued = os.path.basename(path).startswith("hpc_ckpt_")  # noqa: PTH119 - it may be a URL
+        is_complete = self.waits or is_requeued
         with self._entered():
             self._raise_failed_changes()
             step = checkpoint.get("global_step")
@@ -131,15 +157,27 @@ class BackgroundIO(Base):
             if self._saver is None:
                 # Lightning's checkpoints hold objects of its own, and it loads them with its own default.
                 self._saver, self._handled = Saver(self._max_in_flight, warns=False), sys.exc_info()[1]
-            save = self._saver.save(checkpoint, self._target(path, step, storage_options), step, began)
+            why_not = self._why_not_overlapped(checkpoint, is_complete=is_complete)
+            overlap, reason = self._overlapping.of(False if why_not else None, ())
+            target = self._target(path, step, storage_options)
+            save = self._saver.save(checkpoint, target, step, began, overlap)
+            save.stats.reason = save.stats.reason or reason or why_not
+            if not why_not:
+                self._overlapping.note(save, began)
             self._note(path, save.committed, save.stats)
-        # Lightning requeues the SLURM job right after the save to a file of this name.
-        is_requeued = os.path.basename(path).startswith("hpc_ckpt_")  # noqa: PTH119 - it may be a URL
-        if self.waits or is_requeued:
+        if is_complete:
             try:
                 save.committed.result(self._preemption_timeout if is_requeued else None)
             except FutureTimeoutError:
                 self._give_up()
+
+    def fence(self) -> None:
+        """Wait until parameters and optimizer state may be changed by hand; on a GPU, the host does not wait.
+
+        Needed with `overlap` between a save and a change that is not a step of an optimizer.
+        """
+        if self._saver is not None:
+            self._saver.fence()
 
     def load_checkpoint(
         self,
@@ -224,6 +262,7 @@ class BackgroundIO(Base):
             else:
                 add_note(error, failure)
         finally:
+            self._overlapping.close()
             saver, self._saver = self._saver, None
             if saver is not None:
                 saver.close()
@@ -246,10 +285,29 @@ class BackgroundIO(Base):
         self._lender = (strategy, strategy.checkpoint_io)
         strategy.checkpoint_io = self
 
+    def overlap(self) -> None:
+        """Overlap saves from now on."""
+        if not self._overlaps:
+            self._overlaps = True
+            self._overlapping = self._new_overlapping()
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether saves are overlapped, unless they are complete when they return."""
+        return self._overlaps
+
     @property
     def writes_itself(self) -> bool:
         """Whether asyncckpt's writer makes the files."""
         return self.checkpoint_io is None or type(self.checkpoint_io) is self.torch_io
+
+    def _why_not_overlapped(self, checkpoint: dict[str, Any], *, is_complete: bool) -> str:
+        if self.overlaps and is_complete:
+            return "the save was to be complete when it returned"
+        if self.overlaps and "averaging_state" in checkpoint and not self.fences_hooks:
+            # It writes through `.data`, which no version counter shows.
+            return "Lightning's WeightAveraging changes parameters; ModelCheckpoint of asyncckpt would fence"
+        return ""
 
     def _base(self) -> CheckpointIO:
         return self.checkpoint_io or self.torch_io()
@@ -305,20 +363,6 @@ def background_io(io: Any) -> BackgroundIO | None:
     return io if isinstance(io, BackgroundIO) else None
 
 
-def is_local(path: str | Path) -> bool:
-    """Return whether `path` is one of a mounted file system."""
-    return split_protocol(os.fspath(path))[0] in {None, "file", "local"}
-
-
-def locate(path: str | Path) -> tuple[str, str]:
-    """Return directory and name; of a local path absolute, with the links of the directory resolved."""
-    if not is_local(path):
-        directory, _, name = str(path).rpartition("/")
-        return directory, name
-    full = Path(split_protocol(os.fspath(path))[1]).expanduser().absolute()
-    return str(full.parent.resolve()), full.name
-
-
 def refer(
     operation: Callable[..., Outcome[None]], source: str, target: str, io: BackgroundIO | None = None
 ) -> None:
@@ -329,25 +373,3 @@ def refer(
         operation(open_store(directory), relative, name).result()
     else:
         io._note(target, operation(io._open_store(directory), relative, name, causes=io.causes))
-
-
-@dataclass(slots=True, eq=False)
-class StateTarget(Target):
-    """What somebody else's writer makes of the state in host memory.
-
-    Attributes:
-        path: what the user calls it.
-        save: called with the state, whose tensors are only valid until it returns.
-    """
-
-    path: str
-    save: Callable[[Any], object]
-
-    async def write(self, snapshot: Snapshot, stats: SaveStats) -> Checkpoint:
-        """Wait for the copy and hand the state over."""
-        await in_thread(snapshot.filled.wait, snapshot.body.nbytes)
-        await in_thread(snapshot.settle)
-        began = time.perf_counter()
-        await in_thread(lambda: self.save(load_plan(snapshot.plan(b"{}"), snapshot.lease.view)))
-        stats.write = time.perf_counter() - began
-        return Checkpoint(None, self.path, {}, snapshot.body.nbytes, time.time())
