@@ -26,6 +26,7 @@ from asyncckpt.errors import (
     UnsafeStateError,
 )
 from asyncckpt.retention import BestK, EveryN, KeepAll, LastN, Policy
+from asyncckpt.schedule import Budget, Every, Schedule
 from asyncckpt.signals import StopOnSignal
 from asyncckpt.types import Checkpoint, SaveStats, Statistics
 
@@ -39,12 +40,14 @@ if TYPE_CHECKING:
 __all__ = [
     "AsyncCkptError",
     "BestK",
+    "Budget",
     "BusyError",
     "Checkpoint",
     "CheckpointExistsError",
     "CheckpointNotFoundError",
     "Checkpointer",
     "CorruptCheckpointError",
+    "Every",
     "EveryN",
     "KeepAll",
     "LastN",
@@ -55,6 +58,7 @@ __all__ = [
     "SaveError",
     "SaveSkipped",
     "SaveStats",
+    "Schedule",
     "ShardedStateError",
     "SignalError",
     "StateMismatchError",
