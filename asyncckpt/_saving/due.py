@@ -129,6 +129,8 @@ class Due:
             began: the start of its call, by `time.perf_counter`.
             save: the save.
         """
+        if not self._answers:
+            return  # a save, with its callbacks, is not kept for nothing
         self._settle()
         self._costs.save_taken(save, time.perf_counter())
         self._last, self._retry, self._asked = save, None, False
