@@ -69,7 +69,7 @@ class Checkpointer(Finder):
             method that takes an `asyncckpt.schedule.Progress`.
         on_signal: signals after which a save is `due`, such as `("SIGTERM", "SIGUSR1")`. They do not end the
             process until this is closed; see `StopOnSignal`.
-        grace: seconds that `close` waits for pending saves after the first of these signals. Then it gives
+        grace: seconds that `close` waits for pending saves after the latest of these signals. Then it gives
             them up and raises BusyError. None waits without limit.
         create: create the directory, and remove temporary files of crashed runs. With False, for programs
             that only read, nothing is changed before the first save, and a missing directory is an error.
@@ -201,7 +201,7 @@ class Checkpointer(Finder):
         The cost of a save, which `Budget` needs, is the stall of its call, and the time by which steps are
         longer until nothing is pending than the median step without a pending save. A step is the time from
         one call to the next. Waits at the fence of an overlapped save and the costs of failed saves are
-        included. The median of the last five saves counts.
+        included. The mean of the last five saves counts.
 
         In a process group all ranks get the answers of rank 0, which measures its own saves: call it on every
         rank, with the same steps. Rank 0 publishes its answer in the store of the group when it can change,
@@ -221,7 +221,7 @@ class Checkpointer(Finder):
 
     @property
     def signum(self) -> signal.Signals | None:
-        """The first signal of `on_signal` for which `due` was true; the same on all ranks; or None."""
+        """The latest signal of `on_signal` that made a save due, the same on all ranks; or None."""
         return self._due.signum
 
     def _refuse_if_closed(self) -> None:

@@ -220,6 +220,12 @@ class TestCosts:
         run.save(a_save(stall=0.5), 0.1, 0.1, 60.0, 0.1)
         assert run.costs.cost == pytest.approx(0.5)
 
+    def test_an_evaluation_in_the_first_step_counts_as_the_time_until_durable_at_most(self) -> None:
+        run = Run()
+        run.steps(0.1, 0.1)
+        run.save(a_save(stall=0.5, durable=0.8), 60.0)
+        assert run.costs.cost == pytest.approx(0.8)
+
     def test_an_evaluation_between_due_and_save_does_not_count(self) -> None:
         run = Run()
         run.steps(0.1, 0.1)
@@ -270,10 +276,11 @@ class TestCosts:
 
     def test_a_long_history_does_not_hide_a_change(self) -> None:
         run = Run()
-        for stall in (*[0.1] * 50, 1.0, 1.0):
+        for stall in (*[0.1] * 50, 1.0):
             run.save(a_save(stall=stall), 0.1)
-        assert run.costs.cost == pytest.approx(0.1)
-        run.save(a_save(stall=1.0), 0.1)
+        assert run.costs.cost == pytest.approx(0.28)  # all five pay for the costly one
+        for _ in range(4):
+            run.save(a_save(stall=1.0), 0.1)
         assert run.costs.cost == pytest.approx(1.0)
 
 
@@ -320,7 +327,7 @@ class TestSignals:
             assert run(ckpt, (1, 2)) == [1]
             signal.raise_signal(signal.SIGUSR2)
             assert run(ckpt, (3, 4)) == [3]
-            assert ckpt.signum is signal.SIGUSR1
+            assert ckpt.signum is signal.SIGUSR2
 
     def test_a_signal_after_the_last_step_is_known_once_closed(self, tmp_path: Path) -> None:
         with Checkpointer(tmp_path, on_signal="USR1") as ckpt:

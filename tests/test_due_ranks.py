@@ -148,8 +148,8 @@ ckpt.close()
     assert told[0][0] == [[], None]
     # Rank 0 may have decided for the step at which rank 1 reports it.
     assert told[0][1] in ([[10], "SIGUSR2"], [[11], "SIGUSR2"])
-    assert told[0][2] == [[20], "SIGUSR2"]
-    assert told[0][3] == [[], "SIGUSR2"]
+    assert told[0][2] == [[20], "SIGUSR1"]
+    assert told[0][3] == [[], "SIGUSR1"]
 
 
 def test_what_ranks_do_not_agree_on_is_an_error(interpreter: Interpreter, tmp_path: Path) -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
-from statistics import median
+from statistics import fmean, median
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from asyncckpt._saving.save import Save
 
-# Medians of so many: a long history would hide a change, such as a fuller disk.
+# A long history would hide a change, such as a fuller disk.
 _SAVES = 5
 _STEPS = 64
 _STEPS_BESIDE = 1024
@@ -42,12 +42,14 @@ class _Beside:
     def slowdown(self, alone: float) -> float:
         """Return by how many seconds the steps were longer than `alone` seconds each.
 
-        Of the steps after the first one the median counts, so that an evaluation among them does not.
+        An evaluation among them is no slowdown: of the steps after the first one the median counts, and the
+        first one cannot have lost more than the time in which the save was pending.
         """
         slowdown = max((self.first or alone) - alone, 0.0)
         if self.rest:
             slowdown += self.count * max(median(self.rest) - alone, 0.0)
-        return slowdown
+        stats = self.save.stats
+        return min(slowdown, max(stats.durable - stats.stall, 0.0)) if stats.durable else slowdown
 
 
 class CostMeter:
@@ -67,13 +69,16 @@ class CostMeter:
 
     @property
     def cost(self) -> float | None:
-        """Seconds that a save takes from the training: the median of the last few; None before the first."""
-        return median(self._costs) if self._costs else None
+        """Seconds that a save takes from the training: the mean of the last few; None before the first.
+
+        Not the median: costs are skewed, and a share of the time has to pay for all of them.
+        """
+        return fmean(self._costs) if self._costs else None
 
     @property
     def durable(self) -> float:
-        """Seconds until a save is durable: the median of the last few; 0 before the first."""
-        return median(self._durable) if self._durable else 0.0
+        """Seconds until a save is durable: the mean of the last few; 0 before the first."""
+        return fmean(self._durable) if self._durable else 0.0
 
     @property
     def between_calls(self) -> float | None:

@@ -39,11 +39,11 @@ class Due:
     Args:
         every: the schedule, or None.
         on_signal: a signal, or several, after which a save is due.
-        grace: seconds from the first signal for which `drain` waits at most, or None.
+        grace: seconds from the latest signal for which `drain` waits at most, or None.
         saver: takes the saves.
 
     Attributes:
-        signum: the first signal that made a save due, on this rank or another one; or None.
+        signum: the latest signal that made a save due, on this rank or another one; or None.
 
     Raises:
         TypeError: `every` is no schedule, or `grace` no number.
@@ -66,7 +66,7 @@ class Due:
         self._stop = StopOnSignal(*signals) if signals else None
         self._is_open = False
         self._grace = grace
-        self._agreed_at = math.inf  # when another rank's signal became known
+        self._agreed_at = -math.inf  # when another rank's signal became known
         self._seen: set[int] = set()  # signals that were acted on, or reported to rank 0
         self._asked = False  # by a signal, until a save is taken
         self._saver = saver
@@ -95,7 +95,7 @@ class Due:
         """Restore the handlers of the signals; idempotent."""
         if self._stop is not None and self._is_open:
             self._is_open = False
-            self.signum = self.signum or self._stop.signum
+            self._hear(self._received())
             self._stop.__exit__(None, None, None)
 
     def ask(self, step: int) -> bool:
@@ -117,7 +117,7 @@ class Due:
         verdict = self._agreement.verdict(step, lambda: self._verdict(now))
         if verdict is None:
             return False
-        if verdict.signum is not None and self.signum is None:
+        if verdict.signum not in {None, self.signum}:
             self.signum, self._agreed_at = Signals(verdict.signum), time.monotonic()
         return verdict.due
 
@@ -228,7 +228,7 @@ class Due:
             if signum not in self._seen:
                 self._seen.add(signum)
                 self._asked = True
-                self.signum = self.signum or Signals(signum)
+                self.signum = Signals(signum)
 
     def _settle(self) -> None:
         """Look at the result of the last save: after a failure, the next call is a save's turn again."""
@@ -245,7 +245,8 @@ class Due:
 
     def _deadline(self, grace: float) -> float:
         received = () if self._stop is None else tuple(self._stop.received.values())
-        return min(*received, self._agreed_at, math.inf) + grace
+        latest = max(*received, self._agreed_at, -math.inf)
+        return math.inf if latest == -math.inf else latest + grace
 
     def _give_up(self) -> BusyError:
         paths = ", ".join(get_engine().give_up())
