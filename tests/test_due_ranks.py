@@ -49,6 +49,7 @@ def test_multiples_of_steps_are_due_on_all_ranks_and_need_few_exchanges(
         tmp_path,
         PREPARE
         + """
+due._LOOK_AGAIN = 0  # what time could change would be looked at in each step
 ckpt = Checkpointer(directory, every=Every(steps=500))
 told.append(run(ckpt, range(1, 1201)))
 told.append(ckpt._due._agreement._number)
