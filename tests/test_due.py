@@ -338,6 +338,13 @@ class TestSignals:
             assert not ckpt.signum
         assert ckpt.signum is signal.SIGUSR1
 
+    def test_one_that_is_dropped_swallows_no_signal(self, tmp_path: Path) -> None:
+        former = signal.getsignal(signal.SIGUSR1)
+        ckpt = Checkpointer(tmp_path, on_signal="USR1")
+        assert signal.getsignal(signal.SIGUSR1) != former
+        del ckpt
+        assert signal.getsignal(signal.SIGUSR1) == former
+
     async def test_async_with_restores_the_handlers(self, tmp_path: Path) -> None:
         former = signal.getsignal(signal.SIGUSR1)
         async with Checkpointer(tmp_path, on_signal="USR1") as ckpt:

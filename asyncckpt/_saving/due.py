@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+import weakref
 from signal import Signals
 from typing import TYPE_CHECKING
 
@@ -64,7 +65,7 @@ class Due:
         self._answers = every is not None or bool(signals)
         self._schedule: Schedule = AnyOf() if every is None else every
         self._stop = StopOnSignal(*signals) if signals else None
-        self._is_open = False
+        self._leave: weakref.finalize[..., Due] | None = None
         self._grace = grace
         self._agreed_at = -math.inf  # when another rank's signal became known
         self._seen: set[int] = set()  # signals that were acted on, or reported to rank 0
@@ -89,14 +90,15 @@ class Due:
         """
         if self._stop is not None:
             self._stop.__enter__()
-            self._is_open = True
+            # One that is never closed must not swallow signals.
+            self._leave = weakref.finalize(self, self._stop.__exit__, None, None, None)
+            self._leave.atexit = False
 
     def close(self) -> None:
         """Restore the handlers of the signals; idempotent."""
-        if self._stop is not None and self._is_open:
-            self._is_open = False
-            self._hear(self._received())
-            self._stop.__exit__(None, None, None)
+        if self._leave is not None:
+            self._leave()
+            self.signum = next(reversed(self._received()), self.signum)
 
     def ask(self, step: int) -> bool:
         """Return whether a save is due; see `Checkpointer.due`."""
@@ -198,7 +200,10 @@ class Due:
         assert self._agreement is not None  # noqa: S101 - it is what asks
         if self._stop is not None:
             unseen = [signum for signum in self._stop._signals if signum not in self._seen]
-            self._hear([*self._received(), *self._agreement.reported(unseen)])
+            reported = self._agreement.reported(unseen)
+            if reported:
+                self._agreed_at = time.monotonic()
+            self._hear([*self._received(), *reported])
         progress = self._progress(now)
         if self._decide(progress):
             # The next one tells whether a save was taken.
