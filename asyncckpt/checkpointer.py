@@ -65,14 +65,14 @@ class Checkpointer(Finder):
             ones are evicted.
         storage_options: options of the file system of a URL, as fsspec takes them; invalid for a local path.
         overwrite: whether a checkpoint of another step may be replaced by one of the same name.
+        create: create the directory, and remove temporary files of crashed runs. With False, for programs
+            that only read, nothing is changed before the first save, and a missing directory is an error.
         every: when a save is `due`: `Every`, `Budget`, a combination with `|`, or any object with a `due`
             method that takes an `asyncckpt.schedule.Progress`.
         on_signal: signals after which a save is `due`, such as `("SIGTERM", "SIGUSR1")`. They do not end the
             process until this is closed; see `StopOnSignal`.
         grace: seconds that `close` waits for pending saves after the latest of these signals. Then it gives
             them up and raises BusyError. None waits without limit.
-        create: create the directory, and remove temporary files of crashed runs. With False, for programs
-            that only read, nothing is changed before the first save, and a missing directory is an error.
 
     Raises:
         StoreError: the directory cannot be created, read or written to.
