@@ -51,8 +51,8 @@ class Transfer:
     _next: int = field(default=0, init=False)
     _literal: int = field(default=0, init=False)
     _advanced: threading.Condition = field(default_factory=threading.Condition, init=False, repr=False)
-    # All bytes below `_final` are final. Whoever has the piece there owns the index of the first checksum slot
-    # that is not filled, and the checksum so far of the range that continues there.
+    # All bytes below `_final` are final. Whoever has the piece there owns the first checksum slot that is not
+    # filled, and the checksum so far of the range that continues there.
     _final: int = field(default=0, init=False)
     _slot: int = field(default=0, init=False)
     _crc: int = field(default=0, init=False)
@@ -97,7 +97,10 @@ class Transfer:
                 await queue.send(piece)
 
     def _next_piece(self, chunk: int) -> Piece | None:
-        """Return offset and bytes of the next piece once they are final; None at the end or after a failure."""
+        """Return offset and bytes of the next piece once it is final; None at the end, and after a failure.
+
+        Several threads prepare pieces at once. What depends on the bytes before is done piece after piece.
+        """
         size, literals = self.plan.body.nbytes, self.plan.literals
         with self._turn:
             start, stop = self._next, min(self._next + chunk, self.plan.size)
@@ -113,13 +116,12 @@ class Transfer:
         began = time.perf_counter()
         for offset, literal in new:
             self.body[offset : offset + len(literal)] = literal
-        # Only what depends on the bytes before is left to be done piece after piece.
         crc = self._checksum_ranges(start, min(stop, size))
         seconds = time.perf_counter() - began
         with self._advanced:
             self._advanced.wait_for(lambda: self._final == start or self._failed)
-        if self._failed:
-            return None
+            if self._final != start:
+                return None
         began = time.perf_counter()
         self._continue_range(start, min(stop, size), crc)
         self._fill_slots(end if stop <= size else self.plan.size)
@@ -133,7 +135,7 @@ class Transfer:
         return start, tail if start >= size else memoryview(b"".join((self.body[start:size], tail)))
 
     def _checksum_ranges(self, start: int, stop: int) -> int:
-        """Checksum the ranges that begin in [start, stop); return the checksum of the last one up to `stop`."""
+        """Checksum the ranges that begin in [start, stop), up to `stop`; return the last checksum."""
         body = self.plan.body
         first, last = body.starts.searchsorted((start, stop)).tolist() if len(self.plan.slots) else (0, 0)
         rows = zip(body.starts[first:last].tolist(), body.stops[first:last].tolist(), strict=True)
@@ -142,7 +144,7 @@ class Transfer:
         return checksums[-1] if checksums else 0
 
     def _continue_range(self, start: int, stop: int, crc: int) -> None:
-        """Continue the checksum of a range that began before `start`; `crc` is that of the last one after it."""
+        """Continue the checksum of a range that began before `start`; `crc` is the last of those since."""
         body = self.plan.body
         index = int(body.starts.searchsorted(start)) - 1 if len(self.plan.slots) else -1
         if index >= 0 and body.stops[index] > start:

@@ -32,7 +32,7 @@ def for_each_piece(
         do: lets go of the interpreter.
         pieces: what it is called with.
         report: called, under a lock, with how many pieces from the first on are done.
-        may_use_last_core: asked between pieces, until it is true, before as many threads run as there are cores.
+        may_use_last_core: asked between pieces until it is true; before, one core is left to others.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     work = _Work(do, pieces, report)
