@@ -135,7 +135,7 @@ async def test_by_several_threads_while_the_copy_fills_it(sizes: list[int], chun
 async def test_a_write_that_fails_ends_the_other_threads() -> None:
     class Full(ThreadedDraft):
         def blocking_writer(self) -> Callable[[int, memoryview], None]:
-            def write(offset: int, data: memoryview) -> None:
+            def write(offset: int, _: memoryview) -> None:
                 if not offset:
                     raise OSError("no space")
                 with transfer._advanced:
