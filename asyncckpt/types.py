@@ -63,8 +63,8 @@ class SaveStats:
         wait: part of `stall`: waiting for an earlier save.
         freeze: part of `stall`: pickling everything but the tensors' bytes.
         copy: part of `stall`: copying tensors to host memory.
-        checksum, write: in the background, overlapping: CRC-32, the sum of all threads; from the first write to
-            the end of the last.
+        checksum, write: in the background, overlapping: CRC-32, all threads together; from the first write
+            to the end of the last.
         sync: making the bytes durable.
         commit: from the end of the last write until the name is durable, `sync` included.
         durable: from the call of `save` until the name is durable.
