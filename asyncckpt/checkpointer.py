@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 from anyio import CancelScope, to_thread
 
 from asyncckpt._finder import Finder
-from asyncckpt._loading.stateful import collect
+from asyncckpt._loading.stateful import collect, stateful_objects
 from asyncckpt._saving.arguments import checked_metrics, checked_step
 from asyncckpt._saving.engine import get_engine
+from asyncckpt._saving.overlapping import DEVICE_MEMORY, Overlapping
 from asyncckpt._saving.ranks import claim
 from asyncckpt._saving.saver import Saver
 from asyncckpt._saving.series_writer import SeriesWriter
@@ -29,8 +30,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from types import TracebackType
 
+    import torch
     from typing_extensions import Self
 
+    from asyncckpt._saving.overlapping import GuardKind
     from asyncckpt._saving.reports import OnCommit, OnError
     from asyncckpt._saving.save import Save
     from asyncckpt._saving.saver import WhenBusy
@@ -62,6 +65,11 @@ class Checkpointer(Finder):
             ones are evicted.
         storage_options: options of the file system of a URL, as fsspec takes them; invalid for a local path.
         overwrite: whether a checkpoint of another step may be replaced by one of the same name.
+        overlap: let `save` return after the freeze, and copy the parameters and the state of attached
+            optimizers until their next step, which waits for the rest. Other tensors are copied before.
+        guard: how a change is noticed that comes from anything but an attached optimizer, and would tear an
+            overlapped snapshot: by the "version" counters of tensors, or also by a "checksum" of the memory.
+        device_memory: bytes that overlapped saves may take on each device for clones.
         create: create the directory, and remove temporary files of crashed runs. With False, for programs
             that only read, nothing is changed before the first save, and a missing directory is an error.
 
@@ -85,9 +93,13 @@ class Checkpointer(Finder):
         on_commit: OnCommit | None = None,
         storage_options: Mapping[str, Any] | None = None,
         overwrite: bool = False,
+        overlap: bool = False,
+        guard: GuardKind = "version",
+        device_memory: int = DEVICE_MEMORY,
         create: bool = True,
     ) -> None:
         super().__init__(directory, store, filename, keep, storage_options)
+        self._overlapping = Overlapping(overlap, guard, device_memory)
         self._saver = Saver(max_in_flight, when_busy, on_error, on_commit)
         self._closed = False
         self._unclaim: Callable[[], object] | None = None
@@ -138,14 +150,26 @@ class Checkpointer(Finder):
                 raise
             add_note(error, failure)
 
-    def save(self, step: int, state: Any, *, metrics: Mapping[str, float] | None = None) -> Save:
+    def save(
+        self,
+        step: int,
+        state: Any,
+        *,
+        metrics: Mapping[str, float] | None = None,
+        overlap: bool | None = None,
+    ) -> Save:
         """Save `state` in the background; return once it may be changed again.
+
+        With `overlap`, the parameters of attached optimizers and their state may be changed by their steps
+        only until `Save.committed` is done, or after `fence`; if something else changes them, the save fails
+        with `TornSnapshotError`.
 
         Args:
             step: the training step.
             state: anything torch.save takes. Stateful objects (with `state_dict` and `load_state_dict`) in
                 its dicts, lists and tuples are saved as their state dicts.
             metrics: values by name; for the file name, retention and `best`.
+            overlap: as in the constructor, which gives the default. Optimizers in the state are attached.
 
         Raises:
             SaveError: the state cannot be saved (the message gives the path of the entry), or an earlier save
@@ -167,10 +191,37 @@ class Checkpointer(Finder):
         if len(description.encode()) > MAX_BYTES:
             raise ValueError(f"the metrics take more than {MAX_BYTES} bytes; put them into the state instead")
         target = FileTarget(self._store, name, description, self._writer)
-        save = self._saver.save(collect(state), target, step, began)
+        objects: list[Any] = []
+        collected = collect(state, objects)
+        overlapped, reason = self._overlapping.of(overlap, objects)
+        save = self._saver.save(collected, target, step, began, overlapped)
+        save.stats.reason = save.stats.reason or reason
+        if overlap is None:
+            self._overlapping.note(save, began)
         if not save.skipped:
             self._writer.note_name(name, step)
         return save
+
+    def attach(self, *optimizers: torch.optim.Optimizer) -> None:
+        """Let overlapped saves defer the parameters and the state of optimizers until their next step.
+
+        Optimizers that a state holds as objects are attached by `save`. They are not kept alive.
+
+        Raises:
+            TypeError: one is not a `torch.optim.Optimizer`, so that nothing tells when it changes parameters.
+        """
+        self._overlapping.attach(optimizers)
+
+    def fence(self) -> None:
+        """Wait until parameters and optimizer state may be changed by hand.
+
+        Needed between an overlapped `save` and a change that is not a step of an attached optimizer. On a
+        GPU, later operations of the current stream wait, and the host does not.
+        """
+        self._saver.fence()
+
+    def _note_state(self, state: Any) -> None:
+        self._overlapping.attach_found(stateful_objects(state))
 
     def _refuse_if_closed(self) -> None:
         if self._closed:
@@ -211,6 +262,7 @@ class Checkpointer(Finder):
 
     def _release(self) -> None:
         """Release the engine, and the claim on the series unless a save of it is pending."""
+        self._overlapping.close()
         if self._unclaim is not None and not self._saver.pending:
             self._unclaim()
         self._saver.close()

@@ -30,6 +30,10 @@ class ShardedStateError(SaveError, TypeError):
     """An entry of the state is sharded over several ranks; the message gives its path."""
 
 
+class TornSnapshotError(SaveError, RuntimeError):
+    """A tensor changed before its overlapped copy was finished; the message names it and the remedy."""
+
+
 class CorruptCheckpointError(AsyncCkptError, ValueError):
     """A file is not a whole checkpoint: it has a damaged record, is truncated, or has another format."""
 

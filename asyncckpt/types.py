@@ -62,7 +62,14 @@ class SaveStats:
         stall: duration of the call of `save`, which the training thread lost.
         wait: part of `stall`: waiting for an earlier save.
         freeze: part of `stall`: pickling everything but the tensors' bytes.
-        copy: part of `stall`: copying tensors to host memory.
+        copy: part of `stall`: copying tensors to host memory, or cloning them on their device.
+        overlapped: whether a part was copied after `save` had returned.
+        reason: why `overlap=True` did not apply; empty if it did, or was not asked for.
+        deferred: in the background: copying what was deferred.
+        fence: what optimizers, or calls of `fence`, waited for it.
+        device_fence: the same on the devices, while the host did not wait.
+        deferred_bytes: what was deferred.
+        spilled_bytes: part of it: cloned on the device at a fence, since it was not copied yet.
         checksum, write: in the background, overlapping: CRC-32, all threads together; from the first write
             to the end of the last.
         sync: making the bytes durable.
@@ -76,6 +83,13 @@ class SaveStats:
     wait: float = 0.0
     freeze: float = 0.0
     copy: float = 0.0
+    overlapped: bool = False
+    reason: str = ""
+    deferred: float = 0.0
+    fence: float = 0.0
+    device_fence: float = 0.0
+    deferred_bytes: int = 0
+    spilled_bytes: int = 0
     checksum: float = 0.0
     write: float = 0.0
     sync: float = 0.0

@@ -42,12 +42,13 @@ PLAN = (
     Measurement(("many_tensors",), 15),
     Measurement(("small",), 50),
     Measurement(("loads",), 5),
+    Measurement(("overlapped",), 7),
 )
 # To start a process that has torch takes longer than to measure a small state: as few as make sense.
 QUICK_PLAN = (
     ("memory",),
     ("first_unreserved",),
-    ("first_reserved", "warm_saves", "steps", "many_tensors", "small", "loads"),
+    ("first_reserved", "warm_saves", "steps", "many_tensors", "small", "loads", "overlapped"),
 )
 QUICK_REPEAT = 2
 
@@ -82,6 +83,8 @@ class Run:
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         print(f"{', '.join(names)}: {time.perf_counter() - began:.1f} s", file=sys.stderr, flush=True)
         found = json.loads(done.stdout)
+        if found["errors"]:
+            raise SystemExit("; ".join(f"{name}: {error}" for name, error in found["errors"].items()))
         self.versions = found["versions"]
         for name, samples in found["samples"].items():
             for key, values in samples.items():

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asyncckpt import Checkpointer
-from asyncckpt._snapshot.copy import memmove
 from asyncckpt._snapshot.copy_threads import for_each_piece
+from asyncckpt._snapshot.lanes import memmove
 from asyncckpt._threads import Condition
 from asyncckpt.testing import Gate
 from support import gated_store

@@ -43,17 +43,37 @@ def is_plain(value: object) -> bool:
     return True
 
 
-def collect(state: Any) -> Any:
+def stateful_objects(state: Any) -> list[Any]:
+    """Return the stateful objects in the dicts, lists and tuples of `state`."""
+    found: list[Any] = []
+    pending: list[Any] = [state]
+    seen: set[int] = set()
+    while pending:
+        item = pending.pop()
+        if is_stateful(item):
+            found.append(item)
+        elif isinstance(item, CONTAINERS) and id(item) not in seen:
+            seen.add(id(item))
+            pending.extend(item.values() if isinstance(item, dict) else item)
+    return found
+
+
+def collect(state: Any, objects: list[Any] | None = None) -> Any:
     """Return `state` with each stateful object in its dicts, lists and tuples replaced by its state dict.
 
     Containers that hold none are passed on as they are, so what they share stays shared; others are copied,
     in their own type.
+
+    Args:
+        state: the state.
+        objects: the stateful objects are appended to it.
     """
-    return _collect(state, {}, set())
+    return _collect(state, {}, set(), [] if objects is None else objects)
 
 
-def _collect(value: Any, done: dict[int, Any], passed: set[type]) -> Any:
+def _collect(value: Any, done: dict[int, Any], passed: set[type], objects: list[Any]) -> Any:
     if is_stateful(value):
+        objects.append(value)
         return value.state_dict()
     if not isinstance(value, CONTAINERS):
         passed.add(type(value))
@@ -64,7 +84,7 @@ def _collect(value: Any, done: dict[int, Any], passed: set[type]) -> Any:
     changed = {}
     for key, item in value.items() if isinstance(value, dict) else enumerate(value):
         # Most entries of a large state are tensors: pass them by without a call.
-        if type(item) not in passed and (new := _collect(item, done, passed)) is not item:
+        if type(item) not in passed and (new := _collect(item, done, passed, objects)) is not item:
             changed[key] = new
     if changed and isinstance(value, tuple):
         done[id(value)] = remake(value, (changed.get(index, item) for index, item in enumerate(value)))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
+from concurrent.futures import InvalidStateError
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from asyncckpt._saving.engine import Operation
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
     from asyncckpt._saving.saver import Saver
     from asyncckpt._saving.staging import Snapshot, Stager
     from asyncckpt._saving.targets import Target
+    from asyncckpt._snapshot.deferred import Overlap
 
 # From this size on writing begins during the copy. Smaller copies end too soon, and a woken engine would take
 # the interpreter from them.
@@ -49,7 +52,7 @@ class Job(Operation):
         self._target = target
         self._began = began
 
-    def stage(self, state: object, stager: Stager, *, wait: bool) -> None:
+    def stage(self, state: object, stager: Stager, overlap: Overlap | None, *, wait: bool) -> None:
         """Freeze a state, and lease host memory for it.
 
         Raises:
@@ -57,13 +60,24 @@ class Job(Operation):
             BusyError: the memory is in use, and `wait` is false.
         """
         stats = self.save.stats
-        self.snapshot = stager.stage(stager.freeze(state, stats), stats, wait=wait)
+        self.snapshot = stager.stage(stager.freeze(state, stats), stats, overlap, wait=wait)
 
-    def copy_and_submit(self) -> None:
-        """Copy the state to host memory and submit it; a large one is submitted before the copy."""
+    def copy_and_submit(self, state: object) -> None:
+        """Copy the state to host memory and submit it; a large one is submitted before the copy.
+
+        What may be deferred is copied later.
+        """
         snapshot = self.snapshot
         assert snapshot is not None  # noqa: S101 - it is staged
-        if self._target.overlaps and snapshot.body.nbytes >= _OVERLAP_FROM:
+        if snapshot.overlap is not None:
+            self._copy(snapshot)
+            if snapshot.deferred is not None:
+                self.save.stats.overlapped = True
+                snapshot.deferred.state = state
+                snapshot.deferred.released = self._released
+                snapshot.deferred.start()
+            self._saver.submit(self)
+        elif self._target.overlaps and snapshot.body.nbytes >= _OVERLAP_FROM:
             try:
                 self._saver.submit(self)
                 self._copy(snapshot)
@@ -75,6 +89,15 @@ class Job(Operation):
             self._saver.submit(self)
         self.thread = None
         self.save.stats.stall = time.perf_counter() - self._began
+
+    def fence(self) -> None:
+        """Return once the state may be changed."""
+        if self.snapshot is not None and self.snapshot.deferred is not None:
+            self.snapshot.deferred.fence()
+
+    def is_copied(self) -> bool:
+        """Return whether nothing is copied into its buffer any more."""
+        return self.thread is None and (self.snapshot is None or self.snapshot.filled.ended)
 
     def is_taken_by_caller(self) -> bool:
         """Return whether the calling thread, then in a signal handler, has not finished taking it."""
@@ -118,4 +141,10 @@ class Job(Operation):
         except SaveError:
             self.save.committed.retrieved = True  # it is raised to the caller here
             raise
-        self.save.snapshotted.set_result(None)
+        if snapshot.deferred is None:
+            self._released()
+
+    def _released(self) -> None:
+        """Tell that the state may be changed; a fence and the background may do so at once."""
+        with suppress(InvalidStateError):
+            self.save.snapshotted.set_result(None)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from asyncckpt._saving.reports import OnCommit, OnError
     from asyncckpt._saving.save import Save
     from asyncckpt._saving.targets import Target
+    from asyncckpt._snapshot.deferred import Overlap
 
 WhenBusy = Literal["wait", "skip", "replace"]
 
@@ -87,7 +88,9 @@ class Saver:
         """Let the engine release threads and host memory, unless others use them; a save opens it again."""
         get_engine().leave(self)
 
-    def save(self, state: object, target: Target, step: int | None, began: float) -> Save:
+    def save(
+        self, state: object, target: Target, step: int | None, began: float, overlap: Overlap | None = None
+    ) -> Save:
         """Take a snapshot of `state` and queue its write; return once the state may be changed.
 
         Args:
@@ -95,6 +98,7 @@ class Saver:
             target: the destination.
             step: the training step, if there is one.
             began: start of the public call, by `time.perf_counter`.
+            overlap: what may be copied after the return, until its fence.
 
         Raises:
             SaveError: the state cannot be saved, or an earlier save failed and its error was not raised yet.
@@ -108,13 +112,13 @@ class Saver:
         self.open()
         job = Job(self, target, step, began)
         try:
-            self._take(job, state)
+            self._take(job, state, overlap)
         except BaseException:
             self._abandon(job)
             raise
         return job.save
 
-    def _take(self, job: Job, state: object) -> None:
+    def _take(self, job: Job, state: object, overlap: Overlap | None) -> None:
         entered = time.perf_counter()
         if not self._admit(job):
             skipped(job.save, f"{self._max_in_flight} earlier saves are still being written")
@@ -122,20 +126,25 @@ class Saver:
         job.save.stats.wait = time.perf_counter() - entered
         skips = self._when_busy == "skip"
         try:
-            job.stage(state, self._stager(), wait=not skips and not self._is_nested(job))
+            job.stage(state, self._stager(), overlap, wait=not skips and not self._is_nested(job))
         except BusyError as error:
             if not skips:
                 raise
             self._abandon(job)
             skipped(job.save, str(error))
             return
-        job.copy_and_submit()
+        job.copy_and_submit(state)
 
     def reserve(self, state: object) -> int:
         """Allocate host memory for the snapshots of `state`; return the size of one in bytes."""
         self.open()
         get_engine().start()
         return self._stager().reserve(state, self._max_in_flight)
+
+    def fence(self) -> None:
+        """Return once the states of all saves may be changed by hand."""
+        for job in self._jobs_in_flight():
+            job.fence()
 
     def drain(self, timeout: float | None = None) -> None:
         """Wait until all submitted saves are finished, evictions included.
@@ -162,7 +171,7 @@ class Saver:
     def free(self, job: Job) -> None:
         """Release the host memory of a job, and take it out of flight."""
         if job.snapshot is not None:
-            job.snapshot.lease.release()
+            job.snapshot.release()
         with self._changed:
             self._in_flight.discard(job)
         self._changed.notify_all()
@@ -187,14 +196,22 @@ class Saver:
             if self._changed.until(attempt, 0) or self._when_busy == "skip":
                 return job in self._in_flight
             self._refuse_to_wait()
+            if self._when_busy == "replace":
+                self._wait_for_copies()
             return self._changed.until(attempt)
         finally:
             self._skip_replaced(job)
 
+    def _wait_for_copies(self) -> None:
+        """Wait until queued saves can be replaced: nothing may be copied into their buffers."""
+        for job in list(self._jobs):
+            if not job.begun and job.thread is None and job.snapshot is not None:
+                job.snapshot.filled.wait_for_end()
+
     def _withdraw_queued(self, replaced: list[Job]) -> None:
         """Withdraw the newest queued save, if there is one, and add it to `replaced` before that."""
         for job in reversed(self._jobs):
-            if not job.begun and job.thread is None:  # one that is still being copied needs its buffer
+            if not job.begun and job.is_copied():  # one that is still being copied needs its buffer
                 replaced.append(job)
                 if get_engine().withdraw(job):
                     self.free(job)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from asyncckpt._saving.weights_only import WeightsOnlyCheck
 from asyncckpt._snapshot.copy import Watermark, copy_ranges
+from asyncckpt._snapshot.deferred import DeferredCopy, Overlap, defer
 from asyncckpt._snapshot.freeze import Freezer
 from asyncckpt._snapshot.ranges import Ranges
 from asyncckpt.errors import SaveError, warn_caller
@@ -36,7 +37,9 @@ class Snapshot:
         lease: the host buffer; released by the owner of the snapshot.
         stats: `copy` is set.
         ranges: the ranges to copy; empty once the copy has ended.
+        overlap: what may be copied after `copy` has returned; None for nothing.
         filled: progress and end of the copy.
+        deferred: what is copied after `copy` has returned, if something is.
     """
 
     format: Format[Any, Any]
@@ -45,31 +48,54 @@ class Snapshot:
     lease: Lease
     stats: SaveStats
     ranges: Ranges = field(repr=False)
+    overlap: Overlap | None = None
     filled: Watermark = field(default_factory=Watermark)
+    deferred: DeferredCopy | None = field(default=None, init=False)
 
     def copy(self) -> None:
-        """Copy the ranges into the lease. The state may be changed once this has returned.
+        """Copy the ranges into the lease, but for those that are deferred.
+
+        The state may be changed once this has returned; what is deferred by its optimizers only.
 
         Raises:
             SaveError: a range could not be copied.
         """
         began = time.perf_counter()
+        starts = self.body.starts.tolist()
         try:
-            copy_ranges(self.ranges, self.body.starts.tolist(), self.lease, self.filled)
+            if self.overlap is not None:
+                self.deferred = defer(self.ranges, starts, self.lease, self.filled, self.stats, self.overlap)
+            if self.deferred is None:
+                copy_ranges(self.ranges, starts, self.lease, self.filled)
         except BaseException as error:
             failure = SaveError(f"could not copy the state to host memory: {error}")
             self.filled.end(failure)
             if isinstance(error, Exception):
                 raise failure from error
             raise
-        self.filled.advance(self.body.nbytes)
         self.stats.copy = time.perf_counter() - began
-        self.end_copy()
+        self.ranges = Ranges([], [], [], [])
+        if self.deferred is None:
+            self.filled.advance(self.body.nbytes)
+            self.end_copy()
+
+    def settle(self) -> None:
+        """Raise TornSnapshotError if something changed what was deferred; called once all is copied."""
+        if self.deferred is not None:
+            self.deferred.settle()
 
     def end_copy(self) -> None:
-        """Mark the copy as ended, complete or not, and drop the references to the state."""
-        self.ranges = Ranges([], [], [])
+        """End the copy, complete or not, and drop the references to the state."""
+        if self.deferred is not None:
+            self.deferred.cancel()
+        self.ranges = Ranges([], [], [], [])
         self.filled.end(SaveError("the copy of the state to host memory was interrupted"))
+
+    def release(self) -> None:
+        """Give the host buffer back, and fence nothing any more; called once the copy has ended."""
+        if self.deferred is not None:
+            self.deferred.cancel()
+        self.lease.release()
 
     def plan(self, description: bytes) -> FilePlan:
         """Plan the file; too slow for the training thread."""
@@ -103,7 +129,9 @@ class Stager:
         stats.freeze += time.perf_counter() - began
         return frozen
 
-    def stage(self, frozen: Frozen, stats: SaveStats, *, wait: bool = True) -> Snapshot:
+    def stage(
+        self, frozen: Frozen, stats: SaveStats, overlap: Overlap | None = None, *, wait: bool = True
+    ) -> Snapshot:
         """Lease host memory for a frozen state; `Snapshot.copy` fills it.
 
         Raises:
@@ -117,7 +145,7 @@ class Stager:
         leasing = time.perf_counter()
         stats.freeze += leasing - began
         lease = self.arena.lease(body.nbytes, pinned=_on_cuda(state), wait=wait)
-        snapshot = Snapshot(self._format, state, body, lease, stats, ranges)
+        snapshot = Snapshot(self._format, state, body, lease, stats, ranges, overlap)
         stats.wait += time.perf_counter() - leasing
         return snapshot
 

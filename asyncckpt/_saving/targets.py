@@ -73,6 +73,7 @@ class FileTarget(Target):
         transfer = Transfer(plan, snapshot.lease.view, snapshot.filled, stats)
         async with self.store.draft(self.name, plan.size) as draft:
             await transfer.into(draft)
+            await in_thread(snapshot.settle)
             written = time.perf_counter()
             await draft.commit()
         stats.commit = time.perf_counter() - written

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections import deque
 from dataclasses import dataclass, field
 from itertools import compress, starmap
@@ -14,27 +13,29 @@ import torch
 from torch.storage import UntypedStorage
 
 from asyncckpt._snapshot.copy_threads import for_each_piece
+from asyncckpt._snapshot.cuda_lane import CudaLane
+from asyncckpt._snapshot.device_budget import DeviceBudget
+from asyncckpt._snapshot.lanes import DeviceLane, HostLane, Piece, memmove, move_small
 from asyncckpt._snapshot.pinning import PIECE
+from asyncckpt._snapshot.range_copy import RangeCopy
 from asyncckpt._threads import Condition
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from asyncckpt._snapshot.arena import Lease
+    from asyncckpt._snapshot.lanes import Lane
     from asyncckpt._snapshot.ranges import Ranges
 
 # How much is copied between two reports, in bytes.
 _STRIDE = 16 << 20
-# Up to this size letting go of the interpreter costs more than the copy.
-_SMALL = 32 << 10
+# Up to this size, in bytes, letting go of the interpreter costs more than the copy, and so does a copy from a
+# device of its own.
+SMALL = 32 << 10
+# Device memory for gathering small ranges during a blocking copy, in bytes.
+_GATHERED = 64 << 20
 # From this size on, several threads share the copy: one cannot use all of the memory's bandwidth.
 _SHARED_FROM = 4 << 20
-
-# (target, source, bytes); the first lets go of the interpreter meanwhile, the second does not.
-memmove, _move_small = ctypes.CDLL(None).memmove, ctypes.PyDLL(None).memmove
-for _function in (memmove, _move_small):
-    _function.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
-    _function.restype = None
 
 
 @dataclass(slots=True, eq=False)
@@ -77,7 +78,13 @@ class Watermark:
         self._changed.until(lambda: self.ended)
 
 
-def copy_ranges(ranges: Ranges, starts: Sequence[int], lease: Lease, done: Watermark) -> None:
+def copy_ranges(
+    ranges: Ranges,
+    starts: Sequence[int],
+    lease: Lease,
+    done: Watermark,
+    budget: DeviceBudget | None = None,
+) -> None:
     """Copy each range to its place in the leased buffer; return or raise once nothing is copied any more.
 
     Args:
@@ -85,26 +92,76 @@ def copy_ranges(ranges: Ranges, starts: Sequence[int], lease: Lease, done: Water
         starts: where in the buffer each goes, in bytes, ascending.
         lease: the buffer; pinned, if a storage is on a CUDA device.
         done: advanced as the buffer is filled; the caller ends it.
+        budget: device memory for gathering small ranges.
     """
-    if not torch.accelerator.is_available() or all(source.device.type == "cpu" for source in ranges.sources):
+    on_device = indices_on_device(ranges)
+    if not on_device:
         _copy_on_host(ranges, starts, lease, done)
         return
-    streams: dict[torch.device, torch.cuda.Stream] = {}
-    try:
-        pending = _start_device_copies(ranges, starts, lease, streams)
-        # The host has time for its own while the devices copy.
-        for source, offset, nbytes, start in zip(*ranges, starts, strict=True):
-            if source.device.type == "cpu" and nbytes:
-                memmove(lease.address + start, source.data_ptr() + offset, nbytes)
-        for events, upto in pending:
-            for event in events:
-                event.synchronize()
-            done.advance(upto)
-    except BaseException:
-        # Whoever gives the buffer back has to know that nothing is copied into it any more.
-        for stream in streams.values():
-            stream.synchronize()
-        raise
+    on_host = sorted(set(range(len(starts))).difference(on_device))
+    _copy_on_host(ranges.select(on_host), [starts[index] for index in on_host], lease, Watermark())
+    lanes = open_lanes(ranges, on_device, lease, budget or DeviceBudget(_GATHERED))
+    small = [index for index in on_device if ranges.sizes[index] <= SMALL]
+    gathered, rest = gather(ranges, starts, small, lanes)
+    others = sorted({*on_device}.difference(small).union(rest))
+    pieces = [*gathered, *pieces_of(ranges, starts, others)]
+    RangeCopy(pieces, lanes, done.advance).run()
+
+
+def indices_on_device(ranges: Ranges) -> list[int]:
+    """Return which ranges are not in host memory."""
+    if not torch.accelerator.is_available():
+        return []
+    return [index for index, source in enumerate(ranges.sources) if source.device.type != "cpu"]
+
+
+def open_lanes(
+    ranges: Ranges, indices: Iterable[int], lease: Lease, budget: DeviceBudget
+) -> dict[torch.device, Lane]:
+    """Make a lane for each device of some ranges, behind what their training streams have in their queues."""
+    lanes: dict[torch.device, Lane] = {}
+    for device in dict.fromkeys(ranges.sources[index].device for index in indices):
+        if device.type == "cpu":
+            lanes[device] = HostLane(lease.address)
+        elif device.type == "cuda":
+            lanes[device] = CudaLane(device, lease, budget)
+        else:
+            lanes[device] = DeviceLane(torch.frombuffer(lease.view, dtype=torch.uint8))
+    return lanes
+
+
+def gather(
+    ranges: Ranges, starts: Sequence[int], indices: Sequence[int], lanes: dict[torch.device, Lane]
+) -> tuple[list[Piece], list[int]]:
+    """Clone small ranges on their devices, where that is possible.
+
+    Returns:
+        The pieces that copy the clones, and the indices of ranges that are not cloned.
+    """
+    pieces: list[Piece] = []
+    rest: list[int] = []
+    for device, lane in lanes.items():
+        own = [index for index in indices if ranges.sources[index].device == device and ranges.sizes[index]]
+        if isinstance(lane, CudaLane) and own:
+            gathered, left = lane.gather(ranges.select(own), [starts[index] for index in own])
+            pieces += gathered
+            rest += [own[index] for index in left]
+        else:
+            rest += own
+    return pieces, rest
+
+
+def pieces_of(ranges: Ranges, starts: Sequence[int], indices: Iterable[int]) -> list[Piece]:
+    """Divide ranges into pieces of a bounded size, none of which crosses a registered piece of the buffer."""
+    pieces = []
+    for index in indices:
+        source, first, end = ranges.sources[index], starts[index], starts[index] + ranges.sizes[index]
+        at = first
+        while at < end:
+            upto = min(end, at + _STRIDE, (at // PIECE + 1) * PIECE)
+            pieces.append(Piece(at, source, ranges.offsets[index] + at - first, upto - at))
+            at = upto
+    return pieces
 
 
 def _copy_on_host(ranges: Ranges, starts: Sequence[int], lease: Lease, done: Watermark) -> None:
@@ -112,11 +169,11 @@ def _copy_on_host(ranges: Ranges, starts: Sequence[int], lease: Lease, done: Wat
     targets = (np.asarray(starts, dtype=np.int64) + lease.address).tolist()
     sizes = np.asarray(ranges.sizes, dtype=np.int64)
     # In C alone, for the sake of states with thousands of tensors.
-    small = compress(zip(targets, sources, ranges.sizes, strict=True), (sizes <= _SMALL).tolist())
-    deque(starmap(_move_small, small), maxlen=0)
+    small = compress(zip(targets, sources, ranges.sizes, strict=True), (sizes <= SMALL).tolist())
+    deque(starmap(move_small, small), maxlen=0)
     pieces = [
         (targets[index] + at, sources[index] + at, min(_STRIDE, ranges.sizes[index] - at))
-        for index in np.flatnonzero(sizes > _SMALL).tolist()
+        for index in np.flatnonzero(sizes > SMALL).tolist()
         for at in range(0, ranges.sizes[index], _STRIDE)
     ]
     if sum(length for _, _, length in pieces) < _SHARED_FROM:
@@ -130,55 +187,3 @@ def _copy_on_host(ranges: Ranges, starts: Sequence[int], lease: Lease, done: Wat
 
     # The background needs a core until it writes: a late beginning costs it more than one thread gains here.
     for_each_piece(lambda piece: memmove(*piece), pieces, report, lambda: done.awaited)
-
-
-def _start_device_copies(
-    ranges: Ranges,
-    starts: Sequence[int],
-    lease: Lease,
-    streams: dict[torch.device, torch.cuda.Stream],
-) -> list[tuple[list[torch.cuda.Event], int]]:
-    """Queue the copies of all CUDA storages on side streams; other accelerators are copied at once.
-
-    The streams are put into `streams`, one for each device.
-
-    Returns:
-        Events in file order, with the end of what is in the buffer once they have all passed.
-    """
-    buffer = torch.frombuffer(lease.view, dtype=torch.uint8)
-    pending: list[tuple[list[torch.cuda.Event], int]] = []
-    reported = end = 0
-    for storage, offset, nbytes, start in zip(*ranges, starts, strict=True):
-        device = storage.device
-        if device.type == "cpu" or not nbytes:
-            continue
-        end = start + nbytes
-        if device.type != "cuda":
-            buffer[start:end].copy_(_bytes_of(storage)[offset : offset + nbytes])
-            continue
-        if device not in streams:
-            streams[device] = _side_stream(device)
-        with torch.cuda.stream(streams[device]):
-            source = _bytes_of(storage)
-            at = start
-            while at < end:
-                # Up to the end of the range, of the stride, or of the registered piece.
-                upto = min(end, at + _STRIDE, (at // PIECE + 1) * PIECE)
-                first = at - start + offset
-                buffer[at:upto].copy_(source[first : first + upto - at], non_blocking=True)
-                at = upto
-                if at - reported >= _STRIDE:
-                    pending.append(([stream.record_event() for stream in streams.values()], reported := at))
-    pending.append(([stream.record_event() for stream in streams.values()], end))
-    return pending
-
-
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    """Return a stream of `device` that waits for its training stream, whose last kernels may still run."""
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
-    return stream
-
-
-def _bytes_of(storage: UntypedStorage) -> torch.Tensor:
-    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)

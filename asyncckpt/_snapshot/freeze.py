@@ -108,19 +108,20 @@ class Freezer:
                 " picklable or leave it out"
             ) from error
         self._last = FrozenState(out.getvalue(), table.tensors, table.sizes, table.locations, self._pickler)
-        return self._last, Ranges(table.storages, [0] * len(table.sizes), table.sizes)
+        return self._last, Ranges(table.storages, [0] * len(table.sizes), table.sizes, table.views)
 
 
 class _Table:
     """The storages and plain tensors that one pass has met."""
 
-    __slots__ = ("dtypes", "keys", "kinds", "known", "locations", "sizes", "storages", "tensors")
+    __slots__ = ("dtypes", "keys", "kinds", "known", "locations", "sizes", "storages", "tensors", "views")
 
     def __init__(self, known: list[TensorMeta], kinds: set[Any]) -> None:
         self.known = known
         self.kinds = kinds
         self.tensors: list[TensorMeta] = []
         self.storages: list[UntypedStorage] = []
+        self.views: list[torch.Tensor | None] = []
         self.sizes: list[int] = []
         self.locations: list[str] = []
         self.dtypes: list[torch.dtype] = []
@@ -129,6 +130,7 @@ class _Table:
     def add(self, storage: UntypedStorage, dtype: torch.dtype, location: str) -> int:
         key = self.keys[storage._cdata] = len(self.storages)
         self.storages.append(storage)
+        self.views.append(None)
         self.sizes.append(storage.nbytes())
         self.locations.append(location)
         self.dtypes.append(dtype)
@@ -159,7 +161,8 @@ def _tensor_reducer(table: _Table, *, exact: bool) -> Callable[[Any], Any]:
     plain, strided = torch.Tensor, torch.strided
     devices, complex_dtypes, storage_class = _PLAIN_DEVICES, _COMPLEX, STORAGE_CLASS
     tensors, keys, find, dtypes = table.tensors, table.keys, table.keys.get, table.dtypes
-    storages, sizes, locations = table.storages, table.sizes, table.locations
+    storages, sizes, locations, views = table.storages, table.sizes, table.locations, table.views
+    tags: dict[torch.device, str] = {}
     marks, known, note = itertools.count(_FIRST_MARK), iter(table.known), table.kinds.add
 
     def reduce(obj: Any) -> Any:
@@ -189,8 +192,13 @@ def _tensor_reducer(table: _Table, *, exact: bool) -> Callable[[Any], Any]:
         if key is None:  # as `_Table.add`, without the call
             key = keys[identity] = len(storages)
             storages.append(storage)
+            views.append(obj)
             sizes.append(storage.nbytes())
-            locations.append("cpu" if obj.is_cpu else location_tag(storage))
+            if obj.is_cpu:
+                locations.append("cpu")
+            else:  # torch asks every registered kind of device
+                device = obj.device
+                locations.append(tags.get(device) or tags.setdefault(device, location_tag(storage)))
             dtypes.append(dtype)
         elif dtypes[key] is not dtype:
             table.check_dtype(key, dtype)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     import torch
     from torch.storage import UntypedStorage
@@ -20,11 +20,22 @@ class Ranges(NamedTuple):
         sources: the storage of each range, on whichever device.
         offsets: of its first byte in the storage.
         sizes: in bytes.
+        tensors: one that views the storage of the range, if one is at hand.
     """
 
     sources: list[UntypedStorage]
     offsets: list[int]
     sizes: list[int]
+    tensors: list[torch.Tensor | None]
+
+    def select(self, indices: Sequence[int]) -> Ranges:
+        """Return some of the ranges."""
+        return Ranges(
+            [self.sources[index] for index in indices],
+            [self.offsets[index] for index in indices],
+            [self.sizes[index] for index in indices],
+            [self.tensors[index] for index in indices],
+        )
 
 
 def ranges_of(tensors: Iterable[torch.Tensor]) -> Ranges:
@@ -33,11 +44,12 @@ def ranges_of(tensors: Iterable[torch.Tensor]) -> Ranges:
     Raises:
         ValueError: the elements of a tensor do not lie one after another.
     """
-    ranges = Ranges([], [], [])
+    ranges = Ranges([], [], [], [])
     for tensor in tensors:
         if not tensor.is_contiguous():
             raise ValueError(f"a tensor of shape {tuple(tensor.shape)}, stride {tensor.stride()} is no range")
         ranges.sources.append(tensor.untyped_storage())
         ranges.offsets.append(int(tensor.storage_offset()) * tensor.itemsize)
         ranges.sizes.append(tensor.nbytes)
+        ranges.tensors.append(tensor)
     return ranges

@@ -346,6 +346,7 @@ class StateTarget(Target):
     async def write(self, snapshot: Snapshot, stats: SaveStats) -> Checkpoint:
         """Wait for the copy and hand the state over."""
         await in_thread(snapshot.filled.wait, snapshot.body.nbytes)
+        await in_thread(snapshot.settle)
         began = time.perf_counter()
         await in_thread(lambda: self.save(load_plan(snapshot.plan(b"{}"), snapshot.lease.view)))
         stats.write = time.perf_counter() - began
