@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 from dataclasses import dataclass, field
 from functools import partial
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from asyncckpt._checksum import crc32, crc32_combine
 from asyncckpt._snapshot.memory import map_private
-from asyncckpt._threads import for_each, in_thread
+from asyncckpt._threads import for_each, for_each_in_threads, in_thread
 from asyncckpt.errors import CheckpointNotFoundError, CorruptCheckpointError, StoreError
 from asyncckpt.layout.zip_reader import check_header, read_directory
 
@@ -23,9 +24,7 @@ if TYPE_CHECKING:
 
 R = TypeVar("R")
 
-# Pieces of this many bytes are read by this many tasks: more than a store reads at once, since some of them
-# are busy with checksums.
-CHUNK = 16 << 20
+# How many small ranges are read at once.
 READERS = 8
 # A file or a directory that others keep changing is read anew this often.
 ATTEMPTS = 100
@@ -108,13 +107,15 @@ async def verify_file(store: Store, name: str, progress: Callable[[int], None] |
 
 async def verify(file: OpenFile, progress: Callable[[int], None] | None = None) -> None:
     """Do what `verify_file` does with an open file, in a fixed amount of memory."""
-    mapping = map_private(CHUNK * READERS)
-    free = [mapping.view[start : start + CHUNK] for start in range(0, CHUNK * READERS, CHUNK)]
+    mapping = map_private(file.chunk * file.readers)
+    free = [mapping.view[start : start + file.chunk] for start in range(0, mapping.nbytes, file.chunk)]
+
+    loop = asyncio.get_running_loop()
 
     def checked(piece: memoryview) -> None:
         free.append(piece)  # only the last one of the file is shorter than its buffer
         if progress is not None:
-            progress(len(piece))
+            loop.call_soon_threadsafe(progress, len(piece))
 
     try:
         await _read_checked(file, lambda start, stop: free.pop()[: stop - start], checked)
@@ -132,19 +133,31 @@ async def _read_checked(
     Args:
         file: which one.
         buffer: returns the memory for the bytes [start, stop).
-        checked: called with each piece when it is checked.
+        checked: called with each piece when it is checked, on any thread.
     """
-    nbytes = file.file.nbytes
+    nbytes, chunk = file.file.nbytes, file.chunk
     directory = await file.answer(read_directory(nbytes))
     check = Check(directory, file.path)
 
-    async def read(start: int) -> None:
-        piece = buffer(start, min(start + CHUNK, nbytes))
+    starts = range(0, nbytes, chunk)
+    blocking = file.blocking_reader()
+
+    async def read_piece(start: int) -> None:
+        piece = buffer(start, min(start + chunk, nbytes))
         await file.read(start, piece)
         await in_thread(check.add, start, piece)
         checked(piece)
 
-    await for_each(read, range(0, nbytes, CHUNK), READERS)
+    def read_piece_here(read: Callable[[int, memoryview], None], start: int) -> None:
+        piece = buffer(start, min(start + chunk, nbytes))
+        read(start, piece)
+        check.add(start, piece)
+        checked(piece)
+
+    if blocking is None:
+        await for_each(read_piece, starts, file.readers)
+    else:
+        await for_each_in_threads(partial(read_piece_here, blocking), starts, file.readers)
     await in_thread(check.finish)
     return directory
 
