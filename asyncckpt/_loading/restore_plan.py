@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch.nn.parameter import is_lazy
 
+from asyncckpt._loading.copies import Copy
 from asyncckpt._loading.fitting import copy_cannot_fail, is_stock, misfit
 from asyncckpt._loading.state_keys import map_state_keys, prefix_remedy
 from asyncckpt._loading.stateful import is_plain, is_stateful, remake
@@ -35,14 +36,6 @@ class Change(NamedTuple):
     path: str
     hold: Callable[[], list[Step]]
     apply: Callable[[], object]
-
-
-class Copy(NamedTuple):
-    """A copy of a loaded tensor into a live one, which cannot fail: neither shape nor type is in the way."""
-
-    path: str
-    target: torch.Tensor
-    source: torch.Tensor
 
 
 class Plan:
