@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from asyncckpt._loading.fitting import is_dense
-from asyncckpt._snapshot.copy import memmove
 from asyncckpt._snapshot.copy_threads import for_each_piece
+from asyncckpt._snapshot.lanes import memmove
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
