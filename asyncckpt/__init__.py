@@ -27,6 +27,7 @@ from asyncckpt.errors import (
     UnsafeStateError,
 )
 from asyncckpt.retention import BestK, EveryN, KeepAll, LastN, Policy
+from asyncckpt.schedule import Budget, Every, Schedule
 from asyncckpt.signals import StopOnSignal
 from asyncckpt.types import Checkpoint, SaveStats, Statistics
 
@@ -40,12 +41,14 @@ if TYPE_CHECKING:
 __all__ = [
     "AsyncCkptError",
     "BestK",
+    "Budget",
     "BusyError",
     "Checkpoint",
     "CheckpointExistsError",
     "CheckpointNotFoundError",
     "Checkpointer",
     "CorruptCheckpointError",
+    "Every",
     "EveryN",
     "KeepAll",
     "LastN",
@@ -56,6 +59,7 @@ __all__ = [
     "SaveError",
     "SaveSkipped",
     "SaveStats",
+    "Schedule",
     "ShardedStateError",
     "SignalError",
     "StateMismatchError",

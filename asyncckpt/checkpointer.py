@@ -10,6 +10,7 @@ from anyio import CancelScope, to_thread
 from asyncckpt._finder import Finder
 from asyncckpt._loading.stateful import collect, stateful_objects
 from asyncckpt._saving.arguments import checked_metrics, checked_step
+from asyncckpt._saving.due import Due
 from asyncckpt._saving.engine import get_engine
 from asyncckpt._saving.overlapping import DEVICE_MEMORY, Overlapping
 from asyncckpt._saving.ranks import claim
@@ -27,7 +28,8 @@ from asyncckpt.retention import check_metrics
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Mapping
+    import signal
+    from collections.abc import Callable, Iterable, Mapping
     from types import TracebackType
 
     import torch
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
     from asyncckpt._saving.save import Save
     from asyncckpt._saving.saver import WhenBusy
     from asyncckpt.retention import Policy
+    from asyncckpt.schedule import Schedule
     from asyncckpt.stores import Store
 
 
@@ -72,12 +75,19 @@ class Checkpointer(Finder):
         device_memory: bytes that overlapped saves may take on each device for clones.
         create: create the directory, and remove temporary files of crashed runs. With False, for programs
             that only read, nothing is changed before the first save, and a missing directory is an error.
+        every: when a save is `due`: `Every`, `Budget`, a combination with `|`, or any object with a `due`
+            method that takes an `asyncckpt.schedule.Progress`.
+        on_signal: signals after which a save is `due`, such as `("SIGTERM", "SIGUSR1")`. They do not end the
+            process until this is closed; see `StopOnSignal`.
+        grace: seconds that `close` waits for pending saves after the latest of these signals. Then it gives
+            them up and raises BusyError. None waits without limit.
 
     Raises:
         StoreError: the directory cannot be created, read or written to.
         CheckpointNotFoundError: with `create=False`, there is no such directory.
         TypeError: neither or both of `directory` and `store` are given.
         ValueError: `storage_options` are given with a `store` or a local path.
+        SignalError: a signal of `on_signal` is unknown or cannot be handled, or this is not the main thread.
     """
 
     def __init__(  # noqa: PLR0913 - each is one decision of the user's
@@ -97,10 +107,14 @@ class Checkpointer(Finder):
         guard: GuardKind = "version",
         device_memory: int = DEVICE_MEMORY,
         create: bool = True,
+        every: Schedule | None = None,
+        on_signal: str | int | Iterable[str | int] = (),
+        grace: float | None = None,
     ) -> None:
         super().__init__(directory, store, filename, keep, storage_options)
         self._overlapping = Overlapping(overlap, guard, device_memory)
         self._saver = Saver(max_in_flight, when_busy, on_error, on_commit)
+        self._due = Due(every, on_signal, grace, self._saver)
         self._closed = False
         self._unclaim: Callable[[], object] | None = None
         self._writer = SeriesWriter(self._store, self._list, self._keep, overwrite=overwrite, prepared=create)
@@ -110,6 +124,7 @@ class Checkpointer(Finder):
         elif not get_engine().call(self._store.exists):
             raise CheckpointNotFoundError(f"there is no directory {self.directory}")
         get_engine().call(self._writer.look)
+        self._due.open()
 
     def __repr__(self) -> str:
         state = "closed, " if self._closed else ""
@@ -142,7 +157,10 @@ class Checkpointer(Finder):
             # asyncio's own cancellation is not shielded: the task leaves at once, and a later failure is
             # raised by the next call or printed at exit.
             with CancelScope(shield=True):
-                await to_thread.run_sync(self._saver.drain, abandon_on_cancel=True)
+                try:
+                    await to_thread.run_sync(self._due.drain, None, abandon_on_cancel=True)
+                finally:
+                    self._due.close()
                 await to_thread.run_sync(self._release)
             self._saver.raise_failures()
         except AsyncCkptError as failure:
@@ -200,6 +218,7 @@ class Checkpointer(Finder):
             self._overlapping.note(save, began)
         if not save.skipped:
             self._writer.note_name(name, step)
+            self._due.save_taken(step, began, save)
         return save
 
     def attach(self, *optimizers: torch.optim.Optimizer) -> None:
@@ -222,6 +241,39 @@ class Checkpointer(Finder):
 
     def _note_state(self, state: Any) -> None:
         self._overlapping.attach_found(stateful_objects(state))
+
+    def due(self, step: int) -> bool:
+        """Return whether a save is due: by `every`, after a failed save, or after a signal.
+
+        Call it once a step. `save` begins a new interval at its call, whether the save was due or not; a save
+        that raises or is skipped does not. A save that fails later is due again at the next step; after
+        further failures in a row, 2, 4, 8 and so on steps later.
+
+        The cost of a save, which `Budget` needs, is the stall of its call, and the time by which steps are
+        longer until nothing is pending than the median step without a pending save. A step is the time from
+        one call to the next. Waits at the fence of an overlapped save and the costs of failed saves are
+        included. The mean of the last five saves counts.
+
+        In a process group all ranks get the answers of rank 0, which measures its own saves: call it on every
+        rank, with the same steps. Rank 0 publishes its answer in the store of the group when it can change,
+        and at most about once a second. A signal on one rank makes a save due on all ranks, at the same step,
+        about a second later.
+
+        Args:
+            step: the training step.
+
+        Raises:
+            ValueError: there is neither `every` nor `on_signal`.
+            SaveError: this is closed; or in a process group, rank 0 was called with another step, or failed.
+            BusyError: in a process group, rank 0 has not called it within the timeout of the group's store.
+        """
+        self._refuse_if_closed()
+        return self._due.ask(checked_step(step, None))
+
+    @property
+    def signum(self) -> signal.Signals | None:
+        """The latest signal of `on_signal` that made a save due, the same on all ranks; or None."""
+        return self._due.signum
 
     def _refuse_if_closed(self) -> None:
         if self._closed:
@@ -256,7 +308,8 @@ class Checkpointer(Finder):
         """Wait as `wait` does, and refuse further saves."""
         self._closed = True
         try:
-            self.wait(timeout)
+            self._due.drain(timeout)
+            self._saver.raise_failures()
         finally:
             self._release()
 
@@ -265,4 +318,5 @@ class Checkpointer(Finder):
         self._overlapping.close()
         if self._unclaim is not None and not self._saver.pending:
             self._unclaim()
+        self._due.close()
         self._saver.close()

@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from asyncckpt.errors import SignalError
@@ -55,14 +56,15 @@ class StopOnSignal:
 
     Attributes:
         signum: the first signal received, or None.
+        received: when the first signal of each kind was received, by `time.monotonic`.
     """
 
     def __init__(self, *signals: str | int) -> None:
         self.signum: signal.Signals | None = None
+        self.received: dict[signal.Signals, float] = {}
         self._signals = tuple(dict.fromkeys(map(_signal_of, signals or _DEFAULTS)))
         self._keep_ignored = not signals
         self._previous: dict[int, Any] = {}
-        self._first: dict[int, float] = {}  # time of the first signal of each kind
 
     def __repr__(self) -> str:
         names = ", ".join(number.name for number in self._signals)
@@ -129,16 +131,19 @@ class StopOnSignal:
     def _restore(self) -> None:
         for number, previous in self._previous.items():
             if signal.getsignal(number) == self._handle:
-                signal.signal(number, previous)
+                with suppress(ValueError):  # another thread
+                    signal.signal(number, previous)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
-        first = self._first.setdefault(number, now)
-        if self.signum is None:
-            self.signum = signal.Signals(number)
+        entered = self in _entered  # else it could not be restored, and only passes its signals on
+        if entered:
+            self.received.setdefault(signal.Signals(number), now)
+            if self.signum is None:
+                self.signum = signal.Signals(number)
         previous = self._previous[number]
         if previous in _ENDINGS:
-            if now - first > _REPEATED_SECONDS:
+            if not entered or now - self.received[signal.Signals(number)] > _REPEATED_SECONDS:
                 signal.signal(number, previous)
                 signal.raise_signal(number)
         elif callable(previous):

@@ -70,7 +70,8 @@ class SaveStats:
         device_fence: the same on the devices, while the host did not wait.
         deferred_bytes: what was deferred.
         spilled_bytes: part of it: cloned on the device at a fence, since it was not copied yet.
-        checksum, write: in the background, overlapping: CRC-32; from the first write to the end of the last.
+        checksum, write: in the background, overlapping: CRC-32, all threads together; from the first write
+            to the end of the last.
         sync: making the bytes durable.
         commit: from the end of the last write until the name is durable, `sync` included.
         durable: from the call of `save` until the name is durable.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 import threading
 import weakref
-from collections import deque
+from collections import Counter, deque
 from contextlib import contextmanager
 from itertools import count
 from types import SimpleNamespace
@@ -200,7 +200,7 @@ class Machine:
         self.contexts: set[torch.device] = set()
         self.allocated: dict[torch.device, int] = {}
         self.most_allocated: dict[torch.device, int] = {}
-        self.host_writes = 0  # copies to host memory that have not run
+        self.host_writes: Counter[int] = Counter()  # copies that have not run, by the host memory they go to
         self._failing, self._allocations = frozenset(failing), count()
         self._random = random.Random(seed)
         self._paces: WeakKeyDictionary[HostThread | Stream, float] = WeakKeyDictionary()
@@ -269,13 +269,14 @@ class Machine:
         stream = self.current_stream(source.memory.device)
         find = self._finder(source, stream)
         if isinstance(target, View):
-            place = self._finder(target, stream)
-            stream.add(lambda: place().copy_(find()))
+            find_target = self._finder(target, stream)
+            stream.add(lambda: find_target().copy_(find()))
             return
-        self.host_writes += 1
+        place = target.untyped_storage().data_ptr()
+        self.host_writes[place] += 1
 
         def write() -> None:
-            self.host_writes -= 1
+            self.host_writes[place] -= 1
             target.copy_(find())
 
         stream.add(write)
@@ -344,6 +345,7 @@ class Machine:
             "_concatenated": self.concatenated,
             "_copy": self.copy,
             "_memory": lambda nbytes, device: View(self.allocate(device, nbytes), 0, nbytes),
+            "_sides": {},
             "_pinned": lambda nbytes: torch.full((nbytes,), 0x5A, dtype=torch.uint8),
             "Lock": self.lock,
             "allow_captures": lambda: self.use(self.thread().device),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import signal
 import uuid
 from typing import TYPE_CHECKING, Any
@@ -79,6 +80,8 @@ def test_a_store_is_measured_without_the_limit_of_a_disk() -> None:
     ]
     assert "limit: this disk" not in result.stdout
     assert "less than 1% of the training" in result.stdout
+    advice = r"every=Budget\(0\.01\) saves every .*s; every=Every\(minutes=10\) costs \d\.\d{3}%\."
+    assert re.search(advice, result.stdout)
     assert fsspec.filesystem("memory").find(url) == []
 
 

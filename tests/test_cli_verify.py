@@ -17,11 +17,11 @@ from typer.testing import CliRunner
 
 import asyncckpt
 from asyncckpt import Checkpointer, CorruptCheckpointError
-from asyncckpt._loading import reader
 from asyncckpt._loading.reader import verify_file
 from asyncckpt.cli import locations, output
 from asyncckpt.cli.app import app
 from asyncckpt.stores import open_store
+from asyncckpt.stores.local_file import LocalFile
 from asyncckpt.testing import FaultyStore
 from support import flip, payload_offset
 
@@ -269,7 +269,7 @@ def test_options_go_to_the_paths_that_are_urls(run: Path) -> None:
 
 
 def test_progress_is_told_every_byte_once(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reader, "CHUNK", 4096)
+    monkeypatch.setattr(LocalFile, "chunk", 4096)
     told: list[int] = []
     anyio.run(verify_file, open_store(run), "step-00000001.pt", told.append)
     assert len(told) > 1

@@ -51,7 +51,7 @@ class Helper:
 
 @pytest.fixture
 def helper(monkeypatch: pytest.MonkeyPatch) -> Helper:
-    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1}, raising=False)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1, 2}, raising=False)
     return Helper()
 
 
@@ -114,6 +114,32 @@ def test_no_thread_is_left_behind() -> None:
         if thread.name == "asyncckpt-copy":
             thread.join(30)
             assert not thread.is_alive()
+
+
+def test_the_last_core_is_used_only_once_it_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1}, raising=False)
+    may, helping, caller = threading.Event(), threading.Event(), threading.current_thread()
+    asked: list[int] = []
+    alone: list[int] = []
+
+    def may_use_last_core() -> bool:
+        asked.append(len(alone))
+        return may.is_set()
+
+    def do(piece: int) -> None:
+        if threading.current_thread() is not caller:
+            helping.set()
+        elif may.is_set():
+            assert helping.wait(30)
+        else:
+            alone.append(piece)
+            if len(alone) == 3:
+                may.set()
+
+    for_each_piece(do, range(20), may_use_last_core=may_use_last_core)
+    assert alone == [0, 1, 2]
+    assert asked == [0, 0, 1, 2, 3]
+    assert helping.is_set()
 
 
 @pytest.mark.usefixtures("interrupted")

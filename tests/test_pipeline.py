@@ -25,7 +25,7 @@ from asyncckpt.stores.local import LocalStore
 from asyncckpt.types import SaveStats
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
 DESCRIPTION = Description(3, 7, {"loss": 0.5}, 1.0).encode()
@@ -55,6 +55,13 @@ class MemoryDraft(Draft):
             assert offset == len(whole)
             whole += data
         return whole
+
+
+class ThreadedDraft(MemoryDraft):
+    """The same, written by blocking calls of several threads."""
+
+    def blocking_writer(self) -> Callable[[int, memoryview], None]:
+        return lambda offset, data: self.pieces.update({offset: bytes(data)})
 
 
 def payload(key: int, size: int) -> bytes:
@@ -117,6 +124,33 @@ async def test_in_pieces_of_any_size(sizes: list[int], chunk: int, writers: int)
 @given(sizes=sizes_of_storages, chunk=st.integers(20, 5000), step=st.integers(50, 3000))
 async def test_while_the_copy_fills_it(sizes: list[int], chunk: int, step: int) -> None:
     check(await transferred(sizes, MemoryDraft(chunk, 2), in_steps=step), sizes)
+
+
+@settings(max_examples=150, deadline=None)
+@given(sizes=sizes_of_storages, chunk=st.integers(20, 5000), step=st.integers(50, 3000))
+async def test_by_several_threads_while_the_copy_fills_it(sizes: list[int], chunk: int, step: int) -> None:
+    check(await transferred(sizes, ThreadedDraft(chunk, 4), in_steps=step), sizes)
+
+
+async def test_a_write_that_fails_ends_the_other_threads() -> None:
+    class Full(ThreadedDraft):
+        def blocking_writer(self) -> Callable[[int, memoryview], None]:
+            def write(offset: int, _: memoryview) -> None:
+                if not offset:
+                    raise OSError("no space")
+                with transfer._advanced:
+                    told.append(transfer._advanced.wait_for(lambda: transfer._failed, 10))
+
+            return write
+
+    body, mark = lay_out([300] * 40), Watermark()
+    mark.advance(body.nbytes)
+    transfer = Transfer(plan(body, b"p", DESCRIPTION), memoryview(bytearray(body.nbytes)), mark, SaveStats())
+    told: list[bool] = []
+    with pytest.raises(OSError, match="no space"):
+        await transfer.into(Full(100, 4))
+    assert len(told) <= 3
+    assert all(told)
 
 
 @pytest.mark.parametrize("beyond", range(-20, 21))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from asyncckpt._bench import bare
 from asyncckpt._bench.states import bytes_of, device, distinct_tensors
 from asyncckpt._bench.training import PlainCopy, steps_for, steps_while, training_step
+from asyncckpt.schedule import Budget
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -108,6 +109,5 @@ def _costs(middle: dict[str, float], way: str) -> dict[str, float]:
         "stall_s": middle[f"{way}_stall_s"],
         "lost_s": lost,
         "durable_s": durable,
-        # A save that comes before the last one is written waits for it.
-        "interval_s": max(lost / SHARE, durable),
+        "interval_s": Budget(SHARE).interval(lost, durable),
     }

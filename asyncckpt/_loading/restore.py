@@ -6,18 +6,16 @@ import signal
 import threading
 from typing import TYPE_CHECKING, Any
 
-import torch
-
+from asyncckpt._loading.copies import copy_tensors
 from asyncckpt._loading.restore_plan import Plan, some
 from asyncckpt._loading.undo import put_back
 from asyncckpt.errors import PartialRestoreError, StateMismatchError, add_note, warn_caller
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
     from typing_extensions import Self
 
-    from asyncckpt._loading.restore_plan import Copy
     from asyncckpt._loading.undo import Step
 
 
@@ -60,19 +58,11 @@ def restore(
             raise
         copied: list[str] = []
         try:
-            _copy(plan.copies, copied)
+            copy_tensors(plan.copies, copied)
         except BaseException as error:  # the device failed, or a mode of torch's took part
             lines = [f"{path}: holds content of the checkpoint" for path in copied]
             _raise_what_is_left([*lines, *put_back(held)], error, where)
             raise
-
-
-def _copy(copies: Sequence[Copy], begun: list[str]) -> None:
-    """Copy tensors; the path of each is appended to `begun` before."""
-    with torch.no_grad():
-        for path, target, source in copies:
-            begun.append(path)
-            target.copy_(source)
 
 
 def _warn_of_what_is_left_out(plan: Plan, where: str) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Mapping
 from typing import Any
+
+from asyncckpt.schedule import is_schedule
 
 
 def checked_step(step: Any, state: Any) -> int:
@@ -48,3 +51,20 @@ def check_options(max_in_flight: int, when_busy: str, on_error: object, on_commi
         raise TypeError(f'on_error must be "raise" or a callable, not {on_error!r}')
     if on_commit is not None and not callable(on_commit):
         raise TypeError(f"on_commit must be a callable, not {on_commit!r}")
+
+
+def check_timing(every: object, grace: object, *, has_signals: bool) -> None:
+    """Raise TypeError or ValueError for an invalid schedule or grace period."""
+    if every is not None and not is_schedule(every):
+        raise TypeError(
+            "every must be a schedule such as Every(steps=500) or Budget(0.01), or an object with a method"
+            f" due(); it is {every!r}"
+        )
+    if grace is None:
+        return
+    if isinstance(grace, bool) or not isinstance(grace, (int, float)):
+        raise TypeError(f"grace must be a number of seconds, not {grace!r}")
+    if not 0 < grace < math.inf:
+        raise ValueError(f"grace must be positive and finite, not {grace}")
+    if not has_signals:
+        raise ValueError("grace counts from a signal; name the signals, such as on_signal=('SIGTERM',)")

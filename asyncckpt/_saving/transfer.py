@@ -47,13 +47,16 @@ class Transfer:
     _tail: bytearray = field(init=False, repr=False)
     _checksums: Offsets = field(init=False, repr=False)
     _turn: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False)
-    # Positions: next piece, literal, checksum slot and range; offset in that range, and its checksum so far.
+    # Under `_turn`: start of the next piece, and index of its first literal.
     _next: int = field(default=0, init=False)
     _literal: int = field(default=0, init=False)
+    _advanced: threading.Condition = field(default_factory=threading.Condition, init=False, repr=False)
+    # All bytes below `_final` are final. Whoever has the piece there owns the first checksum slot that is not
+    # filled, and the checksum so far of the range that continues there.
+    _final: int = field(default=0, init=False)
     _slot: int = field(default=0, init=False)
-    _range: int = field(default=0, init=False)
-    _offset: int = field(default=0, init=False)
     _crc: int = field(default=0, init=False)
+    _failed: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         self._tail = bytearray(self.plan.tail)
@@ -83,8 +86,9 @@ class Transfer:
             while (piece := self._next_piece(chunk)) is not None:
                 write(*piece)
         except BaseException:
-            with self._turn:
-                self._next = self.plan.size  # stops the other threads
+            with self._advanced:
+                self._failed = True  # stops the other threads
+                self._advanced.notify_all()
             raise
 
     async def _queue_pieces(self, chunk: int, queue: MemoryObjectSendStream[Piece]) -> None:
@@ -93,48 +97,62 @@ class Transfer:
                 await queue.send(piece)
 
     def _next_piece(self, chunk: int) -> Piece | None:
-        """Return offset and bytes of the next piece once they are final; None at the end."""
+        """Return offset and bytes of the next piece once it is final; None at the end, and after a failure.
+
+        Several threads prepare pieces at once. What depends on the bytes before is done piece after piece.
+        """
+        size, literals = self.plan.body.nbytes, self.plan.literals
         with self._turn:
             start, stop = self._next, min(self._next + chunk, self.plan.size)
-            if start >= stop:
+            if start >= stop or self._failed:
                 return None
-            self._complete(stop)
+            first = self._literal
+            self._literal = bisect_left(literals, stop, lo=first, key=itemgetter(0))
+            new = literals[first : self._literal]
+            # The copy may overwrite bytes between ranges: a literal is added when the copy is past its end.
+            end = max(stop, new[-1][0] + len(new[-1][1])) if new else stop
+            self.filled.wait(min(end, size))
             self._next = stop
-        size = self.plan.body.nbytes
+        began = time.perf_counter()
+        for offset, literal in new:
+            self.body[offset : offset + len(literal)] = literal
+        crc = self._checksum_ranges(start, min(stop, size))
+        seconds = time.perf_counter() - began
+        with self._advanced:
+            self._advanced.wait_for(lambda: self._final == start or self._failed)
+            if self._final != start:
+                return None
+        began = time.perf_counter()
+        self._continue_range(start, min(stop, size), crc)
+        self._fill_slots(end if stop <= size else self.plan.size)
+        with self._advanced:
+            self.stats.checksum += seconds + time.perf_counter() - began
+            self._final = stop
+            self._advanced.notify_all()
         if stop <= size:
             return start, self.body[start:stop]
         tail = memoryview(self._tail)[max(start - size, 0) : stop - size]
         return start, tail if start >= size else memoryview(b"".join((self.body[start:size], tail)))
 
-    def _complete(self, stop: int) -> None:
-        """Make all bytes below `stop` final: wait for the copy, add literals and checksums."""
-        size, literals, first = self.plan.body.nbytes, self.plan.literals, self._literal
-        self._literal = bisect_left(literals, stop, lo=first, key=itemgetter(0))
-        new = literals[first : self._literal]
-        # The copy may overwrite bytes between ranges: a literal is added when the copy is past its end.
-        end = max(stop, new[-1][0] + len(new[-1][1])) if new else stop
-        self.filled.wait(min(end, size))
-        began = time.perf_counter()
-        for offset, literal in new:
-            self.body[offset : offset + len(literal)] = literal
-        if len(self.plan.slots):
-            self._checksum_ranges(min(stop, size))
-            self._fill_slots(end if stop <= size else self.plan.size)
-        self.stats.checksum += time.perf_counter() - began
-
-    def _checksum_ranges(self, limit: int) -> None:
-        """Update the checksums of the ranges with their bytes below `limit`."""
+    def _checksum_ranges(self, start: int, stop: int) -> int:
+        """Checksum the ranges that begin in [start, stop), up to `stop`; return the last checksum."""
         body = self.plan.body
-        rows = slice(self._range, int(body.starts.searchsorted(limit)))
-        for start, stop in zip(body.starts[rows].tolist(), body.stops[rows].tolist(), strict=True):
-            upto = min(stop, limit)
-            self._crc = crc32(self.body[max(start, self._offset) : upto], self._crc)
-            self._offset = upto
-            if stop > limit:
+        first, last = body.starts.searchsorted((start, stop)).tolist() if len(self.plan.slots) else (0, 0)
+        rows = zip(body.starts[first:last].tolist(), body.stops[first:last].tolist(), strict=True)
+        checksums = [crc32(self.body[begin : min(end, stop)]) for begin, end in rows]
+        self._checksums[first:last] = checksums
+        return checksums[-1] if checksums else 0
+
+    def _continue_range(self, start: int, stop: int, crc: int) -> None:
+        """Continue the checksum of a range that began before `start`; `crc` is the last of those since."""
+        body = self.plan.body
+        index = int(body.starts.searchsorted(start)) - 1 if len(self.plan.slots) else -1
+        if index >= 0 and body.stops[index] > start:
+            end = min(int(body.stops[index]), stop)
+            self._checksums[index] = self._crc = crc32(self.body[start:end], self._crc)
+            if end == stop:
                 return
-            self._checksums[self._range] = self._crc
-            self._range += 1
-            self._crc = 0
+        self._crc = crc
 
     def _fill_slots(self, limit: int) -> None:
         """Write checksums into the slots below `limit`; the literals around them are in place."""

@@ -44,9 +44,11 @@ class Watermark:
 
     Attributes:
         ended: whether all writes into the buffer have ended.
+        awaited: whether someone waits or has waited for bytes.
     """
 
     ended: bool = False
+    awaited: bool = False
     _value: int = 0
     _error: BaseException | None = None
     _changed: Condition = field(default_factory=Condition)
@@ -66,6 +68,7 @@ class Watermark:
 
     def wait(self, value: int) -> None:
         """Block until everything below `value` is there; raises what the copy failed with."""
+        self.awaited = True
         self._changed.until(lambda: self._value >= value or self.ended)
         if self._value < value and self._error is not None:
             raise self._error
@@ -182,4 +185,5 @@ def _copy_on_host(ranges: Ranges, starts: Sequence[int], lease: Lease, done: Wat
         target, _, length = pieces[count - 1]
         done.advance(target + length - lease.address)
 
-    for_each_piece(lambda piece: memmove(*piece), pieces, report)
+    # The background needs a core until it writes: a late beginning costs it more than one thread gains here.
+    for_each_piece(lambda piece: memmove(*piece), pieces, report, lambda: done.awaited)

@@ -19,7 +19,10 @@ _MOST = 4
 
 
 def for_each_piece(
-    do: Callable[[P], object], pieces: Sequence[P], report: Callable[[int], object] = lambda _: None
+    do: Callable[[P], object],
+    pieces: Sequence[P],
+    report: Callable[[int], object] = lambda _: None,
+    may_use_last_core: Callable[[], bool] = lambda: True,
 ) -> None:
     """Call `do` with every piece; this thread and a few more each take the next one.
 
@@ -29,13 +32,17 @@ def for_each_piece(
         do: lets go of the interpreter.
         pieces: what it is called with.
         report: called, under a lock, with how many pieces from the first on are done.
+        may_use_last_core: asked between pieces until it is true; before, one core is left to others.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     work = _Work(do, pieces, report)
-    more = range(min(_MOST, cores, len(pieces)) - 1)
+    threads = min(_MOST, cores, len(pieces))
+    at_once = threads if may_use_last_core() else min(threads, max(cores - 1, 1))
     try:
-        with suppress(RuntimeError):  # a limit, or the interpreter is shutting down
-            start_threads([Thread(target=work.help, name="asyncckpt-copy", daemon=True) for _ in more], [])
+        work.start_helpers(at_once - 1)
+        if at_once < threads:
+            work.run(may_use_last_core)
+            work.start_helpers(threads - at_once)
         work.run()
     finally:
         work.end()
@@ -59,8 +66,15 @@ class _Work(Generic[P]):
         self._done = [False] * len(pieces)
         self._front = 0  # how many pieces, from the first on, are all done
 
-    def run(self) -> None:
-        while (index := self._take()) is not None:
+    def start_helpers(self, count: int) -> None:
+        if count > 0 and self._next < len(self._pieces):
+            with suppress(RuntimeError):  # a limit, or the interpreter is shutting down
+                start_threads(
+                    [Thread(target=self.help, name="asyncckpt-copy", daemon=True) for _ in range(count)], []
+                )
+
+    def run(self, until: Callable[[], bool] = lambda: False) -> None:
+        while not until() and (index := self._take()) is not None:
             self._do(self._pieces[index])
             with self._changed:
                 self._done[index] = True

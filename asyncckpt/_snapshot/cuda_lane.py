@@ -45,7 +45,7 @@ class CudaLane(Lane):
             self._buffer = torch.frombuffer(lease.view, dtype=torch.uint8)
         self._budget = budget
         self._taken = 0
-        self._side = cuda.Stream(device)
+        self._side = _side_stream(device)
         self._side.wait_stream(cuda.current_stream(device))
         self._lock = Lock()
         self._last = self._side.record_event()  # of the copies of sources that may be changed after a fence
@@ -234,6 +234,15 @@ class _Launch(NamedTuple):
 
     event: torch.cuda.Event
     scratch: list[tuple[Piece, torch.Tensor]]
+
+
+# One for each device: torch has few streams, and gives those of the program out again.
+_sides: dict[torch.device, torch.cuda.Stream] = {}
+
+
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """Return the stream for copies from a device."""
+    return _sides.get(device) or _sides.setdefault(device, cuda.Stream(device))
 
 
 def _groups(ranges: Ranges) -> list[list[tuple[int, torch.Tensor]]]:

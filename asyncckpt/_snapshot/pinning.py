@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("asyncckpt")
 
-# Registered in pieces, since each holds up other calls of CUDA meanwhile. No copy may cross from piece to piece.
+# Registered in pieces: each holds up other calls of CUDA meanwhile. No copy may cross from piece to piece.
 PIECE = 256 << 20
 _PORTABLE = 1  # pinned for every device, not only for the current one
 

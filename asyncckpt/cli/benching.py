@@ -32,6 +32,7 @@ WeightsOnly = Annotated[
 ]
 Repeat = Annotated[int, typer.Option("--repeat", min=1, help="Number of measured saves of each kind.")]
 
+_MINUTES = 10  # a usual interval, for comparison
 _COLUMNS = {
     "first save": "first_stall_s",
     "stall": "stall_s",
@@ -125,6 +126,10 @@ def _print(found: Mapping[str, Any]) -> None:
     output.print_table(table)
     output.line("Lost: the stall, and the slowdown of the steps until the checkpoint is complete.", "dim")
     output.line(f"With at least that interval, saves cost less than {SHARE:.0%} of the training time.", "dim")
+    ours = found["asyncckpt"]
+    budget = f"every=Budget({SHARE}) saves every {_seconds(ours['interval_s'])}"
+    regular = f"every=Every(minutes={_MINUTES}) costs {max(ours['lost_s'], 0.0) / (60 * _MINUTES):.3%}"
+    output.line(f"asyncckpt: {budget}; {regular}.", "dim")
     output.line(f"Medians of {output.counted(len(found['samples']['ours_stall_s']), 'save')}.", "dim")
 
 

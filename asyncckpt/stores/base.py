@@ -47,14 +47,25 @@ class OpenFile(ABC):
     Attributes:
         file: what a listing shows of it.
         path: its path or URL.
+        chunk: size in bytes of the pieces in which all of it is best read; a multiple of 4096.
+        readers: how many pieces at once.
     """
 
+    chunk: int = 16 << 20
+    readers: int = 8
     file: StoredFile
     path: str
 
     @abstractmethod
     async def read(self, offset: int, into: memoryview) -> None:
         """Fill `into` with the bytes from `offset` on; raises StoreError where the file ends before."""
+
+    def blocking_reader(self) -> Callable[[int, memoryview], None] | None:
+        """Return a function that does what `read` does and blocks; None if there is none.
+
+        It is called on several threads of the caller at once, which saves a task switch a piece.
+        """
+        return None
 
     async def answer(self, requests: Generator[tuple[int, int], bytes, R]) -> R:
         """Send a generator the bytes of each (offset, length) that it yields; returns what it returns."""

@@ -53,7 +53,8 @@ class LocalDraft(Draft):
     A forked child holds no descriptor of it, and cannot use it: the file is the parent's alone.
     """
 
-    writers = BULK_THREADS
+    # While some pieces are written, others get their checksums or wait for the interpreter.
+    writers = 2 * BULK_THREADS
 
     def __init__(self, ops: FileOps, directory: str, name: str, size: int) -> None:
         self._ops = ops

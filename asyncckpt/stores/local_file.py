@@ -19,6 +19,8 @@ from asyncckpt.stores.errors import local_errors
 from asyncckpt.stores.temporary import close_quietly, is_temporary
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from asyncckpt.stores.fileops import FileOps
 
 PAGE = 4096
@@ -109,6 +111,10 @@ class LocalFile(OpenFile):
         shown: its path as the user gave it.
     """
 
+    # With as many larger pieces as a device takes at once, these end together, and it pauses until the next
+    # ones are asked for.
+    chunk = 8 << 20
+
     def __init__(self, ops: FileOps, name: str, path: str, shown: str) -> None:
         self.path = shown
         self._ops = ops
@@ -130,8 +136,11 @@ class LocalFile(OpenFile):
 
     async def read(self, offset: int, into: memoryview) -> None:
         """Fill `into` with the bytes from `offset` on, past the page cache for large aligned ranges."""
-        with local_errors(f"reading {self._name}", self._path):
-            await in_thread(self._read, offset, into.cast("B"), limiter=bulk_limiter())
+        await in_thread(self._read, offset, into.cast("B"), limiter=bulk_limiter())
+
+    def blocking_reader(self) -> Callable[[int, memoryview], None]:
+        """Return what reads a range on the thread that calls it."""
+        return self._read
 
     def close(self) -> None:
         """Close the file; a read that a cancelled task has left behind closes it at its end."""
@@ -146,8 +155,9 @@ class LocalFile(OpenFile):
             fd = self._fd
             self._reads_running += 1
         try:
-            done = self._read_direct(fd, offset, into)
-            done += read_at(self._ops, fd, into[done:], offset + done)
+            with local_errors(f"reading {self._name}", self._path):
+                done = self._read_direct(fd, offset, into)
+                done += read_at(self._ops, fd, into[done:], offset + done)
             if done < len(into):
                 raise StoreError(
                     errno.ENODATA,

@@ -146,6 +146,7 @@ class WrapperStore(Store):
 class _WrapperFile(OpenFile):
     def __init__(self, store: WrapperStore, inner: OpenFile) -> None:
         self.file, self.path = inner.file, inner.path
+        self.chunk, self.readers = inner.chunk, inner.readers
         self._store, self._inner = store, inner
 
     async def read(self, offset: int, into: memoryview) -> None:

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import mmap
 import random
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING
@@ -12,7 +13,7 @@ import anyio
 import pytest
 from anyio.lowlevel import checkpoint
 
-from asyncckpt._threads import for_each
+from asyncckpt._threads import for_each, in_thread
 from asyncckpt.errors import StoreError
 
 if TYPE_CHECKING:
@@ -101,6 +102,22 @@ class StoreContract(ABC):
         await put(store, "a.pt", data)
         assert await get(store, "a.pt") == data
         assert [(file.name, file.nbytes) for file in await store.list()] == [("a.pt", size)]
+
+    @pytest.mark.parametrize(("offset", "length"), [(0, 3 << 20), (4096, 1 << 20), (1, 5), (3_000_000, 0)])
+    async def test_a_range_is_read_on_any_thread(self, store: Store, offset: int, length: int) -> None:
+        data = content(3 << 20)
+        await put(store, "a.pt", data)
+        async with store.open("a.pt") as file:
+            assert file.chunk > 0
+            assert file.chunk % 4096 == 0
+            assert file.readers >= 1
+            one, other = (memoryview(mmap.mmap(-1, max(length, 1)))[:length] for _ in range(2))
+            await file.read(offset, one)
+            read = file.blocking_reader()
+            if read is not None:
+                await in_thread(read, offset, other)
+                assert other == data[offset : offset + length]
+        assert one == data[offset : offset + length]
 
     @pytest.mark.parametrize(
         "name",
