@@ -17,7 +17,7 @@ from asyncckpt._saving.engine import get_engine, wait_for_pending
 from asyncckpt._trainer.checkpoint_io import BackgroundIO, background_io, refer
 from asyncckpt._trainer.listing import SavedFile, Session, derive, is_last_epoch, listing_of
 from asyncckpt._trainer.locations import is_local, locate
-from asyncckpt._trainer.own_code import is_saved_by_users, may_change_parameters, package_of
+from asyncckpt._trainer.own_code import is_saved_by_users, may_change_parameters, refuse_other_package
 from asyncckpt._trainer.strategies import warn_if_passed_by
 from asyncckpt.errors import AsyncCkptError, SaveError, add_note
 
@@ -88,14 +88,20 @@ class BackgroundCheckpoint(Base):
         self.save_best = save_best
         self.log_cost = log_cost
         self.overlap = overlap
-        self._session = Session(self.io_class(overlap=overlap))
+        self._session = self._new_session()
 
     # What a wrong argument's TypeError names.
     __init__.__qualname__ = "ModelCheckpoint.__init__"
 
     def __getstate__(self) -> dict[str, Any]:
         # A process that gets it has nothing pending: that stays with this one.
-        return vars(self) | {"_session": Session(self.io_class(overlap=self.overlap))}
+        return vars(self) | {"_session": self._new_session()}
+
+    def _new_session(self) -> Session:
+        io = self.io_class()
+        if self.overlap:
+            io.overlap()
+        return Session(io)
 
     # Lightning's hooks
 
@@ -106,12 +112,7 @@ class BackgroundCheckpoint(Base):
             TypeError: the Trainer is of the other package.
             ValueError: `save_best` or `save_last` is "link" and dirpath is remote.
         """
-        if not isinstance(trainer, self.trainer_class):
-            wanted, given = package_of(self.trainer_class), package_of(type(trainer))
-            raise TypeError(
-                f"{type(self).__module__}.{type(self).__name__} works with the Trainer of {wanted}, not with"
-                f" that of {given}; import both from one package"
-            )
+        refuse_other_package(self, trainer)
         super().setup(trainer, pl_module, stage)
         if self.save_best == "link" and not is_local(self.dirpath or ""):
             raise ValueError(
@@ -119,7 +120,7 @@ class BackgroundCheckpoint(Base):
                 f" `dirpath={self.dirpath}`."
             )
         current: Any = trainer.strategy.checkpoint_io
-        io = background_io(current) or self.io_class(current, overlap=self.overlap)
+        io = background_io(current) or self.io_class(current)
         if type(current).__name__ == "XLACheckpointIO":
             rank_zero_warn("asyncckpt saves in the foreground on XLA devices: all ranks have to take part.")
         elif stage == "fit" and background_io(current) is None:
@@ -183,7 +184,7 @@ class BackgroundCheckpoint(Base):
         try:
             self._complete(trainer, alone=True)
         finally:
-            self._session = Session(self.io_class(overlap=self.overlap))
+            self._session = self._new_session()
 
     def fence(self) -> None:
         """Wait until parameters and optimizer state may be changed by hand, as `AsyncCheckpointIO.fence`."""

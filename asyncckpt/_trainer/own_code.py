@@ -16,6 +16,16 @@ def package_of(owner: Any) -> str:
     return str(getattr(owner, "__module__", "")).partition(".")[0]
 
 
+def refuse_other_package(callback: Any, trainer: Any) -> None:
+    """Raise TypeError if a trainer is not of the package of a callback's `trainer_class`."""
+    if not isinstance(trainer, callback.trainer_class):
+        wanted, given = package_of(callback.trainer_class), package_of(type(trainer))
+        raise TypeError(
+            f"{type(callback).__module__}.{type(callback).__name__} works with the Trainer of {wanted}, not"
+            f" with that of {given}; import both from one package"
+        )
+
+
 def may_change_parameters(owner: Any, hook: str) -> bool:
     """Return whether a hook of a callback or a module may change parameters: whether it is a user's.
 
