@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from asyncckpt._snapshot.owners import Owners
 
 # A file has a header for each storage, and a state has more than an optimizer owns: buffers, for example.
-_PER_STORAGE, _MORE, _SHARE = 256, 1 << 20, 1.01
+_PER_STORAGE, _MORE, _SHARE = 256, 32 << 10, 1.02
 
 
 class Preparation:
