@@ -269,6 +269,20 @@ def test_the_plugin_alone_does_not_overlap_where_nothing_fences_averaged_weights
     assert reasons == {(False, "Lightning's WeightAveraging")}
 
 
+def test_a_save_of_the_users_is_not_overlapped_while_averaged_weights_are_in_the_module(
+    tmp_path: Path, saves: list[Save]
+) -> None:
+    class Saving(lightning.Callback):
+        def on_validation_epoch_end(self, trainer: Any, _: Any) -> None:
+            if not trainer.sanity_checking:
+                trainer.save_checkpoint(tmp_path / f"{trainer.current_epoch}.ckpt")
+
+    stock = run(tmp_path, StockCheckpoint(tmp_path, **EPOCHS), Wide(), Saving(), ema())
+    callback = ModelCheckpoint(tmp_path, **EPOCHS, overlap=True)
+    assert_same(run(tmp_path, callback, Wide(), Saving(), ema()), stock)
+    assert [save.stats.overlapped for save in saves] == [False, True] * 3
+
+
 class OwnIO(TorchCheckpointIO):
     """Somebody's own."""
 

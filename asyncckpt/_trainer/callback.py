@@ -287,9 +287,11 @@ class BackgroundCheckpoint(Base):
         self._notify_loggers(trainer)
         session.agreed, session.kind, session.newest = False, "other", None
         session.io.waits = trainer.state.fn != "fit"
+        session.io.in_hook = True
         try:
             yield
         finally:
+            session.io.in_hook = False
             self._remove_obsolete(trainer)
         self._session.raise_failures()
 

@@ -76,7 +76,7 @@ class BackgroundIO(Base):
     torch_io: ClassVar[type[CheckpointIO]]
     stock_async: ClassVar[type[Base]]
 
-    fences_hooks: bool  # whether a HookFence comes before the hooks that may change parameters
+    in_hook: bool  # whether a ModelCheckpoint saves, whose HookFence comes before what may change parameters
     waits: bool  # whether saves and removals are complete when they return, as nobody waits for them later
     submitted: dict[str, tuple[Outcome[Any], SaveStats | None]]  # what is not done, and no callback has taken
     _saver: Saver | None
@@ -109,7 +109,7 @@ class BackgroundIO(Base):
 
     def _idle(self) -> dict[str, Any]:
         unset = dict.fromkeys(("_saver", "_lender", "_handled", "_thread"))
-        flags = {"waits": False, "fences_hooks": False}
+        flags = {"waits": False, "in_hook": False}
         return {**unset, **flags, "submitted": {}, "causes": (), "_overlapping": self._new_overlapping()}
 
     def _new_overlapping(self) -> Overlapping:
@@ -304,7 +304,7 @@ class BackgroundIO(Base):
     def _why_not_overlapped(self, checkpoint: dict[str, Any], *, is_complete: bool) -> str:
         if self.overlaps and is_complete:
             return "the save was to be complete when it returned"
-        if self.overlaps and "averaging_state" in checkpoint and not self.fences_hooks:
+        if self.overlaps and "averaging_state" in checkpoint and not self.in_hook:
             # It writes through `.data`, which no version counter shows.
             return "Lightning's WeightAveraging changes parameters; ModelCheckpoint of asyncckpt would fence"
         return ""

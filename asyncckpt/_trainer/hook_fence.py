@@ -39,14 +39,12 @@ class HookFence(Base):
         if all(fence.io is not io for fence in cls._of(trainer)):
             # A new list: Lightning may be iterating over the old one.
             trainer.callbacks = [cls(io), *trainer.callbacks]
-        io.fences_hooks = True
 
     @classmethod
     def remove(cls, trainer: Any) -> None:
         """Remove it from the callbacks of a trainer."""
         for fence in cls._of(trainer):
             trainer.callbacks = [callback for callback in trainer.callbacks if callback is not fence]
-            fence.io.fences_hooks = False
 
     @classmethod
     def _of(cls, trainer: Any) -> list[Self]:
