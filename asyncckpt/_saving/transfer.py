@@ -66,16 +66,17 @@ class Transfer:
         """Write the file into `draft`; the caller commits it."""
         began = time.perf_counter()
         write = draft.blocking_writer()
+        writers = min(draft.writers, -(-self.plan.size // draft.chunk))
         async with tasks() as group:
             if write is not None:
-                for _ in range(draft.writers):
+                for _ in range(writers):
                     group.start_soon(in_thread, self._write_pieces, draft.chunk, write)
             else:
                 # A short queue keeps the checksums just ahead of the writes: running further ahead would
                 # take memory bandwidth from the copy on the training thread.
-                send, receive = anyio.create_memory_object_stream["Piece"](draft.writers)
+                send, receive = anyio.create_memory_object_stream["Piece"](writers)
                 group.start_soon(self._queue_pieces, draft.chunk, send)
-                for _ in range(draft.writers):
+                for _ in range(writers):
                     group.start_soon(_write_queued, draft, receive.clone())
                 receive.close()
         self.stats.write = time.perf_counter() - began
