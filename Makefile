@@ -17,7 +17,7 @@ N      ?= 20
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow test-all test-repeat test-matrix lint format bench bench-quick bench-targets bench-lightning clean
+.PHONY: help demo test test-slow test-all test-repeat test-matrix lint format bench bench-quick bench-targets bench-gpu bench-lightning clean
 
 help:
 	@echo 'make demo             train a small GPT, kill it, resume it, and show what its saves cost (2 minutes)'
@@ -31,6 +31,7 @@ help:
 	@echo 'make bench            compare with the peers: same state, same disk, one run (an hour)'
 	@echo 'make bench-quick      the same with a small state: does the measuring work? (a minute)'
 	@echo 'make bench-targets    measure the figures that asyncckpt is to reach, and say which are met'
+	@echo 'make bench-gpu        run the tests that need a GPU, and measure what is to be reached there (5 minutes)'
 	@echo 'make bench-lightning  measure what a save costs a Lightning Trainer, and see what a slow disk does to it'
 	@echo 'make clean            remove the virtual environment and whatever was made'
 	@echo
@@ -84,6 +85,9 @@ bench-quick: $(DONE)/peers
 
 bench-targets: $(DONE)/test
 	$(BIN)/python benchmarks/targets.py $(ARGS)
+
+bench-gpu: $(DONE)/bench
+	PYTHONPATH=$(CURDIR) $(BIN)/python benchmarks/gpu.py $(ARGS)
 
 bench-lightning: $(DONE)/test
 	$(BIN)/python benchmarks/lightning_overhead.py $(ARGS)

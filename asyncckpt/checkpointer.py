@@ -193,8 +193,11 @@ class Checkpointer(Finder):
         target = FileTarget(self._store, name, description, self._writer)
         objects: list[Any] = []
         collected = collect(state, objects)
-        overlapped = self._overlapping.of(overlap, objects)
+        overlapped, reason = self._overlapping.of(overlap, objects)
         save = self._saver.save(collected, target, step, began, overlapped)
+        save.stats.reason = save.stats.reason or reason
+        if overlap is None:
+            self._overlapping.note(save, began)
         if not save.skipped:
             self._writer.note_name(name, step)
         return save
@@ -256,6 +259,7 @@ class Checkpointer(Finder):
 
     def _release(self) -> None:
         """Release the engine, and the claim on the series unless a save of it is pending."""
+        self._overlapping.close()
         if self._unclaim is not None and not self._saver.pending:
             self._unclaim()
         self._saver.close()

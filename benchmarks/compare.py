@@ -37,8 +37,11 @@ ONE = Path(__file__).resolve().with_name("compare_one.py")
 LIMIT = 240.0  # seconds for one process; what takes longer is shown as failed
 
 
-def measure(job: Job, directory: Path, *, quick: bool) -> list[dict[str, Any]]:
-    """Run a job in a process and a directory of its own; returns what it found, kind by kind."""
+def measure(job: Job, directory: Path, *, quick: bool, limit: float = LIMIT) -> list[dict[str, Any]]:
+    """Run a job in a process and a directory of its own; returns what it found, kind by kind.
+
+    What takes longer than `limit` seconds is stopped, and has failed.
+    """
     with temporary_directory(directory) as folder:
         # What Lightning stages in the system's temporary directory is then renamed, not copied.
         staging, files, noted = folder / "tmp", folder / "files", folder / "notes"
@@ -50,9 +53,9 @@ def measure(job: Job, directory: Path, *, quick: bool) -> list[dict[str, Any]]:
         command += ["--trace"] if job.trace else []
         environment = Notes(noted).environment | {"TMPDIR": str(staging), "PYTHONWARNINGS": "ignore"}
         try:
-            results: list[dict[str, Any]] = run_apart(*command, limit=LIMIT, **environment)
+            results: list[dict[str, Any]] = run_apart(*command, limit=limit, **environment)
         except subprocess.TimeoutExpired:
-            results = [{"error": f"took longer than {LIMIT:.0f} s and was stopped"}] * len(job.kinds)
+            results = [{"error": f"took longer than {limit:.0f} s and was stopped"}] * len(job.kinds)
         except subprocess.CalledProcessError as error:
             results = [{"error": f"its process ended with status {error.returncode}"}] * len(job.kinds)
         except ValueError as error:

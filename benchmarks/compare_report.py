@@ -141,7 +141,7 @@ def draw(found: Found) -> str:
     """Return all tables of a comparison."""
     sections = [_heading(found)]
     for state in found.main_states():
-        sections += [_costs(found, state)] if state in found.states("saves") else []
+        sections += [costs(found, state)] if state in found.states("saves") else []
         sections.append(_takes(found, state))
     sections += [_burst(found, state) for state in found.states("burst")]
     sections += [_growth(found, of) for of in GROWTH if found.points(of)]
@@ -159,7 +159,8 @@ def _heading(found: Found) -> str:
     return "\n".join(lines)
 
 
-def _costs(found: Found, state: str) -> str:
+def costs(found: Found, state: str) -> str:
+    """Return the table of what saves cost in a state."""
     limits = Row(found, state, "limits")
     step = limits.limit("step_s") / limits.limit("alone_step_s")
     copy, write = seconds(found.copy(state)), seconds(limits.limit("write_s"))

@@ -17,6 +17,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
+
 import states
 from asyncckpt import __version__
 from asyncckpt._bench.place import sync
@@ -36,15 +38,23 @@ class Options(NamedTuple):
         directory: an existing one, where files may be written.
         repeat: how often.
         quick: with a small state.
+        device: where the state is: "cpu" or "cuda".
     """
 
     directory: Path
     repeat: int
     quick: bool
+    device: str = "cpu"
 
     def training(self) -> states.Training:
         """Make the model and the optimizer that are saved."""
-        return states.training(states.QUICK if self.quick else states.GPT2)
+        with torch.device(self.device):
+            return states.training(states.QUICK if self.quick else states.GPT2)
+
+    def synchronize(self) -> None:
+        """Wait until the device has done all that it was given."""
+        if self.device == "cuda":
+            torch.cuda.synchronize()
 
     def settle(self) -> None:
         """Let the disk come to rest: what was removed before is forgotten, discards included."""

@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 
 
 def loads(options: Options) -> Samples:
-    """Load one file in each of the ways by turns, always from the disk and not from the page cache."""
+    """Load one file in each of the ways by turns, always from the disk and not from the page cache.
+
+    To where the state is that was saved.
+    """
     live = options.training()
     samples: defaultdict[str, list[float]] = defaultdict(list)
     with Checkpointer(options.directory) as ckpt:
@@ -28,7 +31,19 @@ def loads(options: Options) -> Samples:
         target = {"model": live.model, "optimizer": live.optimizer, "step": 0}
 
         def torch_load() -> Any:
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location=options.device, weights_only=True)
+
+        def load() -> Any:
+            return ckpt.load(1, map_location=options.device)
+
+        def seconds(function: Callable[[], Any]) -> float:
+            """Time one call; what it returns is dropped only afterwards."""
+            began = time.perf_counter()
+            result = function()
+            options.synchronize()
+            ended = time.perf_counter()
+            del result
+            return ended - began
 
         def torch_restore() -> None:
             saved = torch_load()
@@ -38,11 +53,11 @@ def loads(options: Options) -> Samples:
         with Bare(options.directory, checkpoint.nbytes) as bare:
             ways: dict[str, Callable[[], Any]] = {
                 "bare_fresh_s": lambda: bare.read(path, fresh=True).seconds,
-                "load_s": lambda: _seconds(lambda: ckpt.load(1)),
-                "torch_load_s": lambda: _seconds(torch_load),
+                "load_s": lambda: seconds(load),
+                "torch_load_s": lambda: seconds(torch_load),
                 "bare_warm_s": lambda: bare.read(path, fresh=False).seconds,
-                "restore_s": lambda: _seconds(lambda: ckpt.restore(target, 1)),
-                "torch_restore_s": lambda: _seconds(torch_restore),
+                "restore_s": lambda: seconds(lambda: ckpt.restore(target, 1)),
+                "torch_restore_s": lambda: seconds(torch_restore),
             }
             for _ in range(options.repeat):
                 for name, measured in ways.items():
@@ -50,22 +65,13 @@ def loads(options: Options) -> Samples:
                     forget_cached(path)
                     samples[name].append(measured())
         expected = torch_load()
-        _check(expected, ckpt.load(1))
+        _check(expected, load())
         for tensor in tensors_of(live.state()):
             tensor.zero_()
         ckpt.restore(target, 1)
         _check(expected, live.state())
     samples["file_bytes"].append(checkpoint.nbytes)
     return samples
-
-
-def _seconds(function: Callable[[], Any]) -> float:
-    """Time one call; what it returns is dropped only afterwards."""
-    began = time.perf_counter()
-    result = function()
-    seconds = time.perf_counter() - began
-    del result
-    return seconds
 
 
 def _check(expected: Any, found: Any) -> None:

@@ -84,14 +84,16 @@ def first_save(options: Options, *, reserve: bool) -> Samples:
     return samples | {"copy_s": [copies[1]]}
 
 
-def many_tensors(options: Options) -> Samples:
-    """Save 10,000 tensors, when only their values changed, and when numbers changed as well."""
+def many_tensors(options: Options, count: int = 10_000) -> Samples:
+    """Save `count` tensors, when only their values changed, and when numbers changed as well."""
     torch.set_num_threads(1)
-    state = states.many_tensors()
+    with torch.device(options.device):
+        state = states.many_tensors(count)
     tensors = list(state["model"].values())
 
     def values(_: int) -> None:
         torch._foreach_add_(tensors, 1.0)
+        options.synchronize()
 
     def numbers(step: int) -> None:
         values(step)

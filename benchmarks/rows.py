@@ -10,7 +10,7 @@ from report import heading
 from report import seconds as written
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     Samples = Mapping[str, Sequence[float]]
 
@@ -78,12 +78,12 @@ def rows(samples: Mapping[str, Samples]) -> list[dict[str, Any]]:
     """Judge the samples of all measurements; returns a row for each target."""
     figures = {
         **_stalls(samples),
-        **_durable(samples["warm_saves"]),
+        **durable_figures(samples["warm_saves"]),
         **_steps(samples["steps"]),
         **_memory(samples["memory"]),
         **_tensors(samples["many_tensors"]),
         **_small(samples["small"]),
-        **_loads(samples["loads"]),
+        **load_figures(samples["loads"]),
     }
     return [
         {**vars(target), **figures[target.key]._asdict(), "met": target.met_by(figures[target.key].value)}
@@ -109,15 +109,21 @@ def draw(data: Mapping[str, Any]) -> str:
         closing.append(
             "A quick run with a small state: it shows that the measuring works, not what is reached."
         )
-    return "\n".join([*heading(data), "", *_table(data["rows"]), "", *closing])
+    return "\n".join([*heading(data), "", *table(data["rows"]), "", *closing])
 
 
-def _table(rows: list[dict[str, Any]]) -> Iterator[str]:
+def table(rows: Iterable[Mapping[str, Any]]) -> Iterator[str]:
+    """Yield the lines of a table of rows, which have the names of `Target` and of `Figure`, and `met`.
+
+    `met` is None if there is no figure; the details then say why.
+    """
     yield f"{'':<48}{'target':>16}{'measured':>17}{'(least … greatest)':>21}"
     for row in rows:
         target = f"{SIGNS[row['relation']]} {row['limit']:g} {row['unit']}"
-        measured = f"{_number(row['value'])} {row['unit']}"
-        spread = f"({_number(row['low'])} … {_number(row['high'])})"
+        measured = spread = ""
+        if row["met"] is not None:
+            measured = f"{_number(row['value'])} {row['unit']}"
+            spread = f"({_number(row['low'])} … {_number(row['high'])})"
         yield f"{row['what']:<48}{target:>16}{measured:>17}{spread:>21}  {_verdict(row)}"
         for detail in row["details"]:
             yield f"      {detail}"
@@ -128,8 +134,12 @@ def _number(value: float) -> str:
 
 
 def _verdict(row: Mapping[str, Any]) -> str:
+    if row["met"] is None:
+        return "not measured"
     if row["met"]:
         return "met"
+    if not row["limit"]:
+        return "MISSED"
     return f"MISSED: {row['value'] / row['limit']:.2f} of the target"
 
 
@@ -148,17 +158,18 @@ def _stalls(samples: Mapping[str, Samples]) -> dict[str, Figure]:
 
 def _copied(samples: Samples, *details: str) -> Figure:
     beside = f"save() {_ms(samples['stall_s'])}, plain copy {_ms(samples['copy_s'])}"
-    return _ratio(samples["stall_s"], samples["copy_s"], beside, *details)
+    return ratio(samples["stall_s"], samples["copy_s"], beside, *details)
 
 
-def _durable(warm: Samples) -> dict[str, Figure]:
+def durable_figures(warm: Samples) -> dict[str, Figure]:
+    """Return the rate until durable beside bare writes, from the samples of `measure_saves.warm_saves`."""
     how = "O_DIRECT writes" if warm["direct"][0] else "buffered writes (O_DIRECT is refused here)"
     ours, bare = (_rate(warm["file_bytes"][0], warm[name]) for name in ("durable_s", "bare_write_s"))
     details = (
         f"from the call of save() {ours}, bare parallel {how} + fsync {bare}",
         "Save.stats: " + _parts(warm, "write", "sync", "commit", "checksum", "durable"),
     )
-    return {"durable_rate": _ratio(warm["bare_write_s"], warm["durable_s"], *details)}
+    return {"durable_rate": ratio(warm["bare_write_s"], warm["durable_s"], *details)}
 
 
 def _steps(steps: Samples) -> dict[str, Figure]:
@@ -169,16 +180,16 @@ def _steps(steps: Samples) -> dict[str, Figure]:
 
     pauses = told("pause_s", lambda seconds: f"{_ms(seconds)} (worst {_ms([max(seconds)])})")
     return {
-        "step_time": _ratio(
+        "step_time": ratio(
             steps["save_step_s"],
             steps["bare_step_s"],
             f"mean step {told('step_s', _ms)}",
             f"median step {told('median_s', _ms)}",
         ),
-        "longest_pause": _plain(
+        "longest_pause": plain(
             steps["save_pause_s"], 1e3, "median of the longest pause in each of the repetitions", pauses
         ),
-        "background_cpu": _plain(
+        "background_cpu": plain(
             steps["save_cpu_s_per_gb"], 1, f"the bare writer takes {median(steps['bare_cpu_s_per_gb']):.2f}"
         ),
     }
@@ -190,12 +201,12 @@ def _memory(memory: Samples) -> dict[str, Figure]:
     details = (
         f"peak {peak:,.0f} MiB over a live state of {state / MIB:,.0f} MiB, held after it {held:,.0f} MiB"
     )
-    return {"memory": _plain([peak - state for peak in memory["peak_bytes"]], 1 / MIB, details)}
+    return {"memory": plain([peak - state for peak in memory["peak_bytes"]], 1 / MIB, details)}
 
 
 def _tensors(tensors: Samples) -> dict[str, Figure]:
     return {
-        f"tensors_{case}": _plain(
+        f"tensors_{case}": plain(
             tensors[f"{case}_s"], 1e6 / tensors["tensors"][0], f"save() {_ms(tensors[f'{case}_s'])}"
         )
         for case in ("values", "numbers")
@@ -205,28 +216,30 @@ def _tensors(tensors: Samples) -> dict[str, Figure]:
 def _small(small: Samples) -> dict[str, Figure]:
     stalls = small["stall_s"]
     details = f"{small['state_bytes'][0] / 1e6:.2f} MB in 16 tensors, {len(stalls)} saves"
-    return {"small_state": _plain(stalls, 1e3, details)}
+    return {"small_state": plain(stalls, 1e3, details)}
 
 
-def _loads(loads: Samples) -> dict[str, Figure]:
+def load_figures(loads: Samples) -> dict[str, Figure]:
+    """Return the figures of loading and restoring, from the samples of `measure_loads.loads`."""
     nbytes = loads["file_bytes"][0]
     fresh, warm = (_rate(nbytes, loads[f"bare_{memory}_s"]) for memory in ("fresh", "warm"))
     bare = f"bare parallel reads {fresh} into fresh memory (the measure), {warm} into warm memory"
     figures = {}
     for way, stock in (("load", "torch.load"), ("restore", "torch.load + load_state_dict")):
         ours, theirs = loads[f"{way}_s"], loads[f"torch_{way}_s"]
-        figures[f"{way}_rate"] = _ratio(loads["bare_fresh_s"], ours, f"{way}() {_rate(nbytes, ours)}", bare)
-        figures[f"{way}_speedup"] = _ratio(theirs, ours, f"{way}() {_ms(ours)}, {stock} {_ms(theirs)}")
+        figures[f"{way}_rate"] = ratio(loads["bare_fresh_s"], ours, f"{way}() {_rate(nbytes, ours)}", bare)
+        figures[f"{way}_speedup"] = ratio(theirs, ours, f"{way}() {_ms(ours)}, {stock} {_ms(theirs)}")
     return figures
 
 
-def _ratio(top: Sequence[float], bottom: Sequence[float], *details: str) -> Figure:
-    """Return the ratio of medians; its spread is that of the single pairs."""
+def ratio(top: Sequence[float], bottom: Sequence[float], *details: str) -> Figure:
+    """Return the ratio of medians as a figure; its spread is that of the single pairs."""
     pairs = [a / b for a, b in zip(top, bottom, strict=True)]
     return Figure(median(top) / median(bottom), min(pairs), max(pairs), details)
 
 
-def _plain(values: Sequence[float], scale: float, *details: str) -> Figure:
+def plain(values: Sequence[float], scale: float, *details: str) -> Figure:
+    """Return the median of samples as a figure, all times `scale`."""
     return Figure(median(values) * scale, min(values) * scale, max(values) * scale, details)
 
 

@@ -82,6 +82,8 @@ class Run:
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         print(f"{', '.join(names)}: {time.perf_counter() - began:.1f} s", file=sys.stderr, flush=True)
         found = json.loads(done.stdout)
+        if found["errors"]:
+            raise SystemExit("; ".join(f"{name}: {error}" for name, error in found["errors"].items()))
         self.versions = found["versions"]
         for name, samples in found["samples"].items():
             for key, values in samples.items():

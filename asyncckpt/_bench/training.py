@@ -64,10 +64,14 @@ def steps_while(step: Callable[[], object], going: Callable[[], bool]) -> list[f
 
 
 class PlainCopy:
-    """Copies each storage of a state once, into warm host buffers, which are pinned for those of a GPU."""
+    """Copies each storage of a state once, into warm host buffers, which are pinned for those of a GPU.
+
+    Attributes:
+        pairs: the buffer and the source of each.
+    """
 
     def __init__(self, state: Any) -> None:
-        self._pairs = [
+        self.pairs = [
             (torch.empty_like(source, device="cpu", pin_memory=source.is_cuda), source)
             for source in distinct_tensors(state)
         ]
@@ -76,8 +80,8 @@ class PlainCopy:
     def run(self) -> float:
         """Copy everything; returns seconds."""
         began = time.perf_counter()
-        for target, source in self._pairs:
+        for target, source in self.pairs:
             target.copy_(source, non_blocking=source.is_cuda)
-        if any(source.is_cuda for _, source in self._pairs):
+        if any(source.is_cuda for _, source in self.pairs):
             torch.cuda.synchronize()
         return time.perf_counter() - began

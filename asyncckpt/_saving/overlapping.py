@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
+
+from asyncckpt._saving.trial import Trial
 from asyncckpt._snapshot.deferred import Overlap
 from asyncckpt._snapshot.device_budget import DeviceBudget
 from asyncckpt._snapshot.fences import watch_steps
@@ -12,6 +16,10 @@ from asyncckpt._snapshot.owners import Owners, hooked
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from asyncckpt._saving.save import Save
+
+logger = logging.getLogger("asyncckpt")
+
 GuardKind = Literal["version", "checksum"]
 DEVICE_MEMORY = 256 << 20
 
@@ -19,16 +27,27 @@ DEVICE_MEMORY = 256 << 20
 class Overlapping:
     """The choice between blocking and overlapped copies for the saves of one Checkpointer or plugin.
 
+    Where the default is to overlap, it is given up once a snapshot was torn, and on a machine without a GPU
+    if the first saves lose more time than blocking ones.
+
     Args:
         default: for saves that do not say.
         guard: "version" or "checksum".
         device_memory: bytes that clones may take on each device.
+        everyone: whether what any optimizer of the process owns may be deferred, attached or not.
 
     Raises:
         TypeError, ValueError: an argument is invalid.
     """
 
-    def __init__(self, default: bool, guard: GuardKind, device_memory: int) -> None:  # noqa: FBT001
+    def __init__(
+        self,
+        default: bool,  # noqa: FBT001
+        guard: GuardKind = "version",
+        device_memory: int = DEVICE_MEMORY,
+        *,
+        everyone: bool = False,
+    ) -> None:
         if guard not in {"version", "checksum"}:
             raise ValueError(f'guard must be "version" or "checksum", not {guard!r}')
         if isinstance(device_memory, bool) or not isinstance(device_memory, int):
@@ -38,7 +57,9 @@ class Overlapping:
         self._default = _checked(default)
         if default:
             watch_steps()
-        self._overlap = Overlap(Owners(), DeviceBudget(device_memory), guard == "checksum")
+        self._overlap = Overlap(Owners(everyone=everyone), DeviceBudget(device_memory), guard == "checksum")
+        self._trial = Trial()
+        self._warned = False
 
     def attach(self, optimizers: Iterable[Any]) -> None:
         """Let what optimizers own be deferred.
@@ -48,17 +69,43 @@ class Overlapping:
         """
         self._overlap.owners.attach(optimizers)
 
-    def of(self, overlap: bool | None, objects: Iterable[Any]) -> Overlap | None:  # noqa: FBT001
-        """Return what a save may defer; None if it is to copy everything before it returns.
+    def of(self, overlap: bool | None, objects: Iterable[Any]) -> tuple[Overlap | None, str]:  # noqa: FBT001
+        """Return what a save may defer, or None and why it is to copy everything before it returns.
 
         Args:
             overlap: as given to the save; None for the default.
             objects: the stateful objects of its state; optimizers among them are attached.
         """
         if not (self._default if overlap is None else _checked(overlap)):
-            return None
+            return None, ""
         self.attach(filter(hooked, objects))
-        return self._overlap
+        if overlap is None:
+            reason = self._why_torn() or self._trial.why_blocking()
+            if reason:
+                return None, reason
+        return self._overlap, ""
+
+    def note(self, save: Save, began: float) -> None:
+        """Learn from a save that did not say whether to overlap.
+
+        Args:
+            save: just started.
+            began: when, by `time.perf_counter`.
+        """
+        if self._default and not save.skipped and not torch.cuda.is_initialized():
+            self._trial.begin(began, overlapped=save.stats.overlapped)
+
+    def close(self) -> None:
+        """Measure no more."""
+        self._trial.end()
+
+    def _why_torn(self) -> str:
+        if not self._overlap.torn:
+            return ""
+        if not self._warned:
+            self._warned = True
+            logger.warning("saves are not overlapped any more, since a snapshot was torn")
+        return "an earlier snapshot was torn"
 
 
 def _checked(overlap: Any) -> bool:

@@ -171,7 +171,7 @@ class Saver:
     def free(self, job: Job) -> None:
         """Release the host memory of a job, and take it out of flight."""
         if job.snapshot is not None:
-            job.snapshot.lease.release()
+            job.snapshot.release()
         with self._changed:
             self._in_flight.discard(job)
         self._changed.notify_all()

@@ -91,6 +91,12 @@ class Snapshot:
         self.ranges = Ranges([], [], [], [])
         self.filled.end(SaveError("the copy of the state to host memory was interrupted"))
 
+    def release(self) -> None:
+        """Give the host buffer back, and fence nothing any more; called once the copy has ended."""
+        if self.deferred is not None:
+            self.deferred.cancel()
+        self.lease.release()
+
     def plan(self, description: bytes) -> FilePlan:
         """Plan the file; too slow for the training thread."""
         return self.format.plan(self.frozen, self.body, description)

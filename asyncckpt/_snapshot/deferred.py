@@ -14,12 +14,13 @@ from asyncckpt._snapshot.guard import Checksums, Guard, torn_error
 from asyncckpt._snapshot.owners import changes
 from asyncckpt._snapshot.range_copy import RangeCopy
 from asyncckpt._threads import Condition, start_threads
-from asyncckpt.errors import SaveError
+from asyncckpt.errors import SaveError, TornSnapshotError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     import torch
+    from torch.storage import UntypedStorage
 
     from asyncckpt._snapshot.arena import Lease
     from asyncckpt._snapshot.device_budget import DeviceBudget
@@ -28,22 +29,22 @@ if TYPE_CHECKING:
     from asyncckpt._snapshot.ranges import Ranges
     from asyncckpt.types import SaveStats
 
-_DEFERRABLE = frozenset({"cpu", "cuda"})
 
-
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Overlap:
-    """What may be deferred.
+    """What the saves of one Checkpointer may defer.
 
     Attributes:
         owners: the optimizers whose parameters and state hold still until their next step.
         budget: device memory for clones.
         checksums: whether to compare checksums of the sources at the freeze with those of their copies.
+        torn: whether a snapshot was torn.
     """
 
     owners: Owners
     budget: DeviceBudget
     checksums: bool = False
+    torn: bool = False
 
 
 def defer(  # noqa: PLR0913, PLR0917 - what is copied, and where to
@@ -64,7 +65,7 @@ def defer(  # noqa: PLR0913, PLR0917 - what is copied, and where to
     deferred = [
         index
         for index, (source, size) in enumerate(zip(ranges.sources, ranges.sizes, strict=True))
-        if size > SMALL and source._cdata in owned and source.device.type in _DEFERRABLE
+        if size > SMALL and source._cdata in owned and _may_wait(source)
     ]
     if not deferred:
         stats.reason = overlap.owners.why_none() if any_large else "all of the state is small"
@@ -73,8 +74,13 @@ def defer(  # noqa: PLR0913, PLR0917 - what is copied, and where to
     checksums = Checksums(held, [starts[index] for index in deferred]) if overlap.checksums else None
     others = sorted(set(range(len(starts))).difference(deferred))
     lanes = open_lanes(ranges, [*deferred, *_on_cuda(ranges, others)], lease, overlap.budget)
-    clones, rest = _clone(ranges, starts, others, lanes)
-    copy_ranges(ranges.select(rest), [starts[index] for index in rest], lease, Watermark())
+    try:
+        clones, rest = _clone(ranges, starts, others, lanes)
+        copy_ranges(ranges.select(rest), [starts[index] for index in rest], lease, Watermark())
+    except BaseException:
+        for lane in lanes.values():
+            lane.close()
+        raise
     pieces = [*pieces_of(ranges, starts, deferred), *clones]
     stats.deferred_bytes = sum(held.sizes)
     return DeferredCopy(
@@ -85,7 +91,13 @@ def defer(  # noqa: PLR0913, PLR0917 - what is copied, and where to
         lease.view,
         filled,
         stats,
+        overlap,
     )
+
+
+def _may_wait(source: UntypedStorage) -> bool:
+    """Return whether the copy of a storage may be deferred: other processes would not wait for it."""
+    return source.device.type == "cuda" or (source.device.type == "cpu" and not source.is_shared())
 
 
 def _on_cuda(ranges: Ranges, indices: Iterable[int]) -> list[int]:
@@ -120,6 +132,7 @@ class DeferredCopy:
         buffer: what is copied into.
         filled: progress; ended with the copy.
         stats: `deferred`, `fence`, `device_fence` and `spilled_bytes` are set.
+        overlap: told if the snapshot is torn.
         state: what the sources are entries of.
         released: called when the sources may be changed.
     """
@@ -131,6 +144,7 @@ class DeferredCopy:
     buffer: memoryview
     filled: Watermark
     stats: SaveStats
+    overlap: Overlap
     state: Any = None
     released: Callable[[], object] = lambda: None
     _error: BaseException | None = field(default=None, init=False)
@@ -161,10 +175,11 @@ class DeferredCopy:
         self.stats.fence += time.perf_counter() - began
 
     def cancel(self) -> None:
-        """Copy no more; return once nothing is copied."""
+        """Copy no more, and fence nothing; return once nothing is copied."""
         self.guard = None
         fences.remove(self)
         self.copy.cancel()
+        self.released()
 
     def settle(self) -> None:
         """Raise unless the buffer holds the state as it was when it was frozen; called once all is copied.
@@ -219,3 +234,4 @@ class DeferredCopy:
             failure.__cause__ = error
             error = failure
         self._error = self._error or error
+        self.overlap.torn |= isinstance(error, TornSnapshotError)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import weakref
 from functools import cache, wraps
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
@@ -15,10 +15,19 @@ from asyncckpt._threads import Condition
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from asyncckpt._snapshot.deferred import DeferredCopy
+
+class Fenced(Protocol):
+    """What has to end before an optimizer steps."""
+
+    def reads_from(self, optimizer: Optimizer) -> bool:
+        """Return whether a step of `optimizer` changes what is read."""
+
+    def fence(self) -> None:
+        """End it; never raises, but for an interrupt."""
+
 
 _changed = Condition()
-_pending: tuple[DeferredCopy, ...] = ()
+_pending: tuple[Fenced, ...] = ()
 # Whether the last step was captured into a CUDA graph, whose replays run no hooks.
 _captured: weakref.WeakKeyDictionary[Optimizer, bool] = weakref.WeakKeyDictionary()
 
@@ -47,22 +56,22 @@ def why_not(optimizer: Optimizer) -> str:
     return f"no step of {kind} was seen yet"
 
 
-def add(copy: DeferredCopy) -> None:
-    """Fence `copy` before the next step of any optimizer that changes what it reads."""
+def add(fenced: Fenced) -> None:
+    """Fence something before the next step of any optimizer that changes what it reads."""
     global _pending  # noqa: PLW0603 - optimizers are hooked process-wide
     with _changed:
-        _pending = (*_pending, copy)
+        _pending = (*_pending, fenced)
 
 
-def remove(copy: DeferredCopy) -> None:
-    """Fence `copy` no more."""
+def remove(fenced: Fenced) -> None:
+    """Fence it no more."""
     global _pending  # noqa: PLW0603
     with _changed:
-        _pending = tuple(other for other in _pending if other is not copy)
+        _pending = tuple(other for other in _pending if other is not fenced)
 
 
-def pending() -> tuple[DeferredCopy, ...]:
-    """Return the copies that are still to be fenced."""
+def pending() -> tuple[Fenced, ...]:
+    """Return what is still to be fenced."""
     return _pending
 
 

@@ -46,7 +46,7 @@ class RangeCopy:
         self._report = report
         self._changed = Condition()
         self._launching = 0
-        self._fencing = 0
+        self._fences: dict[int, bool] = {}  # whether each one holds pieces that it has taken
         self._running = self._stopped = False
 
     def is_complete(self) -> bool:
@@ -55,12 +55,12 @@ class RangeCopy:
 
     def run(self) -> None:
         """Copy all pieces; return or raise once nothing is copied any more."""
-        with self._changed:
-            if self._stopped:
-                return
-            self._running = True
         launched: deque[tuple[Lane, list[int], Any]] = deque()
         try:
+            with self._changed:
+                if self._stopped:
+                    return
+                self._running = True
             while (batch := self._take(wait=not launched)) is not None or launched:
                 if batch is not None:
                     lane, indices = batch
@@ -82,19 +82,22 @@ class RangeCopy:
         What is left is copied, or cloned, or ordered before whatever the thread queues next on a device.
         """
         taken: list[tuple[torch.device, list[int]]] = []
-        with self._changed:
-            if self._stopped or self.ended:
-                return
-            self._fencing += 1
         try:
             with self._changed:
+                if self._stopped or self.ended:
+                    return
+                self._fences[id(taken)] = True
                 for device, left in self._left.items():
                     taken.append((device, list(left)))
                     left.clear()
             while taken:
                 self._hand_over(*taken[-1])
                 taken.pop()
-            self._changed.until(lambda: not self._launching or self.ended)
+            with self._changed:
+                self._fences[id(taken)] = False
+            self._changed.notify_all()
+            # Neither a batch of the copy's own thread nor another fence is between its sources and its end.
+            self._changed.until(lambda: not self._launching and not any(self._fences.values()))
             for lane in self.lanes.values():
                 lane.order()
         finally:
@@ -102,7 +105,7 @@ class RangeCopy:
                 if not self._stopped:
                     for device, indices in taken:  # interrupted
                         self._left[device].extendleft(reversed(indices))
-                self._fencing -= 1
+                self._fences.pop(id(taken), None)
             self._changed.notify_all()
 
     def cancel(self) -> None:
@@ -111,9 +114,11 @@ class RangeCopy:
             self._stopped = True
             for left in self._left.values():
                 left.clear()
-            self.ended |= not self._running
+            if not self._running and not self.ended:
+                self._close()
         self._changed.notify_all()
-        self._changed.until(lambda: self.ended)
+        if not self.ended:  # the caller may hold the lock, once it is
+            self._changed.until(lambda: self.ended)
 
     def _take(self, *, wait: bool) -> tuple[Lane, list[int]] | None:
         """Take the next batch of one device; None if there is none, now or, with `wait`, ever."""
@@ -127,7 +132,7 @@ class RangeCopy:
                     self._launching += 1
                     batch.append((lane, [left.popleft() for _ in range(count)]))
                     return True
-            return not self._fencing  # a fence may put back what it has taken
+            return not self._fences  # a fence may put back what it has taken
 
         self._changed.until(attempt, None if wait else 0)
         return batch[0] if batch else None
@@ -143,6 +148,7 @@ class RangeCopy:
 
     def _hand_over(self, device: torch.device, indices: list[int]) -> None:
         """Let a lane take over pieces at a fence, and put back what it has not copied."""
+        indices[:] = [index for index in indices if self._pieces[index] is not None]
         pieces = [piece for index in indices if (piece := self._pieces[index]) is not None]
         after = self.lanes[device].fence(pieces)
         self._mark([index for index, piece in zip(indices, after, strict=True) if piece is None])
@@ -168,11 +174,14 @@ class RangeCopy:
 
     def _end(self) -> None:
         try:
-            self._changed.until(lambda: not self._fencing)
+            self._changed.until(lambda: not self._fences)
         finally:
-            for lane in self.lanes.values():
-                lane.close()
-            with self._changed:
-                self._pieces.clear()
-                self.ended = True
+            self._close()
             self._changed.notify_all()
+
+    def _close(self) -> None:
+        for lane in self.lanes.values():
+            lane.close()
+        with self._changed:
+            self._pieces.clear()
+            self.ended = True

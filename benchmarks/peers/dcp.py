@@ -11,14 +11,27 @@ from __future__ import annotations
 
 import os
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 
 from peers.base import FuturePeer, empty_like, share_by_name
 
-if TYPE_CHECKING:
-    from torch.distributed.checkpoint.staging import AsyncStager
+
+def _kept(stager: Any) -> Any:
+    """Let a DefaultStager keep its memory from save to save.
+
+    That of torch 2.11 closes its inner stager after each save: its memory is lost, and so is its table of
+    types, and the next save fails with `KeyError: <class 'type'>`.
+    """
+    stager._state_dict_stager.close = lambda: None
+    return stager
+
+
+def _end(stager: Any) -> None:
+    """Close what `_kept` has returned."""
+    del stager._state_dict_stager.close  # that of its class is back
+    stager.close()
 
 
 class ThreadSaver(FuturePeer):
@@ -31,7 +44,7 @@ class ThreadSaver(FuturePeer):
     executor: ClassVar[str] = "THREAD"
     _checkpoint: Any
     _distributed: Any
-    _staging: dict[str, AsyncStager]
+    _staging: dict[str, Any]
 
     def start(self, state: Any) -> None:  # noqa: ARG002 - it is not warmed up
         """Make a group of this process alone."""
@@ -61,7 +74,7 @@ class ThreadSaver(FuturePeer):
     def close(self) -> None:
         """Give up what stages, and the group."""
         for stager in self._staging.values():
-            stager.close()
+            _end(stager)
         self._distributed.destroy_process_group()
 
 
@@ -84,7 +97,7 @@ class CachedSaver(ThreadSaver):
             use_async_staging=False,
             use_non_blocking_copy=cuda,
         )
-        self._staging = {"async_stager": staging.DefaultStager(options)}
+        self._staging = {"async_stager": _kept(staging.DefaultStager(options))}
 
 
 class ProcessSaver(CachedSaver):

@@ -1,0 +1,75 @@
+"""Measure on the first saves whether overlapped copies lose less time than blocking ones."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import TYPE_CHECKING
+
+from asyncckpt._snapshot import fences
+
+if TYPE_CHECKING:
+    from torch.optim.optimizer import Optimizer
+
+logger = logging.getLogger("asyncckpt")
+
+# Of each kind, by turns; the first two, which also take memory, do not count.
+_SAVES = 4
+
+
+class Trial:
+    """Take the first saves by turns, and compare how long each was from its call to the next step.
+
+    That is the save, the next forward and backward pass beside it, and the wait at the fence.
+    """
+
+    def __init__(self) -> None:
+        self._spans: dict[bool, list[float]] = {True: [], False: []}
+        self._running: _Span | None = None
+        self._reason: str | None = None
+
+    def why_blocking(self) -> str:
+        """Return why the next save is to be blocking; nothing if it is to overlap."""
+        if self._reason is None:
+            overlapped, blocking = self._spans[True], self._spans[False]
+            if len(blocking) < min(len(overlapped), _SAVES):
+                return "measured, to be compared with overlapped saves"
+            if len(overlapped) >= _SAVES:
+                self._reason = _decide(min(overlapped[1:]), min(blocking[1:]))
+        return self._reason or ""
+
+    def begin(self, began: float, *, overlapped: bool) -> None:
+        """Measure a save until the next step."""
+        self.end()
+        if self._reason is None:
+            self._running = _Span(began, self._spans[overlapped])
+            fences.add(self._running)
+
+    def end(self) -> None:
+        """Measure no more."""
+        if self._running is not None:
+            fences.remove(self._running)
+            self._running = None
+
+
+def _decide(overlapped: float, blocking: float) -> str:
+    if overlapped <= blocking:
+        return ""
+    reason = f"they lose time here: {overlapped:.3f} s up to the next step, {blocking:.3f} s if blocking"
+    logger.warning("saves are not overlapped any more: %s", reason)
+    return reason
+
+
+class _Span:
+    """Passes the fence with the next step, and notes when that was."""
+
+    def __init__(self, began: float, spans: list[float]) -> None:
+        self._began = began
+        self._spans = spans
+
+    def reads_from(self, optimizer: Optimizer) -> bool:  # noqa: ARG002
+        return True
+
+    def fence(self) -> None:
+        fences.remove(self)
+        self._spans.append(time.perf_counter() - self._began)

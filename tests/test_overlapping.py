@@ -1,0 +1,163 @@
+"""Whether saves are overlapped: by default, by argument, and after what the first ones have shown."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+from asyncckpt import Checkpointer, TornSnapshotError
+from asyncckpt._saving.trial import Trial
+from asyncckpt._snapshot import fences
+from asyncckpt.testing import Gate
+from support import gated_store
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from asyncckpt import Save
+
+
+class Training:
+    """A model whose weight is large enough to be deferred, and its optimizer."""
+
+    def __init__(self) -> None:
+        self.model = torch.nn.Linear(200, 200)
+        self.opt = torch.optim.AdamW(self.model.parameters())
+        self.state = {"model": self.model, "opt": self.opt}
+
+    def step(self) -> None:
+        self.model(torch.ones(2, 200)).square().mean().backward()
+        self.opt.step()
+
+
+@pytest.fixture
+def training() -> Training:
+    return Training()
+
+
+def test_saves_are_blocking_unless_asked(tmp_path: Path, training: Training) -> None:
+    with Checkpointer(tmp_path, max_in_flight=4) as ckpt:
+        ckpt.attach(training.opt)
+        training.step()
+        assert not ckpt.save(1, training.state).stats.overlapped
+        assert ckpt.save(2, training.state, overlap=True).stats.overlapped
+    with Checkpointer(tmp_path, overlap=True, max_in_flight=4) as ckpt:
+        assert ckpt.save(3, training.state).stats.overlapped
+        assert not ckpt.save(4, training.state, overlap=False).stats.overlapped
+
+
+def test_a_save_before_the_first_step_is_blocking_and_says_why(tmp_path: Path, training: Training) -> None:
+    with Checkpointer(tmp_path, overlap=True) as ckpt:
+        first = ckpt.save(1, training.state)
+        first.committed.result()
+        training.step()
+        second = ckpt.save(2, training.state)
+    assert (first.stats.overlapped, first.stats.reason) == (False, "no step of AdamW was seen yet")
+    assert (second.stats.overlapped, second.stats.reason) == (True, "")
+
+
+def test_a_state_of_small_tensors_says_why_it_is_not_overlapped(tmp_path: Path) -> None:
+    with Checkpointer(tmp_path, overlap=True) as ckpt:
+        save = ckpt.save(1, {"x": torch.zeros(10)})
+        other = Checkpointer(tmp_path / "other", overlap=True).save(1, {"x": torch.zeros(100_000)})
+    assert save.stats.reason == "all of the state is small"
+    assert other.stats.reason == "nothing of the state belongs to an attached optimizer"
+    other.committed.result()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        ({"overlap": 1}, TypeError),
+        ({"guard": "crc"}, ValueError),
+        ({"device_memory": -1}, ValueError),
+        ({"device_memory": 0.5}, TypeError),
+    ],
+)
+def test_bad_arguments_are_errors(
+    tmp_path: Path, arguments: dict[str, object], error: type[Exception]
+) -> None:
+    with pytest.raises(error, match=next(iter(arguments))):
+        Checkpointer(tmp_path, **arguments)  # type: ignore[arg-type]
+
+
+def test_after_a_torn_snapshot_saves_are_blocking(
+    tmp_path: Path, training: Training, caplog: pytest.LogCaptureFixture
+) -> None:
+    def change_beside(step: int, overlap: bool | None) -> Save:  # noqa: FBT001
+        save = ckpt.save(step, training.state, overlap=overlap)
+        with torch.no_grad():
+            training.model.weight.add_(1)
+        gate.open()
+        ckpt._saver.drain()
+        gate.close()
+        return save
+
+    gate = Gate()
+    with Checkpointer(store=gated_store(tmp_path, gate, "write"), overlap=True) as ckpt:
+        training.step()
+        for step, overlap in ((1, None), (2, True)):
+            torn = change_beside(step, overlap)
+            with pytest.raises(TornSnapshotError, match=r'state\["model"\]\["weight"\] was changed'):
+                torn.committed.result()
+        after = change_beside(3, None)
+        after.committed.result()
+    assert after.stats.reason == "an earlier snapshot was torn"
+    assert caplog.text.count("saves are not overlapped any more, since a snapshot was torn") == 1
+
+
+@pytest.mark.parametrize("overlapped_wins", [True, False])
+def test_the_first_saves_are_a_trial(
+    tmp_path: Path,
+    training: Training,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    *,
+    overlapped_wins: bool,
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr("asyncckpt._saving.trial.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("asyncckpt.checkpointer.time.perf_counter", lambda: now[0])
+    with caplog.at_level(logging.WARNING), Checkpointer(tmp_path, overlap=True) as ckpt:
+        training.step()
+        kinds = []
+        for step in range(12):
+            save = ckpt.save(step, training.state)
+            save.committed.result()
+            kinds.append(save.stats.overlapped)
+            now[0] += 1 if save.stats.overlapped is overlapped_wins else 2
+            training.step()
+    assert kinds == [True, False] * 4 + [overlapped_wins] * 4
+    assert caplog.text.count("they lose time here: 2.000 s") == (0 if overlapped_wins else 1)
+    assert fences.pending() == ()
+
+
+def test_saves_that_say_what_they_are_take_no_part_in_the_trial(tmp_path: Path, training: Training) -> None:
+    with Checkpointer(tmp_path, overlap=True) as ckpt:
+        training.step()
+        for step in range(6):
+            save = ckpt.save(step, training.state, overlap=True)
+            assert save.stats.overlapped
+            save.committed.result()
+            training.step()
+
+
+def test_a_trial_that_is_not_over_leaves_no_fence(tmp_path: Path, training: Training) -> None:
+    ckpt = Checkpointer(tmp_path, overlap=True)
+    training.step()
+    ckpt.save(1, training.state).committed.result()
+    assert len(fences.pending()) == 1
+    ckpt.close()
+    assert fences.pending() == ()
+
+
+def test_a_trial_measures_one_save_at_a_time() -> None:
+    spans = Trial()
+    for _ in range(3):
+        spans.begin(0.0, overlapped=True)
+    assert len(fences.pending()) == 1
+    spans.end()
+    assert fences.pending() == ()
