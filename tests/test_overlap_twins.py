@@ -94,7 +94,7 @@ def test_twins(tmp_path: Path, copier: Copier, name: str, kind: str) -> None:
 
     def save(step: int, training: Training) -> None:
         pace.hold()
-        saves[step] = ckpt.save(step, training.state())
+        saves[step] = ckpt.save(step, training.state(), overlap=True)
         pace.begin(saves[step])
 
     def save_by_torch(step: int, training: Training) -> None:
@@ -116,7 +116,7 @@ def test_a_parameter_that_the_forward_pass_changes(tmp_path: Path, copier: Copie
 
     def save(step: int, training: Training) -> None:
         copier.hold()
-        saves.append(ckpt.save(step, training.state()))
+        saves.append(ckpt.save(step, training.state(), overlap=True))
 
     with Checkpointer(tmp_path, overlap=True) as ckpt:
         torch.manual_seed(1)
