@@ -17,6 +17,7 @@ from gpu_saves import device_memory, lost, short
 from harness import Options, versions
 from measure_background import memory, steps
 from measure_loads import loads
+from measure_overlap import overlapped
 from measure_saves import first_save, many_tensors, small, warm_saves
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ MEASUREMENTS: dict[str, Callable[[Options], Mapping[str, Sequence[Any]]]] = {
     "many_tensors": many_tensors,
     "small": small,
     "loads": loads,
+    "overlapped": overlapped,
     "lost": lost,
     "short": short,
     "device_memory": device_memory,

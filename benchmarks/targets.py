@@ -42,12 +42,13 @@ PLAN = (
     Measurement(("many_tensors",), 15),
     Measurement(("small",), 50),
     Measurement(("loads",), 5),
+    Measurement(("overlapped",), 7),
 )
 # To start a process that has torch takes longer than to measure a small state: as few as make sense.
 QUICK_PLAN = (
     ("memory",),
     ("first_unreserved",),
-    ("first_reserved", "warm_saves", "steps", "many_tensors", "small", "loads"),
+    ("first_reserved", "warm_saves", "steps", "many_tensors", "small", "loads", "overlapped"),
 )
 QUICK_REPEAT = 2
 

@@ -75,7 +75,13 @@ class Watermark:
         self._changed.until(lambda: self.ended)
 
 
-def copy_ranges(ranges: Ranges, starts: Sequence[int], lease: Lease, done: Watermark) -> None:
+def copy_ranges(
+    ranges: Ranges,
+    starts: Sequence[int],
+    lease: Lease,
+    done: Watermark,
+    budget: DeviceBudget | None = None,
+) -> None:
     """Copy each range to its place in the leased buffer; return or raise once nothing is copied any more.
 
     Args:
@@ -83,6 +89,7 @@ def copy_ranges(ranges: Ranges, starts: Sequence[int], lease: Lease, done: Water
         starts: where in the buffer each goes, in bytes, ascending.
         lease: the buffer; pinned, if a storage is on a CUDA device.
         done: advanced as the buffer is filled; the caller ends it.
+        budget: device memory for gathering small ranges.
     """
     on_device = indices_on_device(ranges)
     if not on_device:
@@ -90,7 +97,7 @@ def copy_ranges(ranges: Ranges, starts: Sequence[int], lease: Lease, done: Water
         return
     on_host = sorted(set(range(len(starts))).difference(on_device))
     _copy_on_host(ranges.select(on_host), [starts[index] for index in on_host], lease, Watermark())
-    lanes = open_lanes(ranges, on_device, lease, DeviceBudget(_GATHERED))
+    lanes = open_lanes(ranges, on_device, lease, budget or DeviceBudget(_GATHERED))
     small = [index for index in on_device if ranges.sizes[index] <= SMALL]
     gathered, rest = gather(ranges, starts, small, lanes)
     others = sorted({*on_device}.difference(small).union(rest))

@@ -74,6 +74,8 @@ class CudaLane(Lane):
     def clone(self, pieces: Sequence[Piece]) -> list[Piece] | None:
         """Return pieces that copy a clone of the sources; None if there is no memory for it on the device."""
         nbytes = sum(piece.nbytes for piece in pieces)
+        if not nbytes:
+            return []
         if not self._take(nbytes):
             return None
         try:
@@ -114,17 +116,19 @@ class CudaLane(Lane):
         while first and pieces[live[first - 1]].nbytes <= room:
             first -= 1
             room -= pieces[live[first]].nbytes
-        cloned = self.clone([pieces[index] for index in live[first:]])
+        # Before the clones, which wait for all that the training stream has in its queue.
+        self._launch_at_fence([pieces[index] for index in live[:first]])
         after: list[Piece | None] = list(pieces)
+        last = [pieces[index] for index in live[first:]]
+        cloned = self.clone(last)
         if cloned is None:
-            first = len(live)
+            self._launch_at_fence(last)
         else:
             self.spilled += sum(piece.nbytes for piece in cloned)
             for index, piece in zip(live[first:], cloned, strict=True):
                 after[index] = piece
-        rest = [pieces[index] for index in live[:first]]
-        self._launch(rest)
-        self._launched.update(piece.start for piece in rest)
+        with self._lock:  # behind the clones, for fences of other streams
+            self._last = self._side.record_event()
         return after
 
     def order(self) -> None:
@@ -160,6 +164,11 @@ class CudaLane(Lane):
                 _copy(target, _source(piece))
             self._last = self._side.record_event()
             return _Launch(self._last, scratch)
+
+    def _launch_at_fence(self, pieces: Sequence[Piece]) -> None:
+        if pieces:
+            self._launch(pieces)
+            self._launched.update(piece.start for piece in pieces)
 
     def _follow_training(self) -> None:
         """Order what the side stream does next behind what the training stream has in its queue."""

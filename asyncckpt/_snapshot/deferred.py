@@ -76,7 +76,8 @@ def defer(  # noqa: PLR0913, PLR0917 - what is copied, and where to
     lanes = open_lanes(ranges, [*deferred, *_on_cuda(ranges, others)], lease, overlap.budget)
     try:
         clones, rest = _clone(ranges, starts, others, lanes)
-        copy_ranges(ranges.select(rest), [starts[index] for index in rest], lease, Watermark())
+        at = [starts[index] for index in rest]
+        copy_ranges(ranges.select(rest), at, lease, Watermark(), overlap.budget)
     except BaseException:
         for lane in lanes.values():
             lane.close()
