@@ -6,6 +6,7 @@ import threading
 from typing import TYPE_CHECKING
 
 from asyncckpt._snapshot import fences, lanes
+from asyncckpt._threads import Condition
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -31,13 +32,13 @@ class Copier:
     def __init__(self) -> None:
         self.yields = True
         self.behind = self.fenced = 0
-        self._changed = threading.Condition()
+        self._changed = Condition()  # an interrupt leaves it usable
         self._opened = True
         self._allowed = self._held = 0
 
     def __call__(self, target: int, source: int, nbytes: int) -> None:
         """Copy a piece, once it is allowed."""
-        behind = threading.current_thread() in copy_threads()
+        behind = threading.current_thread().name == "asyncckpt-copy"
         if behind:
             self._pass()
         elif self.yields:
@@ -46,7 +47,7 @@ class Copier:
         with self._changed:
             self.behind += behind
             self.fenced += not behind
-            self._changed.notify_all()
+        self._changed.notify_all()
 
     def hold(self) -> None:
         """Hold back pieces to come."""
@@ -55,37 +56,38 @@ class Copier:
 
     def open(self) -> None:
         """Let all pieces pass."""
-        with self._changed:
-            self._opened = True
-            self._changed.notify_all()
+        self._opened = True
+        self._changed.notify_all()
 
     def release(self, pieces: int = 1) -> None:
         """Let so many pieces pass; return once they are copied."""
         with self._changed:
             expected = self.behind + pieces
             self._allowed += pieces
-            self._changed.notify_all()
-            self._until(lambda: self.behind >= expected)
+        self._changed.notify_all()
+        self._until(lambda: self.behind >= expected)
 
     def wait_for_arrival(self) -> None:
         """Return once a piece is held back."""
-        with self._changed:
-            self._until(lambda: self._held > 0)
+        self._until(lambda: self._held > 0)
 
     def _pass(self) -> None:
+        def attempt() -> bool:
+            passes = self._opened or self._allowed > 0
+            self._allowed -= passes and not self._opened
+            return passes
+
         with self._changed:
             self._held += 1
-            self._changed.notify_all()
-            try:
-                self._until(lambda: self._opened or self._allowed > 0)
-            finally:
+        self._changed.notify_all()
+        try:
+            self._until(attempt)
+        finally:
+            with self._changed:
                 self._held -= 1
-            if not self._opened:
-                self._allowed -= 1
-            self._changed.notify_all()
 
-    def _until(self, condition: Callable[[], bool]) -> None:
-        assert self._changed.wait_for(condition, _PATIENCE), self
+    def _until(self, attempt: Callable[[], bool]) -> None:
+        assert self._changed.until(attempt, _PATIENCE), self
 
 
 def assert_nothing_is_left() -> None:

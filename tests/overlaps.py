@@ -16,16 +16,28 @@ from trainings import WIDTH, momentum, train
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
+    from types import TracebackType
 
     from typing_extensions import Self
 
     from asyncckpt import Save
+    from asyncckpt.testing import Gate
     from copier import Copier
     from trainings import Phase, Training
 
 
+_MOMENTUM = partial(train, make_optimizer=momentum)
+
+
 class Held:
     """A training whose optimizer has made a step, and a Checkpointer; use it as a context.
+
+    Args:
+        copier: holds copies back; opened at the end.
+        path: the directory of the Checkpointer.
+        make: makes the training.
+        gate: opened at the end, too.
+        options: of the Checkpointer.
 
     Attributes:
         ckpt: the Checkpointer.
@@ -37,10 +49,12 @@ class Held:
         self,
         copier: Copier,
         path: Path | None = None,
-        make: Callable[[Phase], Training] = partial(train, make_optimizer=momentum),
+        make: Callable[[Phase], Training] = _MOMENTUM,
+        gate: Gate | None = None,
         **options: Any,
     ) -> None:
         self._copier = copier
+        self._gate = gate
         self.ckpt = Checkpointer(path, overlap=True, **options)
         self.training = make(lambda _: None)
         self.model: Any = self.training.objects["model"]
@@ -53,9 +67,13 @@ class Held:
         self.ckpt.__enter__()
         return self
 
-    def __exit__(self, *error: Any) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._copier.open()
-        self.ckpt.__exit__(*error)
+        if self._gate is not None:
+            self._gate.open()
+        self.ckpt.__exit__(kind, error, trace)
 
     def save(self, step: int = 1, state: Any = None, **options: Any) -> Save:
         """Save the training, or another state, and hold the copy back before its first piece."""
@@ -68,8 +86,9 @@ class Held:
         return save
 
     def assert_saved(self, save: Save) -> None:
-        """Assert that a save was committed as it was to be."""
+        """Let all pieces pass, and assert that a save is committed as it was to be."""
         assert save.step is not None
+        self._copier.open()
         path = save.committed.result(30).path
         assert_same(torch.load(path, weights_only=False), self.expected[save.step])
 
@@ -93,7 +112,7 @@ class Call:
 
     def assert_waits(self) -> None:
         """Return once it waits for asyncckpt; fail if it returns instead."""
-        assert_waits(lambda: not self._thread.is_alive(), [self._thread])
+        assert_waits(self._has_returned, [self._thread])
 
     def join(self) -> None:
         """Wait for its end, and raise what it has raised."""
@@ -101,6 +120,11 @@ class Call:
         assert not self._thread.is_alive()
         if self.error is not None:
             raise self.error
+
+    def _has_returned(self) -> bool:
+        if not self._thread.is_alive():
+            self.join()
+        return not self._thread.is_alive()
 
     def _run(self) -> None:
         try:

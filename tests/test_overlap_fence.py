@@ -44,7 +44,7 @@ OPTIMIZERS: dict[str, Any] = {
 class Impatient(torch.optim.SGD):
     """Changes parameters before it calls the closure."""
 
-    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Any = None) -> Any:
         with torch.no_grad():
             for group in self.param_groups:
                 for parameter in group["params"]:
@@ -198,7 +198,8 @@ def test_wrappers_of_optimizers_attach_what_they_wrap(tmp_path: Path, copier: Co
         model, opt = fabric.setup(held.model, held.opt)
         with Checkpointer(tmp_path / "fabric") as ckpt:
             ckpt.attach(opt)
-            ckpt.attach(LightningOptimizer(held.opt))
+            wrapped: Any = LightningOptimizer(held.opt)
+            ckpt.attach(wrapped)
             copier.hold()
             save = ckpt.save(1, held.training.plain_state(), overlap=True)
             held.expected[1] = held.training.plain_state()
@@ -305,12 +306,14 @@ def replace(held: Held) -> None:
 CHANGES = [move, set_data, swap, load_optimizer, add_group, assign, replace]
 
 
-@pytest.mark.parametrize("make", [plain, momentum, torch.optim.AdamW, fused], ids=str)
+@pytest.mark.parametrize(
+    "make", [plain, momentum, torch.optim.AdamW, fused], ids=["SGD", "momentum", "AdamW", "fused"]
+)
 @pytest.mark.parametrize("change", CHANGES)
 def test_other_memory_is_given_to_training_while_it_is_copied(
-    tmp_path: Path, copier: Copier, change: Callable[[Held], object], make: Any
+    tmp_path: Path, copier: Copier, change: Callable[[Held], object], name: str
 ) -> None:
-    with Held(copier, tmp_path, partial(train, make_optimizer=make)) as held:
+    with Held(copier, tmp_path, partial(train, make_optimizer=OPTIMIZERS[name])) as held:
         save = held.save()
         copier.release()
         change(held)
@@ -319,10 +322,6 @@ def test_other_memory_is_given_to_training_while_it_is_copied(
         held.backward()
         held.opt.step()
         held.assert_saved(save)
-        second = held.save(2)
-        held.backward()
-        held.opt.step()
-        held.assert_saved(second)
 
 
 def test_memory_that_is_freed_while_it_is_copied_fails_the_save(tmp_path: Path, copier: Copier) -> None:
@@ -339,14 +338,14 @@ def test_memory_that_is_freed_while_it_is_copied_fails_the_save(tmp_path: Path, 
 def test_a_queued_save_is_replaced_once_it_is_copied(tmp_path: Path, copier: Copier) -> None:
     gate = Gate()
     store = gated_store(tmp_path, gate, "draft")
-    with Held(copier, store=store, max_in_flight=2, when_busy="replace") as held:
+    with Held(copier, gate=gate, store=store, max_in_flight=2, when_busy="replace") as held:
         first = held.save(1)
         copier.open()
         gate.wait_for_arrival()
         second = held.save(2)
-        replacing = Call(lambda: saves.append(held.ckpt.save(3, held.training.plain_state(), overlap=True)))
-        saves: list[Any] = []
         held.expected[3] = held.expected[2]
+        saves: list[Any] = []
+        replacing = Call(lambda: saves.append(held.ckpt.save(3, held.training.plain_state(), overlap=True)))
         replacing.assert_waits()
         copier.open()
         replacing.join()
@@ -362,12 +361,12 @@ def test_a_queued_save_is_replaced_once_it_is_copied(tmp_path: Path, copier: Cop
 def test_a_save_that_is_replaced_leaves_no_fence(tmp_path: Path, copier: Copier) -> None:
     gate = Gate()
     store = gated_store(tmp_path, gate, "draft")
-    with Held(copier, store=store, max_in_flight=2, when_busy="replace") as held:
-        held.ckpt.save(1, {})
+    with Held(copier, gate=gate, store=store, max_in_flight=2, when_busy="replace") as held:
+        held.ckpt.save(1, {}, overlap=False)
         gate.wait_for_arrival()
         second = held.save(2)
         copier.open()
-        held.ckpt.save(3, {})
+        held.ckpt.save(3, {}, overlap=False)
         assert second.skipped
         assert fences.pending() == ()
         gate.open()
@@ -385,12 +384,10 @@ def test_a_skipped_save_is_not_fenced(tmp_path: Path, copier: Copier) -> None:
 
 
 @pytest.mark.parametrize("call", ["load", "restore", "wait", "close"])
-def test_a_call_that_waits_for_the_save_waits_for_its_copy(
-    tmp_path: Path, copier: Copier, call: str
-) -> None:
+def test_a_call_that_waits_for_the_save_waits_for_its_copy(tmp_path: Path, copier: Copier, call: str) -> None:
     with Held(copier, tmp_path) as held:
         save = held.save()
-        arguments = [{"model": held.model, "opt": held.opt}] if call == "restore" else []
+        arguments = [held.training.state()] if call == "restore" else []
         calling = Call(lambda: getattr(held.ckpt, call)(*arguments))
         calling.assert_waits()
         copier.open()
