@@ -128,6 +128,7 @@ class Finder:
             StateMismatchError: the message lists every entry that does not fit; nothing was changed.
             PartialRestoreError: undoing a failed restore failed; the message lists the inconsistent entries.
         """
+        self._note_state(state)
         try:
             loaded = self._load(which, "cpu", weights_only=weights_only, fallback=fallback)
         except CheckpointNotFoundError as error:
@@ -138,6 +139,9 @@ class Finder:
             return None
         restore(state, loaded.state, loaded.checkpoint.path, strict=strict, map_keys=map_keys)
         return loaded.checkpoint
+
+    def _note_state(self, state: Any) -> None:
+        """Take notice of a live state that is restored, and will be saved."""
 
     def verify(self, which: Which = "latest") -> None:
         """Read every byte of a checkpoint and compare every checksum.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from anyio import CancelScope, to_thread
 
 from asyncckpt._finder import Finder
-from asyncckpt._loading.stateful import collect
+from asyncckpt._loading.stateful import collect, stateful_objects
 from asyncckpt._saving.arguments import checked_metrics, checked_step
 from asyncckpt._saving.engine import get_engine
 from asyncckpt._saving.overlapping import DEVICE_MEMORY, Overlapping
@@ -219,6 +219,9 @@ class Checkpointer(Finder):
         GPU, later operations of the current stream wait, and the host does not.
         """
         self._saver.fence()
+
+    def _note_state(self, state: Any) -> None:
+        self._overlapping.attach_found(stateful_objects(state))
 
     def _refuse_if_closed(self) -> None:
         if self._closed:

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from asyncckpt import Checkpointer, TornSnapshotError
+import asyncckpt
+from asyncckpt import Checkpointer, SaveError, TornSnapshotError
+from asyncckpt._saving.engine import get_engine
 from asyncckpt._saving.trial import Trial
 from asyncckpt._snapshot import fences
 from asyncckpt.testing import Gate
@@ -62,10 +64,10 @@ def test_a_save_before_the_first_step_is_blocking_and_says_why(tmp_path: Path, t
 def test_a_state_of_small_tensors_says_why_it_is_not_overlapped(tmp_path: Path) -> None:
     with Checkpointer(tmp_path, overlap=True) as ckpt:
         save = ckpt.save(1, {"x": torch.zeros(10)})
-        other = Checkpointer(tmp_path / "other", overlap=True).save(1, {"x": torch.zeros(100_000)})
+        with Checkpointer(tmp_path / "other", overlap=True) as large:
+            other = large.save(1, {"x": torch.zeros(100_000)})
     assert save.stats.reason == "all of the state is small"
     assert other.stats.reason == "nothing of the state belongs to an attached optimizer"
-    other.committed.result()
 
 
 @pytest.mark.parametrize(
@@ -132,7 +134,7 @@ def test_the_first_saves_are_a_trial(
             training.step()
     assert kinds == [True, False] * 4 + [overlapped_wins] * 4
     assert caplog.text.count("they lose time here: 2.000 s") == (0 if overlapped_wins else 1)
-    assert fences.pending() == ()
+    assert fences.watchers() == []
 
 
 def test_saves_that_say_what_they_are_take_no_part_in_the_trial(tmp_path: Path, training: Training) -> None:
@@ -149,15 +151,61 @@ def test_a_trial_that_is_not_over_leaves_no_fence(tmp_path: Path, training: Trai
     ckpt = Checkpointer(tmp_path, overlap=True)
     training.step()
     ckpt.save(1, training.state).committed.result()
-    assert len(fences.pending()) == 1
+    assert fences.watchers()
     ckpt.close()
-    assert fences.pending() == ()
+    assert fences.watchers() == []
 
 
 def test_a_trial_measures_one_save_at_a_time() -> None:
     spans = Trial()
     for _ in range(3):
         spans.begin(0.0, overlapped=True)
-    assert len(fences.pending()) == 1
+    assert len(fences.watchers()) == 1
     spans.end()
-    assert fences.pending() == ()
+    assert fences.watchers() == []
+
+
+def test_memory_is_ready_after_the_second_step(tmp_path: Path, training: Training) -> None:
+    with Checkpointer(tmp_path, overlap=True) as ckpt:
+        assert ckpt.restore(training.state, missing_ok=True) is None
+        training.step()
+        before = asyncckpt.statistics().memory
+        training.step()
+        get_engine().arena._changed.until(get_engine().arena._is_prepared)
+        prepared = asyncckpt.statistics().memory
+        assert prepared > before + 3 * training.model.weight.nbytes
+        save = ckpt.save(1, training.state)
+        assert asyncckpt.statistics().memory == prepared
+        save.committed.result()
+    assert asyncckpt.statistics().memory == 0
+
+
+def test_memory_that_was_prepared_for_no_save_is_released(tmp_path: Path, training: Training) -> None:
+    ckpt = Checkpointer(tmp_path, overlap=True)
+    ckpt.attach(training.opt)
+    for _ in range(3):
+        training.step()
+    assert asyncckpt.statistics().memory > 0
+    ckpt.close()
+    assert asyncckpt.statistics().memory == asyncckpt.statistics().threads == 0
+
+
+def test_memory_that_cannot_be_prepared_is_left_to_the_save(tmp_path: Path, training: Training) -> None:
+    asyncckpt.set_memory_limit(1000)
+    try:
+        with Checkpointer(tmp_path, overlap=True) as ckpt:
+            ckpt.attach(training.opt)
+            training.step()
+            training.step()
+            with pytest.raises(SaveError, match="exceeds the limit of 1000 bytes"):
+                ckpt.save(1, training.state)
+    finally:
+        asyncckpt.set_memory_limit(None)
+
+
+def test_a_blocking_checkpointer_prepares_nothing(tmp_path: Path, training: Training) -> None:
+    with Checkpointer(tmp_path) as ckpt:
+        ckpt.attach(training.opt)
+        for _ in range(3):
+            training.step()
+        assert asyncckpt.statistics().memory == 0

@@ -43,6 +43,21 @@ def is_plain(value: object) -> bool:
     return True
 
 
+def stateful_objects(state: Any) -> list[Any]:
+    """Return the stateful objects in the dicts, lists and tuples of `state`."""
+    found: list[Any] = []
+    pending: list[Any] = [state]
+    seen: set[int] = set()
+    while pending:
+        item = pending.pop()
+        if is_stateful(item):
+            found.append(item)
+        elif isinstance(item, CONTAINERS) and id(item) not in seen:
+            seen.add(id(item))
+            pending.extend(item.values() if isinstance(item, dict) else item)
+    return found
+
+
 def collect(state: Any, objects: list[Any] | None = None) -> Any:
     """Return `state` with each stateful object in its dicts, lists and tuples replaced by its state dict.
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from asyncckpt._saving.preparation import Preparation
 from asyncckpt._saving.trial import Trial
 from asyncckpt._snapshot.deferred import Overlap
 from asyncckpt._snapshot.device_budget import DeviceBudget
@@ -59,6 +60,9 @@ class Overlapping:
             watch_steps()
         self._overlap = Overlap(Owners(everyone=everyone), DeviceBudget(device_memory), guard == "checksum")
         self._trial = Trial()
+        self._preparation = Preparation(self._overlap.owners)
+        if default:
+            self._preparation.begin()
         self._warned = False
 
     def attach(self, optimizers: Iterable[Any]) -> None:
@@ -68,6 +72,11 @@ class Overlapping:
             TypeError: one is not a `torch.optim.Optimizer`.
         """
         self._overlap.owners.attach(optimizers)
+
+    def attach_found(self, objects: Iterable[Any]) -> None:
+        """Attach the optimizers among the objects of a state, if saves overlap by default."""
+        if self._default:
+            self.attach(filter(hooked, objects))
 
     def of(self, overlap: bool | None, objects: Iterable[Any]) -> tuple[Overlap | None, str]:  # noqa: FBT001
         """Return what a save may defer, or None and why it is to copy everything before it returns.
@@ -96,8 +105,9 @@ class Overlapping:
             self._trial.begin(began, overlapped=save.stats.overlapped)
 
     def close(self) -> None:
-        """Measure no more."""
+        """Measure and prepare no more."""
         self._trial.end()
+        self._preparation.end()
 
     def _why_torn(self) -> str:
         if not self._overlap.torn:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 from asyncckpt._snapshot import fences
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch.optim.optimizer import Optimizer
 
 logger = logging.getLogger("asyncckpt")
@@ -25,7 +27,7 @@ class Trial:
 
     def __init__(self) -> None:
         self._spans: dict[bool, list[float]] = {True: [], False: []}
-        self._running: _Span | None = None
+        self._running: Callable[[Optimizer], None] | None = None
         self._reason: str | None = None
 
     def why_blocking(self) -> str:
@@ -42,13 +44,19 @@ class Trial:
         """Measure a save until the next step."""
         self.end()
         if self._reason is None:
-            self._running = _Span(began, self._spans[overlapped])
-            fences.add(self._running)
+
+            def note(_: Optimizer) -> None:
+                if self._running is note:
+                    self._spans[overlapped].append(time.perf_counter() - began)
+                self.end()
+
+            self._running = note
+            fences.watch(note)
 
     def end(self) -> None:
         """Measure no more."""
         if self._running is not None:
-            fences.remove(self._running)
+            fences.unwatch(self._running)
             self._running = None
 
 
@@ -58,18 +66,3 @@ def _decide(overlapped: float, blocking: float) -> str:
     reason = f"they lose time here: {overlapped:.3f} s up to the next step, {blocking:.3f} s if blocking"
     logger.warning("saves are not overlapped any more: %s", reason)
     return reason
-
-
-class _Span:
-    """Passes the fence with the next step, and notes when that was."""
-
-    def __init__(self, began: float, spans: list[float]) -> None:
-        self._began = began
-        self._spans = spans
-
-    def reads_from(self, optimizer: Optimizer) -> bool:  # noqa: ARG002
-        return True
-
-    def fence(self) -> None:
-        fences.remove(self)
-        self._spans.append(time.perf_counter() - self._began)

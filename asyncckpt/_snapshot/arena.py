@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import logging
 import weakref
 from dataclasses import dataclass, field
+from threading import Thread
 from typing import TYPE_CHECKING
+
+import torch
 
 from asyncckpt._snapshot.memory import map_private
 from asyncckpt._snapshot.pinning import current_device, pin, unpin
-from asyncckpt._threads import Condition, uninterrupted
+from asyncckpt._threads import Condition, start_threads, uninterrupted
 from asyncckpt.errors import BusyError, SaveError
 
 if TYPE_CHECKING:
     from asyncckpt._snapshot.memory import Mapping
+
+logger = logging.getLogger("asyncckpt")
 
 # A free buffer may serve a request that is this fraction of it; a looser fit would waste the cap.
 _FIT = 0.875
@@ -70,6 +76,7 @@ class _Buffer:
         lease: who has it; the buffer is free if that is dead or None.
         mapping: the memory; None until it is mapped.
         pinned: whether it is registered with the CUDA runtime, or may be.
+        refused: whether it could not be registered, which is not tried again.
         device: the CUDA device that was current then.
         used: when it was released last.
     """
@@ -78,6 +85,7 @@ class _Buffer:
     lease: weakref.ref[Lease] | None
     mapping: Mapping | None = None
     pinned: bool = False
+    refused: bool = False
     device: int = 0
     used: int = 0
 
@@ -96,10 +104,11 @@ class _Buffer:
                     f"cannot take {self.nbytes} bytes of host memory for a snapshot: {error}; save less,"
                     " lower max_in_flight, or raise the limits of the process (ulimit -v) or of its container"
                 ) from error
-        if pinned and not self.pinned:
+        if pinned and not self.pinned and not self.refused:
             self.device = current_device()
             self.pinned = True  # before it is: undoing what was not done is harmless
             self.pinned = pin(mapping)
+            self.refused = not self.pinned
         return mapping
 
     def _map(self) -> Mapping:
@@ -130,6 +139,7 @@ class Arena:
     _high_water: int = field(default=0, init=False)
     _changed: Condition = field(default_factory=Condition, init=False)
     _clock: itertools.count[int] = field(default_factory=itertools.count, init=False)
+    _preparer: Thread | None = field(default=None, init=False)
 
     def __repr__(self) -> str:
         s = self.statistics()
@@ -156,6 +166,10 @@ class Arena:
         Raises:
             SaveError: the cap is below `nbytes`, or the system has no memory.
         """
+        self._changed.until(self._is_prepared)
+        return self._lease(nbytes, pinned=pinned, wait=wait)
+
+    def _lease(self, nbytes: int, *, pinned: bool, wait: bool) -> Lease:
         lease = Lease(self)
         try:
             self._fill(lease, nbytes, pinned=pinned, wait=wait)
@@ -170,8 +184,39 @@ class Arena:
             for _ in range(count):
                 leases.callback(self.lease(nbytes, pinned=pinned, wait=False).release)
 
+    def prepare(self, nbytes: int, device: torch.device | None) -> None:
+        """Make a free buffer of `nbytes` ready in a thread of its own, for which `lease` waits.
+
+        What cannot be had is left to `lease`, which says why.
+
+        Args:
+            nbytes: its size.
+            device: the CUDA device that copies into it, or None.
+        """
+
+        def run() -> None:
+            try:
+                if device is not None:
+                    torch.cuda.set_device(device)
+                self._lease(nbytes, pinned=device is not None, wait=False).release()
+            except (BusyError, SaveError) as error:
+                logger.debug("memory for the first snapshot is not ready: %s", error)
+            finally:
+                self._preparer = None
+                self._changed.notify_all()
+
+        if self._is_prepared():
+            self._preparer = Thread(target=run, name="asyncckpt-prepare", daemon=True)
+            with contextlib.suppress(RuntimeError):  # no thread can be started
+                start_threads([self._preparer], [])
+
+    def _is_prepared(self) -> bool:
+        preparer = self._preparer
+        return preparer is None or not preparer.is_alive()
+
     def release(self) -> None:
         """Unpin and unmap every free buffer; all of them if nothing is leased."""
+        self._changed.until(self._is_prepared)
         with self._changed:
             free = [buffer for buffer in self._buffers if not buffer.is_leased]
             self._buffers = [buffer for buffer in self._buffers if buffer.is_leased]

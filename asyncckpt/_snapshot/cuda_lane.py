@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import cuda
 
+from asyncckpt._snapshot.capture_mode import allow_captures
 from asyncckpt._snapshot.lanes import Lane, Piece, bytes_of, move_small
 from asyncckpt.errors import TornSnapshotError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from asyncckpt._snapshot.arena import Lease
     from asyncckpt._snapshot.device_budget import DeviceBudget
@@ -40,15 +41,23 @@ class CudaLane(Lane):
     def __init__(self, device: torch.device, lease: Lease, budget: DeviceBudget) -> None:
         self._device = device
         self._address = lease.address
-        self._buffer = torch.frombuffer(lease.view, dtype=torch.uint8)
+        with torch.inference_mode(mode=False):  # or only this thread could copy into it
+            self._buffer = torch.frombuffer(lease.view, dtype=torch.uint8)
         self._budget = budget
         self._taken = 0
         self._side = cuda.Stream(device)
-        self._follow_training()
+        self._side.wait_stream(cuda.current_stream(device))
         self._lock = Lock()
-        self._last = self._side.record_event()
+        self._last = self._side.record_event()  # of the copies of sources that may be changed after a fence
+        self._clones: list[torch.cuda.Event] = []  # of their ends
+        self._followed = 0  # how many of them the side stream waits for
         self._launched: set[int] = set()  # `start` of the pieces that a fence has launched
         self._held: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    def enter_thread(self) -> None:
+        # Its device would be the first one, on which this process may have no context yet.
+        cuda.set_device(self._device)
+        allow_captures()
 
     def gather(self, ranges: Ranges, starts: Sequence[int]) -> tuple[list[Piece], list[int]]:
         """Clone small ranges into few images.
@@ -65,10 +74,11 @@ class CudaLane(Lane):
                 if image is None:
                     rest += [index for index, _ in group]
                     continue
+                self._keep(source for _, source in group)
                 spread = [(starts[index], ranges.sizes[index]) for index, _ in group]
                 storage = image.untyped_storage()
                 pieces.append(Piece(min(spread)[0], storage, 0, image.nbytes, cloned=True, spread=spread))
-        self._follow_training()
+        self._note_clones()
         return pieces, rest
 
     def clone(self, pieces: Sequence[Piece]) -> list[Piece] | None:
@@ -76,26 +86,25 @@ class CudaLane(Lane):
         nbytes = sum(piece.nbytes for piece in pieces)
         if not nbytes:
             return []
-        if not self._take(nbytes):
-            return None
-        try:
-            image = torch.empty(nbytes, dtype=torch.uint8, device=self._device)
-        except cuda.OutOfMemoryError:
-            return None
         cloned, at = [], 0
         with cuda.device(self._device):
+            image = self._allocate(nbytes, lambda: _memory(nbytes, self._device))
+            if image is None:
+                return None
+            self._keep(map(_source, pieces))
             for piece in pieces:
                 _copy(image[at : at + piece.nbytes], _source(piece))
                 cloned.append(Piece(piece.start, image.untyped_storage(), at, piece.nbytes, cloned=True))
                 at += piece.nbytes
-        self._follow_training()
+        self._note_clones()
         return cloned
 
     def launch(self, pieces: Sequence[Piece]) -> _Launch:
         return self._launch([piece for piece in pieces if piece.start not in self._launched])
 
     def wait(self, launched: _Launch) -> None:
-        launched.event.synchronize()
+        with cuda.device(self._device):
+            launched.event.synchronize()
         for piece, scratch in launched.scratch:
             at = scratch.data_ptr()
             moves = []
@@ -105,7 +114,7 @@ class CudaLane(Lane):
             deque(starmap(move_small, moves), maxlen=0)
 
     def fence(self, pieces: Sequence[Piece]) -> list[Piece | None]:
-        """Clone what would be copied last, as far as the budget goes, and launch the rest."""
+        """Launch what is left, but clone what would be copied last, as far as the budget goes."""
         if cuda.is_current_stream_capturing():
             raise TornSnapshotError(
                 "an optimizer step was captured into a CUDA graph before an overlapped copy was finished;"
@@ -116,7 +125,7 @@ class CudaLane(Lane):
         while first and pieces[live[first - 1]].nbytes <= room:
             first -= 1
             room -= pieces[live[first]].nbytes
-        # Before the clones, which wait for all that the training stream has in its queue.
+        # Before the clones, which are made behind all that the training stream has in its queue.
         self._launch_at_fence([pieces[index] for index in live[:first]])
         after: list[Piece | None] = list(pieces)
         last = [pieces[index] for index in live[first:]]
@@ -127,34 +136,45 @@ class CudaLane(Lane):
             self.spilled += sum(piece.nbytes for piece in cloned)
             for index, piece in zip(live[first:], cloned, strict=True):
                 after[index] = piece
-        with self._lock:  # behind the clones, for fences of other streams
-            self._last = self._side.record_event()
         return after
 
     def order(self) -> None:
-        """Let the training stream wait until what was launched is copied; the host does not wait."""
+        """Let the training stream wait until sources are copied or cloned; the host does not wait."""
+        if cuda.is_current_stream_capturing():
+            return  # the device was synchronized before the capture
         training = cuda.current_stream(self._device)
         before, after = cuda.Event(enable_timing=True), cuda.Event(enable_timing=True)
         before.record(training)
-        training.wait_event(self._last)
+        for event in (self._last, *self._clones):
+            training.wait_event(event)
         after.record(training)
         self._held.append((before, after))
 
     def close(self) -> None:
-        self._side.synchronize()
-        self._budget.give_back(self._device, self._taken)
-        self._taken = 0
+        try:
+            with cuda.device(self._device):
+                self._side.synchronize()
+        finally:
+            with self._lock:
+                taken, self._taken = self._taken, 0
+            self._budget.give_back(self._device, taken)
 
     def fence_seconds(self) -> float:
-        for _, after in self._held:
-            after.synchronize()
-        milliseconds: float = sum(before.elapsed_time(after) for before, after in self._held)
+        held = list(self._held)
+        with cuda.device(self._device):
+            for _, after in held:
+                after.synchronize()
+        milliseconds: float = sum(before.elapsed_time(after) for before, after in held)
         return milliseconds / 1000
 
     def _launch(self, pieces: Sequence[Piece]) -> _Launch:
         scratch = []
         # A fence launches, too, from another thread: the last event has to be the newest one.
-        with self._lock, cuda.stream(self._side):
+        with self._lock, cuda.device(self._device), cuda.stream(self._side):
+            if any(piece.cloned for piece in pieces):
+                for event in self._clones[self._followed :]:
+                    self._side.wait_event(event)
+                    self._followed += 1
             for piece in pieces:
                 if piece.spread:
                     target = _pinned(piece.nbytes)
@@ -162,30 +182,46 @@ class CudaLane(Lane):
                 else:
                     target = self._buffer[piece.start : piece.start + piece.nbytes]
                 _copy(target, _source(piece))
-            self._last = self._side.record_event()
-            return _Launch(self._last, scratch)
+            event = self._side.record_event()
+            if not all(piece.cloned for piece in pieces):
+                self._last = event
+            return _Launch(event, scratch)
 
     def _launch_at_fence(self, pieces: Sequence[Piece]) -> None:
+        """Launch pieces at a fence; `launch` leaves them out."""
         if pieces:
             self._launch(pieces)
             self._launched.update(piece.start for piece in pieces)
 
-    def _follow_training(self) -> None:
-        """Order what the side stream does next behind what the training stream has in its queue."""
-        self._side.wait_stream(cuda.current_stream(self._device))
+    def _note_clones(self) -> None:
+        """Note that clones are in the queue of the training stream: their copies have to come behind it."""
+        self._clones.append(cuda.current_stream(self._device).record_event())
+
+    def _keep(self, sources: Iterable[torch.Tensor]) -> None:
+        """Let memory that is freed before it is cloned be used again only afterwards.
+
+        On the default stream, from which most memory is allocated, that needs nothing.
+        """
+        training = cuda.current_stream(self._device)
+        if training != cuda.default_stream(self._device):
+            for source in sources:
+                source.record_stream(training)
 
     def _image(self, group: Sequence[tuple[int, torch.Tensor]]) -> torch.Tensor | None:
-        if not self._take(sum(source.nbytes for _, source in group)):
-            return None
-        try:
-            return _concatenated([source for _, source in group])
-        except cuda.OutOfMemoryError:
-            return None
+        sources = [source for _, source in group]
+        return self._allocate(sum(source.nbytes for source in sources), lambda: _concatenated(sources))
 
-    def _take(self, nbytes: int) -> bool:
-        taken = self._budget.take(self._device, nbytes)
-        self._taken += nbytes if taken else 0
-        return taken
+    def _allocate(self, nbytes: int, make: Callable[[], torch.Tensor]) -> torch.Tensor | None:
+        """Return what `make` allocates; None if the budget or the device has no room."""
+        if not self._budget.take(self._device, nbytes):
+            return None
+        with self._lock:
+            self._taken += nbytes
+        try:
+            return make()
+        except cuda.OutOfMemoryError:
+            # It stays taken until `close`: torch empties its cache before it refuses, which takes long.
+            return None
 
 
 class _Launch(NamedTuple):
@@ -228,10 +264,15 @@ def _concatenated(tensors: list[torch.Tensor]) -> torch.Tensor:
     """Return a copy of the elements of contiguous tensors of one dtype, one after another."""
     if len(tensors) == 1:
         return tensors[0].detach().clone()
-    # In C: to flatten each from here would take longer than the copy.
-    flat: torch.Tensor = torch._C._nn.flatten_dense_tensors(tensors)
+    with torch.autocast(tensors[0].device.type, enabled=False):  # which has rules for concatenation
+        # In C: to flatten each from here would take longer than the copy.
+        flat: torch.Tensor = torch._C._nn.flatten_dense_tensors(tensors)
     return flat
 
 
+def _memory(nbytes: int, device: torch.device) -> torch.Tensor:
+    return torch.empty(nbytes, dtype=torch.uint8, device=device)
+
+
 def _pinned(nbytes: int) -> torch.Tensor:
-    return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+    return torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)

@@ -157,23 +157,25 @@ class DeferredCopy:
 
     def reads_from(self, optimizer: torch.optim.Optimizer) -> bool:
         """Return whether a step of `optimizer` changes what is read."""
-        return changes(optimizer, self.storages, self.tensors)
+        # After the first fence steps on other streams still have to be ordered; that costs less than a look.
+        return self.guard is None or changes(optimizer, self.storages, self.tensors)
 
     def start(self) -> None:
         """Copy in the background; where no thread can be started, at once."""
         fences.add(self)
         try:
-            start_threads([Thread(target=self._run, name="asyncckpt-copy", daemon=True)], [])
+            start_threads([Thread(target=self._run_in_thread, name="asyncckpt-copy", daemon=True)], [])
         except RuntimeError:
             self._run()
 
     def fence(self) -> None:
         """Return once the calling thread may change the sources; a failure is that of the save."""
-        if self.guard is None:
-            return
         began = time.perf_counter()
         try:
-            self.copy.fence()
+            if self.guard is None:
+                self.copy.order()
+            else:
+                self.copy.fence()
         except Exception as error:  # noqa: BLE001 - training continues
             self._fail(error)
         self._allow_changes()
@@ -201,6 +203,14 @@ class DeferredCopy:
         if self._error is not None:
             raise self._error
 
+    def _run_in_thread(self) -> None:
+        try:
+            for lane in self.copy.lanes.values():
+                lane.enter_thread()
+        except BaseException as error:  # noqa: BLE001 - of the save, whatever it is
+            self._fail(error)
+        self._run()
+
     def _run(self) -> None:
         began = time.perf_counter()
         try:
@@ -215,11 +225,14 @@ class DeferredCopy:
         self.stats.deferred = time.perf_counter() - began
         if self._error is None:
             self.filled.advance(len(self.buffer))
+        if self.guard is None:
+            fences.remove(self)
         self.filled.end(self._error or SaveError("the copy of the state has ended"))
 
     def _allow_changes(self) -> None:
         self._look(final=True)
-        fences.remove(self)
+        if self.copy.ended:
+            fences.remove(self)
         self.released()
 
     def _look(self, *, final: bool) -> None:

@@ -28,6 +28,7 @@ class Fenced(Protocol):
 
 _changed = Condition()
 _pending: tuple[Fenced, ...] = ()
+_watchers: weakref.WeakSet[Callable[[Optimizer], object]] = weakref.WeakSet()
 # Whether the last step was captured into a CUDA graph, whose replays run no hooks.
 _captured: weakref.WeakKeyDictionary[Optimizer, bool] = weakref.WeakKeyDictionary()
 
@@ -75,6 +76,24 @@ def pending() -> tuple[Fenced, ...]:
     return _pending
 
 
+def watch(watcher: Callable[[Optimizer], object]) -> None:
+    """Call `watcher`, which is not kept alive, with an optimizer before each step, behind its fences."""
+    with _changed:
+        _watchers.add(watcher)
+
+
+def unwatch(watcher: Callable[[Optimizer], object]) -> None:
+    """Call `watcher` no more."""
+    with _changed:
+        _watchers.discard(watcher)
+
+
+def watchers() -> list[Callable[[Optimizer], object]]:
+    """Return what is called before each step."""
+    with _changed:
+        return list(_watchers)
+
+
 def asyncckpt_fence(optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
     """Fence all copies of what a step of `optimizer` changes; its name is shown by torch.compile."""
     captured = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
@@ -82,12 +101,15 @@ def asyncckpt_fence(optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, 
         with _changed:
             _captured[optimizer] = captured
     copies = [copy for copy in _pending if copy.reads_from(optimizer)]
-    if not copies:
+    watching = watchers() if _watchers else []
+    if not copies and not watching:
         return None
 
     def fence() -> None:
         for copy in copies:
             copy.fence()
+        for watcher in watching:
+            watcher(optimizer)
 
     # A closure computes the gradients: torch's own optimizers change nothing before it has returned once.
     if getattr(type(optimizer).step, "__wrapped__", fence).__module__.startswith("torch.optim."):
@@ -112,6 +134,7 @@ def _then(closure: Callable[..., Any], fence: Callable[[], None]) -> Callable[..
 def _reset_in_child() -> None:
     global _pending  # noqa: PLW0603
     _pending = ()
+    _watchers.clear()
 
 
 os.register_at_fork(after_in_child=_reset_in_child)

@@ -65,7 +65,10 @@ class Lane(ABC):
             For each, None if it is copied, or what is still to be launched in its place.
         """
 
-    def order(self) -> None:  # noqa: B027 - a host has nothing to do
+    def enter_thread(self) -> None:  # noqa: B027 - a host has nothing to do
+        """Prepare the calling thread, which does nothing but copy."""
+
+    def order(self) -> None:  # noqa: B027
         """Order what the calling thread does next behind everything launched."""
 
     def close(self) -> None:  # noqa: B027

@@ -31,6 +31,9 @@ class Owners:
         self._everyone = everyone
         self._attached: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 
+    def __contains__(self, optimizer: Optimizer) -> bool:
+        return self._everyone or optimizer in self._attached
+
     def attach(self, optimizers: Iterable[Any]) -> None:
         """Add optimizers, or what they wrap.
 
@@ -57,7 +60,7 @@ class Owners:
         """
         owned: dict[int, list[torch.Tensor]] = {}
         for optimizer in stepping():
-            if self._everyone or optimizer in self._attached:
+            if optimizer in self:
                 for tensor in _tensors_of(optimizer):
                     if (storage := _storage_of(tensor)) is not None:
                         owned.setdefault(storage, []).append(tensor)

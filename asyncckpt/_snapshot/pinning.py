@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("asyncckpt")
 
-# Registered in pieces: one that is refused leaves the others, and no copy may cross from piece to piece.
-PIECE = 1 << 30
+# Registered in pieces, since each holds up other calls of CUDA meanwhile. No copy may cross from piece to piece.
+PIECE = 256 << 20
 _PORTABLE = 1  # pinned for every device, not only for the current one
 
 
@@ -26,12 +26,20 @@ def pin(mapping: Mapping) -> bool:
     cudart = torch.cuda.cudart()
     for offset in range(0, mapping.nbytes, PIECE):
         length = min(PIECE, mapping.nbytes - offset)
-        if int(cudart.cudaHostRegister(mapping.address + offset, length, _PORTABLE)):
+        refusal = cudart.cudaHostRegister(mapping.address + offset, length, _PORTABLE)
+        if int(refusal):
             _unregister(mapping, offset)
             # Or torch would raise the refusal from whatever kernel it launches next.
             with suppress(RuntimeError):
                 torch.zeros(1, device="cuda")
-            logger.warning("host memory could not be pinned; copies from the GPU will be slower")
+            logger.warning(
+                "%d MiB of host memory could not be pinned (%s, after %d MiB): copies from the GPU are"
+                " slower, and overlapped ones hold up training; raise the limit of locked memory (ulimit -l;"
+                " for a container --ulimit memlock=-1), or let fewer processes save on this host",
+                mapping.nbytes >> 20,
+                cudart.cudaGetErrorString(refusal),
+                offset >> 20,
+            )
             return False
     return True
 

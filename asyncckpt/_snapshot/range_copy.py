@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -45,8 +46,9 @@ class RangeCopy:
         self._front = 0
         self._report = report
         self._changed = Condition()
+        self._handed = bytearray(len(pieces))  # whether a fence has handed it over to a lane
         self._launching = 0
-        self._fences: dict[int, bool] = {}  # whether each one holds pieces that it has taken
+        self._fences: dict[int, dict[torch.device, list[int]]] = {}  # what each is handing over
         self._running = self._stopped = False
 
     def is_complete(self) -> bool:
@@ -81,32 +83,34 @@ class RangeCopy:
 
         What is left is copied, or cloned, or ordered before whatever the thread queues next on a device.
         """
-        taken: list[tuple[torch.device, list[int]]] = []
+        taken: dict[torch.device, list[int]] = {device: [] for device in self.lanes}
         try:
             with self._changed:
                 if self._stopped or self.ended:
                     return
-                self._fences[id(taken)] = True
-                for device, left in self._left.items():
-                    taken.append((device, list(left)))
-                    left.clear()
-            while taken:
-                self._hand_over(*taken[-1])
-                taken.pop()
-            with self._changed:
-                self._fences[id(taken)] = False
-            self._changed.notify_all()
-            # Neither a batch of the copy's own thread nor another fence is between its sources and its end.
-            self._changed.until(lambda: not self._launching and not any(self._fences.values()))
-            for lane in self.lanes.values():
-                lane.order()
+                self._fences[id(taken)] = taken
+            handing = True
+            while handing:
+                self._changed.until(lambda: self._claim(taken))
+                handing = any(taken.values())
+                for device, indices in taken.items():
+                    self._hand_over(device, indices)
+            self.order()
         finally:
             with self._changed:
                 if not self._stopped:
-                    for device, indices in taken:  # interrupted
+                    for device, indices in taken.items():  # interrupted
                         self._left[device].extendleft(reversed(indices))
                 self._fences.pop(id(taken), None)
             self._changed.notify_all()
+
+    def order(self) -> None:
+        """Order what the calling thread queues next on a device behind the reads of its sources.
+
+        After a fence in another thread, or on another stream, this is enough.
+        """
+        for lane in self.lanes.values():
+            lane.order()
 
     def cancel(self) -> None:
         """Copy no more; return once nothing is copied."""
@@ -114,9 +118,10 @@ class RangeCopy:
             self._stopped = True
             for left in self._left.values():
                 left.clear()
-            if not self._running and not self.ended:
-                self._close()
+            never_run = not self._running and not self.ended
         self._changed.notify_all()
+        if never_run:
+            self._end()
         if not self.ended:  # the caller may hold the lock, once it is
             self._changed.until(lambda: self.ended)
 
@@ -125,14 +130,15 @@ class RangeCopy:
         batch: list[tuple[Lane, list[int]]] = []
 
         def attempt() -> bool:
-            for device, left in self._left.items():
-                if left:
-                    lane = self.lanes[device]
-                    count = min(lane.batch, len(left))
-                    self._launching += 1
-                    batch.append((lane, [left.popleft() for _ in range(count)]))
-                    return True
-            return not self._fences  # a fence may put back what it has taken
+            # Of the device with most left, so that several of them copy at once.
+            device = max(self._left, key=lambda device: len(self._left[device]), default=None)
+            if device is not None and (left := self._left[device]):
+                lane = self.lanes[device]
+                count = min(lane.batch, len(left))
+                self._launching += 1
+                batch.append((lane, [left.popleft() for _ in range(count)]))
+                return True
+            return not self._fences  # one may put back what it has taken
 
         self._changed.until(attempt, None if wait else 0)
         return batch[0] if batch else None
@@ -146,6 +152,15 @@ class RangeCopy:
                 self._launching -= 1
             self._changed.notify_all()
 
+    def _claim(self, taken: dict[torch.device, list[int]]) -> bool:
+        """Take what no fence has handed over; return whether there is something, or nothing to wait for."""
+        for device, left in self._left.items():
+            if new := [index for index in left if not self._handed[index]]:
+                taken[device] = new
+                self._left[device] = deque(index for index in left if self._handed[index])
+        others = any(any(other.values()) for other in self._fences.values() if other is not taken)
+        return any(taken.values()) or not (self._launching or others) or self.ended
+
     def _hand_over(self, device: torch.device, indices: list[int]) -> None:
         """Let a lane take over pieces at a fence, and put back what it has not copied."""
         indices[:] = [index for index in indices if self._pieces[index] is not None]
@@ -154,6 +169,7 @@ class RangeCopy:
         self._mark([index for index, piece in zip(indices, after, strict=True) if piece is None])
         with self._changed:
             for index, piece in zip(indices, after, strict=True):
+                self._handed[index] = True
                 if piece is not None and not self._stopped:
                     self._pieces[index] = piece
                     self._left[device].append(index)
@@ -174,14 +190,15 @@ class RangeCopy:
 
     def _end(self) -> None:
         try:
-            self._changed.until(lambda: not self._fences)
+            if self._fences:
+                self._changed.until(lambda: not self._fences)
         finally:
-            self._close()
-            self._changed.notify_all()
-
-    def _close(self) -> None:
-        for lane in self.lanes.values():
-            lane.close()
-        with self._changed:
-            self._pieces.clear()
-            self.ended = True
+            try:
+                with ExitStack() as lanes:
+                    for lane in self.lanes.values():
+                        lanes.callback(lane.close)
+            finally:
+                with self._changed:
+                    self._pieces.clear()
+                    self.ended = True
+                self._changed.notify_all()

@@ -1,0 +1,56 @@
+"""Make the host memory of the first snapshot ready in the background, once the state is there."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from asyncckpt._saving.engine import get_engine
+from asyncckpt._snapshot import fences
+
+if TYPE_CHECKING:
+    from torch.optim.optimizer import Optimizer
+
+    from asyncckpt._snapshot.owners import Owners
+
+# A file has a header for each storage, and a state has more than an optimizer owns: buffers, for example.
+_PER_STORAGE, _MORE, _SHARE = 256, 1 << 20, 1.01
+
+
+class Preparation:
+    """Prepares memory before the second step of an attached optimizer, which has its state then.
+
+    The size is a guess: the parameters and the state of all attached optimizers, and a little more. If the
+    first snapshot is larger, its memory is made ready then, in place of this.
+
+    Args:
+        owners: the optimizers.
+    """
+
+    def __init__(self, owners: Owners) -> None:
+        self._owners = owners
+        self._stepped = False
+
+    def begin(self) -> None:
+        """Wait for the second step."""
+        fences.watch(self)
+
+    def end(self) -> None:
+        """Prepare nothing any more, and let memory that nobody else uses be released."""
+        fences.unwatch(self)
+        get_engine().leave(self)
+
+    def __call__(self, optimizer: Optimizer) -> None:
+        """Note a step; prepare before the second one."""
+        if optimizer not in self._owners:
+            return
+        if not self._stepped:
+            self._stepped = True
+            return
+        fences.unwatch(self)
+        storages = {key: found[0].untyped_storage() for key, found in self._owners.tensors().items()}
+        nbytes = sum(storage.nbytes() + _PER_STORAGE for storage in storages.values())
+        devices = {storage.device for storage in storages.values() if storage.device.type == "cuda"}
+        engine = get_engine()
+        engine.use(self)
+        engine.start()  # its threads release the memory
+        engine.arena.prepare(int(nbytes * _SHARE) + _MORE, min(devices, key=str, default=None))
