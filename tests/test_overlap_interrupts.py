@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -12,13 +11,12 @@ import torch
 from asyncckpt import BusyError, Checkpointer, LastN, SaveError
 from asyncckpt._snapshot import fences
 from asyncckpt._snapshot.range_copy import RangeCopy
-from asyncckpt.testing import Gate
 from copier import copy_threads
 from interrupts import held as held_now
 from interrupts import interrupt_everywhere, settle, wait_until
 from overlaps import Call, Held
 from programs import Interpreter
-from support import faulty_store, gated_store
+from support import faulty_store
 from trainings import momentum, train
 
 if TYPE_CHECKING:
@@ -58,7 +56,7 @@ class Steady:
         assert fences.pending() == (), where
         wait_until(lambda: not copy_threads(), where)
         self.save_and_step()
-        wait_until(lambda: held_now() == self._steady, where)
+        wait_until(lambda: held_now() == self._steady, f"{where}, before: {self._steady}")
 
 
 @pytest.fixture
@@ -169,7 +167,10 @@ def test_close(tmp_path: Path, copier: Copier, widely: int) -> None:
         assert latest.step == step, where
         assert fences.pending() == (), where
 
-    assert interrupt_everywhere(lambda: ckpts[-1].close(), before, after, stride=widely) > 20
+    def close() -> None:
+        ckpts[-1].close()
+
+    assert interrupt_everywhere(close, before, after, stride=widely) > 20
 
 
 @pytest.mark.parametrize("operation", ["draft", "write", "commit"])

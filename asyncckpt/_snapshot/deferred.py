@@ -167,6 +167,9 @@ class DeferredCopy:
             start_threads([Thread(target=self._run_in_thread, name="asyncckpt-copy", daemon=True)], [])
         except RuntimeError:
             self._run()
+            cause = None if self._error is None else self._error.__cause__
+            if cause is not None and not isinstance(cause, Exception):  # a Ctrl-C
+                raise cause from None
 
     def fence(self) -> None:
         """Return once the calling thread may change the sources; a failure is that of the save."""
