@@ -10,6 +10,7 @@ import pytest
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from copier import Copier
     from object_servers import FaultyProxy, MotoServer
 
 pytest.register_assert_rewrite("asyncckpt.testing.store_contract")
@@ -67,3 +68,15 @@ def proxy(shared_proxy: FaultyProxy) -> FaultyProxy:
     """The same, undisturbed at first."""
     shared_proxy.reset()
     return shared_proxy
+
+
+@pytest.fixture
+def copier(monkeypatch: pytest.MonkeyPatch) -> Iterator[Copier]:
+    """What copies in the background of overlapped saves; nothing of them may be left at the end."""
+    from copier import Copier, assert_nothing_is_left  # noqa: PLC0415 - most tests do without torch's optimizers
+
+    copier = Copier()
+    monkeypatch.setattr("asyncckpt._snapshot.lanes.memmove", copier)
+    yield copier
+    copier.open()
+    assert_nothing_is_left()

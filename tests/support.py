@@ -20,7 +20,7 @@ from asyncckpt.stores import LocalStore
 from asyncckpt.testing import FaultyStore, SlowStore
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
     from pathlib import Path
     from types import FrameType
 
@@ -61,11 +61,16 @@ def flip(path: Path, offset: int, bit: int = 0) -> None:
         file.write(bytes([byte ^ (1 << bit)]))
 
 
-def assert_waits(ended: Callable[[], object]) -> None:
-    """Return once a call in a thread of the test waits for asyncckpt's threads; fail if it ends instead."""
+def assert_waits(ended: Callable[[], object], threads: Iterable[threading.Thread] | None = None) -> None:
+    """Return once a call in a thread of the test waits for asyncckpt's threads; fail if it ends instead.
+
+    Args:
+        ended: whether it has ended.
+        threads: where it may be; any thread with none of asyncckpt's names if not told.
+    """
     while not ended():
         frames = sys._current_frames()
-        for thread in threading.enumerate():
+        for thread in threading.enumerate() if threads is None else threads:
             ours = thread is threading.current_thread() or thread.name.startswith("asyncckpt")
             if not ours and is_waiting(frames.get(thread.ident or 0)):
                 return

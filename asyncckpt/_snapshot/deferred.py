@@ -83,12 +83,14 @@ def defer(  # noqa: PLR0913, PLR0917 - what is copied, and where to
             lane.close()
         raise
     pieces = [*pieces_of(ranges, starts, deferred), *clones]
+    tensors = [tensor for source in held.sources for tensor in owned[source._cdata]]
     stats.deferred_bytes = sum(held.sizes)
     return DeferredCopy(
         RangeCopy(pieces, lanes, filled.advance),
-        Guard([tensor for source in held.sources for tensor in owned[source._cdata]]),
+        Guard(tensors),
         checksums,
         frozenset(source._cdata for source in held.sources),
+        frozenset(map(id, tensors)),
         lease.view,
         filled,
         stats,
@@ -130,6 +132,7 @@ class DeferredCopy:
         guard: tells whether a source was changed; None once changes are allowed.
         checksums: the same, of changes that the guard does not see; or None.
         storages: identities of the sources.
+        tensors: identities of the tensors that optimizers had in them.
         buffer: what is copied into.
         filled: progress; ended with the copy.
         stats: `deferred`, `fence`, `device_fence` and `spilled_bytes` are set.
@@ -142,6 +145,7 @@ class DeferredCopy:
     guard: Guard | None
     checksums: Checksums | None
     storages: frozenset[int]
+    tensors: frozenset[int]
     buffer: memoryview
     filled: Watermark
     stats: SaveStats
@@ -154,7 +158,7 @@ class DeferredCopy:
     def reads_from(self, optimizer: torch.optim.Optimizer) -> bool:
         """Return whether a step of `optimizer` changes what is read."""
         # After the first fence steps on other streams still have to be ordered; that costs less than a look.
-        return self.guard is None or changes(optimizer, self.storages)
+        return self.guard is None or changes(optimizer, self.storages, self.tensors)
 
     def start(self) -> None:
         """Copy in the background; where no thread can be started, at once."""
@@ -163,6 +167,9 @@ class DeferredCopy:
             start_threads([Thread(target=self._run_in_thread, name="asyncckpt-copy", daemon=True)], [])
         except RuntimeError:
             self._run()
+            cause = None if self._error is None else self._error.__cause__
+            if cause is not None and not isinstance(cause, Exception):  # a Ctrl-C
+                raise cause from None
 
     def fence(self) -> None:
         """Return once the calling thread may change the sources; a failure is that of the save."""

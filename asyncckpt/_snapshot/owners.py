@@ -83,9 +83,16 @@ def hooked(optimizer: Any) -> Optimizer | None:
     return next((one for one in inner if isinstance(one, Optimizer) and hooked(one) is one), None)
 
 
-def changes(optimizer: Optimizer, storages: Collection[int]) -> bool:
-    """Return whether a parameter of `optimizer`, or a tensor of its state, is in one of `storages`."""
-    return any(_storage_of(tensor) in storages for tensor in _tensors_of(optimizer))
+def changes(optimizer: Optimizer, storages: Collection[int], tensors: Collection[int]) -> bool:
+    """Return whether a step of `optimizer` changes memory, or the version counters, of what is copied.
+
+    Args:
+        optimizer: whose parameters and state are looked at.
+        storages: identities of the storages that are copied.
+        tensors: identities of the tensors that had them. A parameter that was given other memory
+            (`model.to(dtype)`, `p.data = x`) still shares its counter with the old one.
+    """
+    return any(id(tensor) in tensors or _storage_of(tensor) in storages for tensor in _tensors_of(optimizer))
 
 
 def _tensors_of(optimizer: Optimizer) -> Iterator[torch.Tensor]:
