@@ -88,7 +88,7 @@ class LeasedLanding(Landing):
     def __init__(self, lease: Lease) -> None:
         self._lease = lease
         self._is_full = False
-        self._large: list[weakref.ref[ctypes.Array[ctypes.c_ubyte]]] = []
+        self._large: weakref.WeakSet[ctypes.Array[ctypes.c_ubyte]] = weakref.WeakSet()
 
     def buffer(self, start: int, stop: int) -> memoryview:
         return self._lease.view[start:stop]
@@ -100,7 +100,7 @@ class LeasedLanding(Landing):
         else:
             array = kind.from_buffer(self._lease.view, start)
             array.lease = self._lease  # type: ignore[attr-defined] # not to be leased again before it dies
-            self._large.append(weakref.ref(array))
+            self._large.add(array)
         return torch.frombuffer(array, dtype=torch.uint8).untyped_storage()
 
     def read(self, start: int, stop: int) -> bytes:
@@ -120,7 +120,7 @@ class LeasedLanding(Landing):
         """
         if not self._is_full:
             return
-        kept = sorted(filter(None, (array() for array in self._large)), key=ctypes.addressof)
+        kept = sorted(self._large, key=ctypes.addressof)
         if not kept:
             self._lease.release()
             return
