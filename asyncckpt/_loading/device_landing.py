@@ -36,8 +36,7 @@ class DeviceLanding(Landing):
         self._outside: list[tuple[int, bytes]] = []  # bytes of the file that belong to no storage
         self._pinned: list[Mapping] = []
         self._free: list[memoryview] = []
-        # A stream that is left makes the former device current: on other threads that is the first one.
-        with torch.cuda.device(self._device), torch.cuda.stream(stream):
+        with torch.cuda.stream(stream):
             self._storages = {
                 start: torch.empty(stop - start, dtype=torch.uint8, device=stream.device)
                 for start, stop in ranges
@@ -56,7 +55,7 @@ class DeviceLanding(Landing):
     def arrived(self, start: int, piece: memoryview) -> None:
         """Copy a piece to the device, and keep what belongs to no storage."""
         host, end, at = torch.frombuffer(piece, dtype=torch.uint8), start + len(piece), start
-        with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
+        with torch.cuda.stream(self._stream):
             for row in range(bisect_right(self._stops, start), bisect_left(self._starts, end)):
                 begin, stop = max(self._starts[row], start), min(self._stops[row], end)
                 self._keep(at, piece[at - start : begin - start])
