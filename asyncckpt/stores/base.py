@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 R = TypeVar("R")
 
-# Pieces in memory at once while a file is copied. A draft may take more: those of a snapshot are there anyway.
+# Pieces in memory at once while a file is copied. A draft may take more: those of a snapshot are there.
 COPIED_AT_ONCE = 4
 
 
