@@ -307,9 +307,7 @@ def replace(held: Held) -> None:
 CHANGES = [move, set_data, swap, load_optimizer, add_group, assign, replace]
 
 
-@pytest.mark.parametrize(
-    "make", [plain, momentum, torch.optim.AdamW, fused], ids=["SGD", "momentum", "AdamW", "fused"]
-)
+@pytest.mark.parametrize("name", ["SGD", "SGD with momentum", "AdamW", "AdamW fused"])
 @pytest.mark.parametrize("change", CHANGES)
 def test_other_memory_is_given_to_training_while_it_is_copied(
     tmp_path: Path, copier: Copier, change: Callable[[Held], object], name: str
