@@ -99,7 +99,7 @@ def _tensors_of(optimizer: Optimizer) -> Iterator[torch.Tensor]:
     """Yield the parameters of an optimizer, then the tensors of its state, also those in lists and dicts."""
     for group in optimizer.param_groups:
         yield from group["params"]
-    pending: list[Any] = list(optimizer.state.values())
+    pending: list[Any] = [optimizer.state]
     while pending:
         value = pending.pop()
         for item in value.values() if isinstance(value, dict) else value:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from asyncckpt._threads import Condition
+from asyncckpt._threads import Condition, handler_error
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -48,7 +49,8 @@ class RangeCopy:
         self._changed = Condition()
         self._handed = bytearray(len(pieces))  # whether a fence has handed it over to a lane
         self._launching = 0
-        self._fences: dict[int, dict[torch.device, list[int]]] = {}  # what each is handing over
+        # What each is handing over, by thread.
+        self._fences: dict[int, dict[torch.device, list[int]]] = {}
         self._running = self._stopped = False
 
     def is_complete(self) -> bool:
@@ -82,13 +84,18 @@ class RangeCopy:
         """Return once the calling thread may change the sources of all pieces.
 
         What is left is copied, or cloned, or ordered before whatever the thread queues next on a device.
+
+        Raises:
+            BusyError: called by a signal handler that interrupted a fence.
         """
+        if self.is_fenced_by_caller():
+            raise handler_error("a step or fence()")
         taken: dict[torch.device, list[int]] = {device: [] for device in self.lanes}
         try:
             with self._changed:
                 if self._stopped or self.ended:
                     return
-                self._fences[id(taken)] = taken
+                self._fences[threading.get_ident()] = taken
             handing = True
             while handing:
                 self._changed.until(lambda: self._claim(taken))
@@ -101,8 +108,12 @@ class RangeCopy:
                 if not self._stopped:
                     for device, indices in taken.items():  # interrupted
                         self._left[device].extendleft(reversed(indices))
-                self._fences.pop(id(taken), None)
+                self._fences.pop(threading.get_ident(), None)
             self._changed.notify_all()
+
+    def is_fenced_by_caller(self) -> bool:
+        """Return whether the calling thread, then in a signal handler, is in a fence."""
+        return threading.get_ident() in self._fences
 
     def order(self) -> None:
         """Order what the calling thread queues next on a device behind the reads of its sources.
