@@ -8,7 +8,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Union
 
 from asyncckpt._loading.catalog import Catalog, Series
-from asyncckpt._loading.choose_landing import RestoreLandings, land_for_load
 from asyncckpt._loading.load import load_image
 from asyncckpt._loading.reader import ATTEMPTS, read_image, verify_file
 from asyncckpt._loading.restore import restore
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from asyncckpt._loading.catalog import Entry, Wanted
-    from asyncckpt._loading.landing import Land
     from asyncckpt._loading.load import Loaded
     from asyncckpt._loading.unpickle import MapLocation
     from asyncckpt.types import Checkpoint
@@ -93,8 +91,7 @@ class Finder:
             UnsafeStateError: `weights_only=True` refuses some entries; the message names them.
             UnloadableStateError: its objects cannot be built here, for example because a class is missing.
         """
-        land = land_for_load(map_location)
-        return self._load(which, map_location, land, weights_only=weights_only, fallback=fallback).state
+        return self._load(which, map_location, weights_only=weights_only, fallback=fallback).state
 
     def restore(  # noqa: PLR0913 - each is one decision of the user's
         self,
@@ -132,22 +129,16 @@ class Finder:
             PartialRestoreError: undoing a failed restore failed; the message lists the inconsistent entries.
         """
         self._note_state(state)
-        landings = RestoreLandings(state, get_engine().arena)
         try:
-            saved, found = self._load(
-                which, "cpu", landings.land, weights_only=weights_only, fallback=fallback
-            )
-            restore(state, saved, found.path, strict=strict, map_keys=map_keys)
-            del saved  # what it lies in is given back
+            loaded = self._load(which, "cpu", weights_only=weights_only, fallback=fallback)
         except CheckpointNotFoundError as error:
             if not missing_ok:
                 raise
             if self._look().others:
                 warn_caller(f"nothing is restored: {error}")
             return None
-        finally:
-            landings.give_back()
-        return found
+        restore(state, loaded.state, loaded.checkpoint.path, strict=strict, map_keys=map_keys)
+        return loaded.checkpoint
 
     def _note_state(self, state: Any) -> None:
         """Take notice of a live state that is restored, and will be saved."""
@@ -170,11 +161,9 @@ class Finder:
     def _look(self) -> Series:
         return get_engine().call(self._list)
 
-    def _load(
-        self, which: Which, map_location: MapLocation, land: Land, *, weights_only: bool, fallback: bool
-    ) -> Loaded:
+    def _load(self, which: Which, map_location: MapLocation, *, weights_only: bool, fallback: bool) -> Loaded:
         def load(store: Store, name: str) -> Loaded:
-            image = get_engine().call(read_image, store, name, land)
+            image = get_engine().call(read_image, store, name)
             return load_image(image, map_location, weights_only=weights_only)
 
         wait_for_pending()

@@ -7,7 +7,6 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from asyncckpt._finder import locate
-from asyncckpt._loading.choose_landing import land_for_load
 from asyncckpt._loading.load import load_image
 from asyncckpt._loading.reader import read_image
 from asyncckpt._saving.engine import get_engine, wait_for_pending
@@ -84,7 +83,7 @@ def load(
     """
     wait_for_pending()
     store, name = locate(_checked(path), open_store("."), storage_options)
-    image = get_engine().call(read_image, store, name, land_for_load(map_location))
+    image = get_engine().call(read_image, store, name)
     return load_image(image, map_location, weights_only=weights_only).state
 
 

@@ -15,6 +15,7 @@ from asyncckpt.layout.other_formats import HEAD, recognize
 from asyncckpt.layout.torch_zip import tail_with_description
 from asyncckpt.layout.zip_format import DESCRIPTION, ROOT
 from asyncckpt.layout.zip_reader import read_directory
+from asyncckpt.stores.base import COPIED_AT_ONCE
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -151,7 +152,7 @@ async def _rewrite(
             if progress is not None:
                 progress(kept)
 
-        await for_each(copy_piece, range(0, size, draft.chunk), draft.writers)
+        await for_each(copy_piece, range(0, size, draft.chunk), min(draft.writers, COPIED_AT_ONCE))
         await in_thread(check.finish)
         if (await store.stat(file.file.name)).version != file.file.version:
             raise CheckpointNotFoundError(f"{file.path} was replaced while it was read")

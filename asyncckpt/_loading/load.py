@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+import weakref
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
 
 from asyncckpt._loading.load_failures import load_failure
 from asyncckpt._loading.unpickle import PayloadFile, load_file
@@ -11,8 +15,14 @@ from asyncckpt.layout.zip_format import DESCRIPTION
 from asyncckpt.types import Checkpoint
 
 if TYPE_CHECKING:
+    from torch.storage import UntypedStorage
+
     from asyncckpt._loading.reader import Image
     from asyncckpt._loading.unpickle import MapLocation
+    from asyncckpt._snapshot.memory import Mapping
+
+# Smaller storages are given back only with the whole file; pages of their own would cost more than they do.
+_OWN_PAGES = 64 << 10
 
 
 class Loaded(NamedTuple):
@@ -23,7 +33,7 @@ class Loaded(NamedTuple):
 
 
 def load_image(image: Image, map_location: MapLocation = "cpu", *, weights_only: bool | None) -> Loaded:
-    """Build the state of a file, as torch.load would; its storages lie where the image landed.
+    """Build the state of a file, as torch.load would; its storages keep the memory of the image.
 
     Raises:
         CorruptCheckpointError: its pickle makes no sense.
@@ -34,10 +44,10 @@ def load_image(image: Image, map_location: MapLocation = "cpu", *, weights_only:
     checkpoint = Checkpoint(None, image.path, {}, image.nbytes)
     if record is not None:
         checkpoint = checkpoint_of(image.path, Description.decode(record), image.nbytes)
-    landing = image.landing
     ranges = [(start, stop) for _, start, stop in image.directory.storages() if stop > start]
-    payloads = {start: landing.storage(start, stop) for start, stop in ranges}
-    file = PayloadFile(image.nbytes, image.read, payloads)
+    payloads = {start: _storage(image.mapping, start, stop) for start, stop in ranges}
+    view = image.mapping.view
+    file = PayloadFile(image.nbytes, lambda at, length: bytes(view[at : at + length]), payloads)
     try:
         return Loaded(load_file(file, map_location, weights_only=weights_only), checkpoint)
     except Exception as error:
@@ -48,3 +58,14 @@ def load_image(image: Image, map_location: MapLocation = "cpu", *, weights_only:
         if failure is None:
             raise
         raise failure from error
+
+
+def _storage(mapping: Mapping, start: int, stop: int) -> UntypedStorage:
+    """Return a storage of the bytes [start, stop) that gives its pages back when it dies.
+
+    All of the mapping is given back when nothing refers to it any more.
+    """
+    array = (ctypes.c_ubyte * (stop - start)).from_buffer(mapping.view, start)
+    if stop - start >= _OWN_PAGES:
+        weakref.finalize(array, mapping.discard, start, stop).atexit = False
+    return torch.frombuffer(array, dtype=torch.uint8).untyped_storage()

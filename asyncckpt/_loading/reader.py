@@ -6,20 +6,18 @@ import asyncio
 import errno
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import pairwise
 from typing import TYPE_CHECKING, TypeVar
 
 from asyncckpt._checksum import crc32, crc32_combine
-from asyncckpt._loading.landing import OwnLanding
 from asyncckpt._snapshot.memory import map_private
 from asyncckpt._threads import for_each, for_each_in_threads, in_thread
 from asyncckpt.errors import CheckpointNotFoundError, CorruptCheckpointError, StoreError
 from asyncckpt.layout.zip_reader import check_header, read_directory
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterable, Iterator
+    from collections.abc import Awaitable, Callable, Iterator
 
-    from asyncckpt._loading.landing import Land, Landing
+    from asyncckpt._snapshot.memory import Mapping
     from asyncckpt.layout.zip_reader import Directory
     from asyncckpt.stores.base import OpenFile, Store
     from asyncckpt.types import Offsets
@@ -63,60 +61,37 @@ class Image:
 
     Attributes:
         path: path or URL of the file.
+        mapping: the memory; the file begins at its first byte.
         nbytes: size of the file.
         directory: its records, the payload ranges as the local headers give them.
-        landing: holds it up to the end of the last storage.
-        rest: the bytes from there on.
     """
 
     path: str
+    mapping: Mapping
     nbytes: int
     directory: Directory
-    landing: Landing
-    rest: bytes
-
-    def read(self, start: int, length: int) -> bytes:
-        """Return bytes outside storages; of storages they may be zeros."""
-        stop, split = start + length, self.nbytes - len(self.rest)
-        front = self.landing.read(start, min(stop, split)) if start < split else b""
-        return front + self.rest[max(start - split, 0) : max(stop - split, 0)]
 
     def record(self, name: str) -> bytes | None:
         """Return the payload of a record, whatever its folder is called; None if there is no such record."""
         row = self.directory.row(name)
         if row is None:
             return None
-        start, stop = int(self.directory.starts[row]), int(self.directory.stops[row])
-        return self.read(start, stop - start)
+        return bytes(self.mapping.view[int(self.directory.starts[row]) : int(self.directory.stops[row])])
 
 
-async def read_image(store: Store, name: str, land: Land = OwnLanding) -> Image:
-    """Read a whole file into memory that `land` provides; raises what `read_file` does."""
-    return await read_file(partial(_read_image, land=land), store, name)
+async def read_image(store: Store, name: str) -> Image:
+    """Read a whole file into memory of its own; raises what `read_file` does."""
+    return await read_file(_read_image, store, name)
 
 
-async def _read_image(file: OpenFile, land: Land) -> Image:
-    nbytes = file.file.nbytes
-    directory = await file.answer(read_directory(nbytes))
-    split = directory.storages_end
-    landing = await in_thread(land, directory)
+async def _read_image(file: OpenFile) -> Image:
+    mapping = map_private(file.file.nbytes)
     try:
-        rest = memoryview(bytearray(nbytes - split))
-
-        def buffer(start: int, stop: int) -> memoryview:
-            return landing.buffer(start, stop) if start < split else rest[start - split : stop - split]
-
-        def checked(start: int, piece: memoryview) -> None:
-            if start < split:
-                landing.arrived(start, piece)
-
-        pieces = [*_pieces(0, split, file.chunk), *_pieces(split, nbytes, file.chunk)]
-        await _read_checked(file, directory, pieces, buffer, checked)
-        await in_thread(landing.end)
+        directory = await _read_checked(file, lambda start, stop: mapping.view[start:stop])
     except BaseException:
-        landing.close()
+        mapping.close()
         raise
-    return Image(file.path, nbytes, directory, landing, bytes(rest))
+    return Image(file.path, mapping, file.file.nbytes, directory)
 
 
 async def verify_file(store: Store, name: str, progress: Callable[[int], None] | None = None) -> None:
@@ -137,63 +112,54 @@ async def verify(file: OpenFile, progress: Callable[[int], None] | None = None) 
 
     loop = asyncio.get_running_loop()
 
-    def checked(_: int, piece: memoryview) -> None:
+    def checked(piece: memoryview) -> None:
         free.append(piece)  # only the last one of the file is shorter than its buffer
         if progress is not None:
             loop.call_soon_threadsafe(progress, len(piece))
 
     try:
-        directory = await file.answer(read_directory(file.file.nbytes))
-        pieces = _pieces(0, file.file.nbytes, file.chunk)
-        await _read_checked(file, directory, pieces, lambda start, stop: free.pop()[: stop - start], checked)
+        await _read_checked(file, lambda start, stop: free.pop()[: stop - start], checked)
     finally:
         mapping.close()
 
 
-def _pieces(start: int, stop: int, chunk: int) -> Iterable[tuple[int, int]]:
-    """Return begin and end of the pieces of [start, stop), which meet at multiples of `chunk`."""
-    bounds = [start, *range((start // chunk + 1) * chunk, stop, chunk), stop]
-    return pairwise(bounds) if start < stop else ()
-
-
 async def _read_checked(
     file: OpenFile,
-    directory: Directory,
-    pieces: Iterable[tuple[int, int]],
     buffer: Callable[[int, int], memoryview],
-    checked: Callable[[int, memoryview], None],
-) -> None:
-    """Read a file in pieces, several at once, and check every record.
+    checked: Callable[[memoryview], None] = lambda _: None,
+) -> Directory:
+    """Read a file in pieces, several at once, and check every record; returns the records.
 
     Args:
         file: which one.
-        directory: its records.
-        pieces: all of it, as (start, stop).
-        buffer: returns the memory for the bytes [start, stop); called on any thread.
-        checked: called on any thread with where each piece starts, and its bytes.
+        buffer: returns the memory for the bytes [start, stop).
+        checked: called with each piece when it is checked, on any thread.
     """
+    nbytes, chunk = file.file.nbytes, file.chunk
+    directory = await file.answer(read_directory(nbytes))
     check = Check(directory, file.path)
+
+    starts = range(0, nbytes, chunk)
     blocking = file.blocking_reader()
 
-    def take(start: int, piece: memoryview) -> None:
+    async def read_piece(start: int) -> None:
+        piece = buffer(start, min(start + chunk, nbytes))
+        await file.read(start, piece)
+        await in_thread(check.add, start, piece)
+        checked(piece)
+
+    def read_piece_here(read: Callable[[int, memoryview], None], start: int) -> None:
+        piece = buffer(start, min(start + chunk, nbytes))
+        read(start, piece)
         check.add(start, piece)
-        checked(start, piece)
-
-    async def read_piece(span: tuple[int, int]) -> None:
-        piece = buffer(*span)
-        await file.read(span[0], piece)
-        await in_thread(take, span[0], piece)
-
-    def read_piece_here(read: Callable[[int, memoryview], None], span: tuple[int, int]) -> None:
-        piece = buffer(*span)
-        read(span[0], piece)
-        take(span[0], piece)
+        checked(piece)
 
     if blocking is None:
-        await for_each(read_piece, pieces, file.readers)
+        await for_each(read_piece, starts, file.readers)
     else:
-        await for_each_in_threads(partial(read_piece_here, blocking), pieces, file.readers)
+        await for_each_in_threads(partial(read_piece_here, blocking), starts, file.readers)
     await in_thread(check.finish)
+    return directory
 
 
 @dataclass(slots=True, eq=False)

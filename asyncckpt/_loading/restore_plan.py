@@ -12,7 +12,6 @@ from torch.nn.parameter import is_lazy
 
 from asyncckpt._loading.copies import Copy
 from asyncckpt._loading.fitting import copy_cannot_fail, is_stock, misfit
-from asyncckpt._loading.optimizer_state import keep_state_tensors
 from asyncckpt._loading.state_keys import map_state_keys, prefix_remedy
 from asyncckpt._loading.stateful import is_plain, is_stateful, remake
 from asyncckpt._loading.undo import hold_container, hold_stateful, hold_tensor, refill
@@ -186,10 +185,6 @@ class Plan:
             self.problems.append(f"{path}: {there} in the checkpoint, {ours} in the optimizer")
         else:
             self.overlaps = True
-            if is_stock(live):
-                saved, copies = keep_state_tensors(live, saved, path)
-                self.copies += copies
-                load = partial(live.load_state_dict, saved)
         self.changes.append(Change(path, partial(hold_stateful, live), load))
 
     def _own_load(self, module: torch.nn.Module, saved: dict[Any, Any], path: str) -> Callable[[], object]:

@@ -67,18 +67,6 @@ class Lease:
         if self._buffer is not None:
             self._arena._take_back(self._buffer, self)
 
-    def detach(self) -> Mapping:
-        """Take the buffer out of the arena, and return its memory, which is closed with this lease.
-
-        It no longer counts there, is not pinned any more, and is inherited by forked children.
-        """
-        buffer = self._buffer
-        assert buffer is not None and buffer.mapping is not None  # noqa: S101, PT018 - `lease` has returned
-        self._arena._give_up(buffer)
-        buffer.unpin()
-        buffer.mapping.share_with_children()
-        return buffer.mapping
-
 
 @dataclass(slots=True, eq=False)
 class _Buffer:
@@ -130,15 +118,11 @@ class _Buffer:
         self.mapping = mapping
         return mapping
 
-    def unpin(self) -> None:
-        if self.pinned and self.mapping is not None:
-            unpin(self.mapping, self.device)
-            self.pinned = False
-
     def close(self) -> None:
         if self.mapping is not None:
             try:
-                self.unpin()
+                if self.pinned:
+                    unpin(self.mapping, self.device)
             finally:
                 self.mapping.close()
 
@@ -193,20 +177,6 @@ class Arena:
         except BaseException:
             lease.release()
             raise
-        return lease
-
-    def lease_free(self, nbytes: int) -> Lease | None:
-        """Lease a buffer of at least `nbytes` that is there and free; None if there is none."""
-        lease = Lease(self)
-        with self._changed:
-            fitting = [b for b in self._buffers if not b.is_leased and b.mapping and b.nbytes >= nbytes]
-            buffer = min(fitting, key=lambda b: b.nbytes, default=None)
-            if buffer is None or buffer.mapping is None:
-                return None
-            buffer.lease = weakref.ref(lease)
-            lease._buffer = buffer
-            self._high_water = max(self._high_water, self._leased())
-        lease.view, lease.address = buffer.mapping.view, buffer.mapping.address
         return lease
 
     def reserve(self, nbytes: int, count: int, *, pinned: bool = False) -> None:
@@ -308,18 +278,11 @@ class Arena:
             buffer.lease = None
             buffer.used = next(self._clock)
             unusable = buffer.mapping is None or (self.limit is not None and self._mapped() > self.limit)
-            unusable = unusable or buffer not in self._buffers
             if unusable and buffer in self._buffers:
                 self._buffers.remove(buffer)
         self._changed.notify_all()
         if unusable:
             buffer.close()
-
-    def _give_up(self, buffer: _Buffer) -> None:
-        with self._changed:
-            if buffer in self._buffers:
-                self._buffers.remove(buffer)
-        self._changed.notify_all()
 
     def _mapped(self) -> int:
         return sum(buffer.nbytes for buffer in self._buffers)

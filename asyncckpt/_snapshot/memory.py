@@ -69,11 +69,6 @@ class Mapping:
         if first < last:
             _libc.madvise(self.address + first, last - first, mmap.MADV_DONTNEED)
 
-    def share_with_children(self) -> None:
-        """Let children that are forked from now on have a copy."""
-        if self.owner is not None and hasattr(mmap, "MADV_DOFORK"):
-            _libc.madvise(self.address, self.nbytes, mmap.MADV_DOFORK)
-
     def close(self) -> None:
         """Unmap the memory."""
         self._unmap()

@@ -67,15 +67,6 @@ class Directory:
         """What the folder of all records is called: `archive`, or as torch.save called it after the file."""
         return self.names[0].partition("/")[0]
 
-    @property
-    def storages_end(self) -> int:
-        """Where the record behind the last storage begins; 0 without storages."""
-        folder = f"{self.folder}/"
-        last = next((row for row in reversed(range(len(self.names))) if self._is_storage(row, folder)), None)
-        if last is None:
-            return 0
-        return int(self.headers[last + 1]) if last + 1 < len(self.names) else self.begin
-
     def row(self, name: str) -> int | None:
         """Return the row of a record, whatever its folder is called; None if there is none.
 
@@ -88,14 +79,10 @@ class Directory:
     def storages(self) -> Iterator[tuple[str, int, int]]:
         """Yield the key of each storage, and where its bytes start and stop."""
         folder = f"{self.folder}/"
-        for row, (name, start, stop) in enumerate(
-            zip(self.names, self.starts.tolist(), self.stops.tolist(), strict=True)
-        ):
-            if self._is_storage(row, folder):
-                yield name.rpartition("/")[2], start, stop
-
-    def _is_storage(self, row: int, folder: str) -> bool:
-        return self.names[row].startswith(folder) and _STORAGE.fullmatch(self.names[row]) is not None
+        for name, start, stop in zip(self.names, self.starts.tolist(), self.stops.tolist(), strict=True):
+            found = _STORAGE.fullmatch(name)
+            if found and name.startswith(folder):
+                yield found[1], start, stop
 
 
 def read_description(size: int) -> Generator[Request, bytes, Description | None]:

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 R = TypeVar("R")
 
+# Pieces in memory at once while a file is copied. A draft may take more: those of a snapshot are there.
+COPIED_AT_ONCE = 4
+
 
 @dataclass(frozen=True, slots=True)
 class StoredFile:
@@ -211,4 +214,4 @@ async def copy_into(draft: Draft, file: OpenFile) -> None:
         await file.read(offset, piece)
         await draft.write(offset, piece)
 
-    await for_each(copy_piece, range(0, file.file.nbytes, draft.chunk), draft.writers)
+    await for_each(copy_piece, range(0, file.file.nbytes, draft.chunk), min(draft.writers, COPIED_AT_ONCE))
