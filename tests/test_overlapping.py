@@ -11,6 +11,7 @@ import torch
 import asyncckpt
 from asyncckpt import Checkpointer, SaveError, TornSnapshotError
 from asyncckpt._saving.trial import Trial
+from asyncckpt._saving.engine import get_engine
 from asyncckpt._snapshot import fences
 from asyncckpt.testing import Gate
 from support import gated_store, run_python
@@ -214,6 +215,7 @@ def test_memory_that_was_prepared_for_no_save_is_released(tmp_path: Path) -> Non
 
 
 def test_memory_that_cannot_be_prepared_is_left_to_the_save(tmp_path: Path, training: Training) -> None:
+    before = get_engine().arena.limit
     asyncckpt.set_memory_limit(1000)
     try:
         with Checkpointer(tmp_path, overlap=True) as ckpt:
@@ -223,7 +225,7 @@ def test_memory_that_cannot_be_prepared_is_left_to_the_save(tmp_path: Path, trai
             with pytest.raises(SaveError, match="exceeds the limit of 1000 bytes"):
                 ckpt.save(1, training.state)
     finally:
-        asyncckpt.set_memory_limit(None)
+        asyncckpt.set_memory_limit(before)
 
 
 def test_a_blocking_checkpointer_prepares_nothing(tmp_path: Path) -> None:
