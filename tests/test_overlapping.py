@@ -10,8 +10,8 @@ import torch
 
 import asyncckpt
 from asyncckpt import Checkpointer, SaveError, TornSnapshotError
-from asyncckpt._saving.trial import Trial
 from asyncckpt._saving.engine import get_engine
+from asyncckpt._saving.trial import Trial
 from asyncckpt._snapshot import fences
 from asyncckpt.testing import Gate
 from support import gated_store, run_python
