@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
     from types import TracebackType
 
-    import torch
     from typing_extensions import Self
 
     from asyncckpt._saving.overlapping import GuardKind
@@ -221,10 +220,14 @@ class Checkpointer(Finder):
             self._due.save_taken(step, began, save)
         return save
 
-    def attach(self, *optimizers: torch.optim.Optimizer) -> None:
+    def attach(self, *optimizers: Any) -> None:
         """Let overlapped saves defer the parameters and the state of optimizers until their next step.
 
         Optimizers that a state holds as objects are attached by `save`. They are not kept alive.
+
+        Args:
+            optimizers: subclasses of `torch.optim.Optimizer`, or what Lightning, Fabric and Accelerate wrap
+                around one.
 
         Raises:
             TypeError: one is not a `torch.optim.Optimizer`, so that nothing tells when it changes parameters.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import pytest
@@ -14,6 +15,12 @@ if TYPE_CHECKING:
     from object_servers import FaultyProxy, MotoServer
 
 pytest.register_assert_rewrite("asyncckpt.testing.store_contract")
+
+with suppress(ImportError):  # which a bare machine with a GPU lacks
+    from hypothesis import settings
+
+    settings.register_profile("asyncckpt", deadline=None)  # a busy machine is no failure
+    settings.load_profile("asyncckpt")
 
 # Under nohup, or in the background of a script, a process is started with these ignored.
 for number, default in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):

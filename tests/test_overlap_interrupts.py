@@ -371,8 +371,15 @@ pending.committed.result(30)
 @pytest.mark.parametrize("end", ["", "raise SystemExit(0)", "del model, opt, ckpt"])
 def test_the_interpreter_ends_during_the_copy(interpreter: Interpreter, tmp_path: Path, end: str) -> None:
     body = f"""
+from asyncckpt._saving import engine
+
+def let_go_at_the_end():
+    while not engine._ended:
+        may_go_on.wait(0.001)
+    may_go_on.set()
+
 save(1)
-threading.Timer(0.2, may_go_on.set).start()
+threading.Thread(target=let_go_at_the_end, daemon=True).start()
 {end}
 """
     run(interpreter, tmp_path / "run", body)

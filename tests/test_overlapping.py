@@ -14,7 +14,7 @@ from asyncckpt._saving.engine import get_engine
 from asyncckpt._saving.trial import Trial
 from asyncckpt._snapshot import fences
 from asyncckpt.testing import Gate
-from support import gated_store
+from support import gated_store, run_python
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -165,32 +165,57 @@ def test_a_trial_measures_one_save_at_a_time() -> None:
     assert fences.watchers() == []
 
 
-def test_memory_is_ready_after_the_second_step(tmp_path: Path, training: Training) -> None:
-    with Checkpointer(tmp_path, overlap=True) as ckpt:
-        assert ckpt.restore(training.state, missing_ok=True) is None
-        training.step()
-        before = asyncckpt.statistics().memory
-        training.step()
-        get_engine().arena._changed.until(get_engine().arena._is_prepared)
-        prepared = asyncckpt.statistics().memory
-        assert prepared > before + 3 * training.model.weight.nbytes
-        save = ckpt.save(1, training.state)
-        assert asyncckpt.statistics().memory == prepared
-        save.committed.result()
+PREPARED = """
+    import sys, torch, asyncckpt
+    from asyncckpt import Checkpointer
+    from asyncckpt._saving.engine import get_engine
+
+    model = torch.nn.Linear(200, 200)
+    opt = torch.optim.AdamW(model.parameters())
+    state = {"model": model, "opt": opt}
+
+    def step():
+        model(torch.ones(2, 200)).square().mean().backward()
+        opt.step()
+
+    ckpt = Checkpointer(sys.argv[1], overlap=True)
+    assert ckpt.restore(state, missing_ok=True) is None
+    step()
     assert asyncckpt.statistics().memory == 0
+    step()
+    arena = get_engine().arena
+    arena._changed.until(arena._is_prepared)
+    prepared = asyncckpt.statistics().memory
+    assert prepared > 3 * model.weight.nbytes
+"""
 
 
-def test_memory_that_was_prepared_for_no_save_is_released(tmp_path: Path, training: Training) -> None:
-    ckpt = Checkpointer(tmp_path, overlap=True)
-    ckpt.attach(training.opt)
-    for _ in range(3):
-        training.step()
-    assert asyncckpt.statistics().memory > 0
+def test_memory_is_ready_after_the_second_step(tmp_path: Path) -> None:
+    script = (
+        PREPARED
+        + """
+    save = ckpt.save(1, state)
+    assert asyncckpt.statistics().memory == prepared
+    save.committed.result()
+    """
+    )
+    assert run_python(script, str(tmp_path)) == (0, "", "")
+
+
+def test_memory_that_was_prepared_for_no_save_is_released(tmp_path: Path) -> None:
+    script = (
+        PREPARED
+        + """
     ckpt.close()
-    assert asyncckpt.statistics().memory == asyncckpt.statistics().threads == 0
+    held = asyncckpt.statistics()
+    assert held.memory == held.threads == 0
+    """
+    )
+    assert run_python(script, str(tmp_path)) == (0, "", "")
 
 
 def test_memory_that_cannot_be_prepared_is_left_to_the_save(tmp_path: Path, training: Training) -> None:
+    before = get_engine().arena.limit
     asyncckpt.set_memory_limit(1000)
     try:
         with Checkpointer(tmp_path, overlap=True) as ckpt:
@@ -200,12 +225,15 @@ def test_memory_that_cannot_be_prepared_is_left_to_the_save(tmp_path: Path, trai
             with pytest.raises(SaveError, match="exceeds the limit of 1000 bytes"):
                 ckpt.save(1, training.state)
     finally:
-        asyncckpt.set_memory_limit(None)
+        asyncckpt.set_memory_limit(before)
 
 
-def test_a_blocking_checkpointer_prepares_nothing(tmp_path: Path, training: Training) -> None:
-    with Checkpointer(tmp_path) as ckpt:
-        ckpt.attach(training.opt)
-        for _ in range(3):
-            training.step()
-        assert asyncckpt.statistics().memory == 0
+def test_a_blocking_checkpointer_prepares_nothing(tmp_path: Path) -> None:
+    script = (
+        PREPARED.replace(", overlap=True", "").partition("    step()\n    arena")[0]
+        + """
+    assert get_engine().arena._preparer is None
+    assert asyncckpt.statistics().memory == 0
+    """
+    )
+    assert run_python(script, str(tmp_path)) == (0, "", "")

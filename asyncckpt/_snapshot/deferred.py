@@ -236,6 +236,8 @@ class DeferredCopy:
 
     def _allow_changes(self) -> None:
         self._look(final=True)
+        if self.checksums is None:
+            self.state = None  # only an error would name an entry of it
         if self.copy.ended:
             fences.remove(self)
         self.released()
