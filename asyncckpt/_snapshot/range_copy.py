@@ -51,6 +51,7 @@ class RangeCopy:
         self._launching = 0
         # What each is handing over, by thread.
         self._fences: dict[int, dict[torch.device, list[int]]] = {}
+        self._returned: list[dict[torch.device, list[int]]] = []  # what interrupted fences have not handed over
         self._running = self._stopped = False
 
     def is_complete(self) -> bool:
@@ -90,12 +91,13 @@ class RangeCopy:
         """
         if self.is_fenced_by_caller():
             raise handler_error("a step or fence()")
+        caller = threading.get_ident()
         taken: dict[torch.device, list[int]] = {device: [] for device in self.lanes}
         try:
             with self._changed:
                 if self._stopped or self.ended:
                     return
-                self._fences[threading.get_ident()] = taken
+                self._fences[caller] = taken
             handing = True
             while handing:
                 self._changed.until(lambda: self._claim(taken))
@@ -104,11 +106,11 @@ class RangeCopy:
                     self._hand_over(device, indices)
             self.order()
         finally:
-            with self._changed:
-                if not self._stopped:
-                    for device, indices in taken.items():  # interrupted
-                        self._left[device].extendleft(reversed(indices))
-                self._fences.pop(threading.get_ident(), None)
+            # One call each: another interrupt between them must neither lose pieces nor leave a fence behind.
+            try:
+                self._returned.append(taken)
+            finally:
+                self._fences.pop(caller, None)
             self._changed.notify_all()
 
     def is_fenced_by_caller(self) -> bool:
@@ -141,6 +143,7 @@ class RangeCopy:
         batch: list[tuple[Lane, list[int]]] = []
 
         def attempt() -> bool:
+            self._put_back()
             # Of the device with most left, so that several of them copy at once.
             device = max(self._left, key=lambda device: len(self._left[device]), default=None)
             if device is not None and (left := self._left[device]):
@@ -153,6 +156,15 @@ class RangeCopy:
 
         self._changed.until(attempt, None if wait else 0)
         return batch[0] if batch else None
+
+    def _put_back(self) -> None:
+        """Take back what interrupted fences have left; a piece that is there twice is copied once."""
+        while self._returned:
+            for device, indices in self._returned[-1].items():
+                if not self._stopped:
+                    self._left[device].extendleft(reversed(indices))
+            self._returned.pop()
+            self._changed.notify_all()
 
     def _launch(self, lane: Lane, indices: list[int]) -> Any:
         pieces = [piece for index in indices if (piece := self._pieces[index]) is not None]
@@ -170,7 +182,8 @@ class RangeCopy:
                 taken[device] = new
                 self._left[device] = deque(index for index in left if self._handed[index])
         others = any(any(other.values()) for other in self._fences.values() if other is not taken)
-        return any(taken.values()) or not (self._launching or others) or self.ended
+        waits = self._launching or others or any(any(other.values()) for other in self._returned)
+        return any(taken.values()) or not waits or self.ended
 
     def _hand_over(self, device: torch.device, indices: list[int]) -> None:
         """Let a lane take over pieces at a fence, and put back what it has not copied."""
