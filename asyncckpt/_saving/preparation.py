@@ -34,9 +34,13 @@ class Preparation:
         """Wait for the second step."""
         fences.watch(self)
 
-    def end(self) -> None:
-        """Prepare nothing any more, and let memory that nobody else uses be released."""
+    def stop(self) -> None:
+        """Prepare nothing any more: the first save takes its memory itself."""
         fences.unwatch(self)
+
+    def end(self) -> None:
+        """Stop, and let memory that nobody else uses be released."""
+        self.stop()
         get_engine().leave(self)
 
     def __call__(self, optimizer: Optimizer) -> None:
@@ -46,8 +50,9 @@ class Preparation:
         if not self._stepped:
             self._stepped = True
             return
-        fences.unwatch(self)
-        storages = {key: found[0].untyped_storage() for key, found in self._owners.tensors().items()}
+        self.stop()
+        owned = self._owners.tensors(fences.seen())
+        storages = {key: found[0].untyped_storage() for key, found in owned.items()}
         nbytes = sum(storage.nbytes() + _PER_STORAGE for storage in storages.values())
         devices = {storage.device for storage in storages.values() if storage.device.type == "cuda"}
         engine = get_engine()

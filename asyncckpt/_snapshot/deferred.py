@@ -191,6 +191,7 @@ class DeferredCopy:
         self.guard = None
         fences.remove(self)
         self.copy.cancel()
+        self.state = self.checksums = None
         self.released()
 
     def settle(self) -> None:

@@ -54,6 +54,12 @@ def stepping() -> list[Optimizer]:
         return [optimizer for optimizer, reason in _reasons.items() if not reason]
 
 
+def seen() -> list[Optimizer]:
+    """Return the optimizers that have begun a step since `watch_steps`."""
+    with _changed:
+        return list(_reasons)
+
+
 def why_not(optimizer: Optimizer) -> str:
     """Return why an optimizer is not in `stepping`."""
     return _reasons.get(optimizer) or f"no step of {type(optimizer).__name__} was seen yet"

@@ -51,7 +51,9 @@ class RangeCopy:
         self._launching = 0
         # What each is handing over, by thread.
         self._fences: dict[int, dict[torch.device, list[int]]] = {}
-        self._returned: list[dict[torch.device, list[int]]] = []  # what interrupted fences have not handed over
+        self._returned: list[
+            dict[torch.device, list[int]]
+        ] = []  # what interrupted fences have not handed over
         self._running = self._stopped = False
 
     def is_complete(self) -> bool:
