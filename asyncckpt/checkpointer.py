@@ -159,8 +159,8 @@ class Checkpointer(Finder):
                 try:
                     await to_thread.run_sync(self._due.drain, None, abandon_on_cancel=True)
                 finally:
-                    self._due.close()
-                await to_thread.run_sync(self._release)
+                    self._due.close()  # not in a thread, where handlers cannot be set
+                    await to_thread.run_sync(self._release)
             self._saver.raise_failures()
         except AsyncCkptError as failure:
             if error is None:

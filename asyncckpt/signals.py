@@ -125,8 +125,9 @@ class StopOnSignal:
             raise SignalError(f"{number.name} cannot be handled by a program; use another signal") from error
 
     def _leave(self) -> None:
-        _entered.remove(self)
-        self._restore()
+        if self in _entered:
+            _entered.remove(self)
+            self._restore()
 
     def _restore(self) -> None:
         for number, previous in self._previous.items():

@@ -22,8 +22,10 @@ from asyncckpt import (
     SignalError,
 )
 from asyncckpt._saving.costs import CostMeter
+from asyncckpt._saving.engine import get_engine
 from asyncckpt._saving.save import Save
-from asyncckpt.testing import Gate
+from asyncckpt._snapshot import fences
+from asyncckpt.testing import Gate, SlowStore
 from programs import Interpreter
 from support import faulty_store, gated_store
 
@@ -140,6 +142,25 @@ class TestIntervals:
                 assert ckpt.due(step)
                 ckpt.save(step, STATE).committed.exception()
             assert not ckpt.due(302)
+
+    def test_saves_that_are_replaced_are_no_failures(self, tmp_path: Path) -> None:
+        gate, store = Gate(), faulty_store(tmp_path)
+        slow = SlowStore(store, gates={"commit": gate})
+        with Checkpointer(
+            store=slow,
+            when_busy="replace",
+            max_in_flight=2,
+            every=Every(steps=100),
+            on_error=lambda *_: None,
+        ) as ckpt:
+            ckpt.save(1, STATE)
+            gate.wait_for_arrival()
+            saves = [ckpt.save(step, STATE) for step in (2, 3, 4)]
+            assert [save.skipped for save in saves] == [True, True, False]
+            store.fail("commit", OSError("gone"), times=2)
+            gate.open()
+            ckpt.wait()
+            assert ckpt.due(5)
 
     def test_without_a_schedule_there_is_no_answer(self, tmp_path: Path) -> None:
         with Checkpointer(tmp_path) as ckpt, pytest.raises(ValueError, match=r"such as Every\(minutes=10\)"):
@@ -345,6 +366,23 @@ class TestSignals:
         del ckpt
         assert signal.getsignal(signal.SIGUSR1) == former
 
+    async def test_async_with_releases_everything_when_saves_are_given_up(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("asyncckpt._threads._LOOK_AGAIN", 0.01)
+        gate = Gate()
+        ckpt = Checkpointer(store=gated_store(tmp_path, gate), on_signal="USR1", grace=1e-6, overlap=True)
+        ckpt.save(1, STATE)
+        signal.raise_signal(signal.SIGUSR1)
+        with pytest.raises(BusyError, match="given up"):
+            async with ckpt:
+                pass
+        assert fences.watchers() == []
+        gate.open()
+        ckpt._saver.drain()
+        engine = get_engine()
+        assert engine._changed.until(lambda: engine._threads is None, 10)
+
     async def test_async_with_restores_the_handlers(self, tmp_path: Path) -> None:
         former = signal.getsignal(signal.SIGUSR1)
         async with Checkpointer(tmp_path, on_signal="USR1") as ckpt:
@@ -392,7 +430,7 @@ class TestSignals:
         gate = Gate()
         with Checkpointer(store=gated_store(tmp_path, gate), on_signal="USR1", grace=1e-6) as ckpt:
             ckpt.save(1, STATE)
-            with pytest.raises(BusyError, match="still pending"):
+            with pytest.raises(BusyError, match=r"still pending after 0\.01 s"):
                 ckpt._due.drain(0.01)
             gate.open()
         assert [c.step for c in ckpt.checkpoints()] == [1]
@@ -453,7 +491,7 @@ class TestPrograms:
         self, interpreter: Interpreter, tmp_path: Path, when: str
     ) -> None:
         body = """
-            asyncckpt._saving.due._LOOK_AGAIN = 0.01
+            asyncckpt._threads._LOOK_AGAIN = 0.01
             gate = Gate()
             store = SlowStore(LocalStore(path), gates={"commit": gate})
             try:
@@ -480,6 +518,27 @@ class TestPrograms:
         assert process.end() == (0, "", "")
         with Checkpointer(tmp_path) as ckpt:
             assert ckpt.checkpoints() == []
+
+    def test_a_save_after_others_were_given_up_is_finished_at_exit(
+        self, interpreter: Interpreter, tmp_path: Path
+    ) -> None:
+        body = """
+            gate = Gate()
+            store = SlowStore(LocalStore(path), gates={"commit": gate})
+            try:
+                with Checkpointer(store=store, on_signal="USR1", grace=1e-6) as ckpt:
+                    ckpt.save(1, state)
+                    signal.raise_signal(signal.SIGUSR1)
+            except BusyError:
+                tell("given up")
+            later = Checkpointer(path)
+            later.save(2, state)
+            threading.Timer(0.2, gate.open).start()
+            """
+        process = interpreter.start(program(body), tmp_path)
+        assert process.end() == (0, "given up\n", "")
+        with Checkpointer(tmp_path) as ckpt:
+            assert [c.step for c in ckpt.checkpoints()] == [1, 2]
 
     @pytest.mark.parametrize("how", ["another thread", "another order"])
     def test_handlers_that_cannot_be_restored_pass_their_signals_on(

@@ -60,6 +60,57 @@ told.append(ckpt._due._agreement._number)
     assert told[0][1] <= 12
 
 
+def test_multiples_of_steps_are_found_however_many_steps_are_between_calls(
+    interpreter: Interpreter, tmp_path: Path
+) -> None:
+    told = on_two_ranks(
+        interpreter,
+        tmp_path,
+        PREPARE
+        + """
+with Checkpointer(directory, every=Every(steps=500)) as ckpt:
+    told.append(run(ckpt, [1, 2, 3, *range(10, 2000, 10), *range(100, 501, 100)]))
+""",
+    )
+    assert told == [[[500, 1000, 1500, 500]]] * 2
+
+
+def test_only_rank_0_makes_memory_ready_for_a_first_save(interpreter: Interpreter, tmp_path: Path) -> None:
+    told = on_two_ranks(
+        interpreter,
+        tmp_path,
+        PREPARE
+        + """
+layer = torch.nn.Linear(200, 200)
+opt = torch.optim.AdamW(layer.parameters())
+with Checkpointer(directory, overlap=True) as ckpt:
+    ckpt.attach(opt)
+    for _ in range(3):
+        layer(torch.ones(2, 200)).sum().backward()
+        opt.step()
+    told.append(asyncckpt.statistics().memory > 0)
+""",
+    )
+    assert told == [[True], [False]]
+
+
+def test_a_schedule_computes_with_finite_times(interpreter: Interpreter, tmp_path: Path) -> None:
+    told = on_two_ranks(
+        interpreter,
+        tmp_path,
+        PREPARE
+        + """
+class EveryMinute:
+    def due(self, progress):
+        return int(progress.seconds) >= 60
+
+with Checkpointer(directory, every=EveryMinute()) as ckpt:
+    told.append(run(ckpt, range(1, 5)))
+""",
+    )
+    assert told == [[[]]] * 2
+
+
 def test_a_time_is_over_on_all_ranks_when_it_is_on_rank_0(interpreter: Interpreter, tmp_path: Path) -> None:
     told = on_two_ranks(
         interpreter,
@@ -136,13 +187,14 @@ def number_of(ckpt):
 told.append([run(ckpt, range(1, 10)), number_of(ckpt)])
 if rank == 1:
     os.kill(os.getpid(), signal.SIGUSR2)
-told.append([run(ckpt, range(10, 20)), number_of(ckpt), ckpt._due._deadline(1.0) < float("inf")])
+told.append([run(ckpt, range(10, 20)), number_of(ckpt), ckpt._due._agreed_at > 0])
 signal.raise_signal(signal.SIGUSR1)  # of another kind, and on both
 told.append([run(ckpt, range(20, 30)), number_of(ckpt)])
 if rank == 0:
     signal.raise_signal(signal.SIGUSR2)  # known from the other rank
 told.append([run(ckpt, range(30, 40)), number_of(ckpt)])
 ckpt.close()
+told.append(number_of(ckpt))
 """,
     )
     assert told[0] == told[1]
@@ -151,6 +203,7 @@ ckpt.close()
     assert told[0][1] in ([[10], "SIGUSR2", True], [[11], "SIGUSR2", True])
     assert told[0][2] == [[20], "SIGUSR1"]
     assert told[0][3] == [[], "SIGUSR1"]
+    assert told[0][4] == "SIGUSR1"
 
 
 def test_what_ranks_do_not_agree_on_is_an_error(interpreter: Interpreter, tmp_path: Path) -> None:
@@ -165,6 +218,7 @@ class Broken:
 
 ckpt = Checkpointer(directory, every=Every(seconds=1e-9))
 attempt(ckpt.due, 5 if rank else 4)
+attempt(ckpt.due, 6)
 broken = Checkpointer(directory, every=Broken() if rank == 0 else Every(steps=1))
 try:
     attempt(broken.due, 1)
@@ -185,8 +239,9 @@ else:
     dist.barrier()
 """,
     )
-    assert told[0] == [None, "KeyError('no such key')", None]
-    (mismatch, text), (broken, why), (late, patience) = told[1]
+    assert told[0] == [None, None, "KeyError('no such key')", None]
+    (mismatch, text), nothing, (broken, why), (late, patience) = told[1]
+    assert nothing is None
     assert (mismatch, broken, late) == ("SaveError", "SaveError", "BusyError")
     assert "rank 1 called due(5) where rank 0 called due(4)" in text
     assert "rank 0 could not decide whether a save is due: KeyError: 'no such key'" in why

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -176,6 +177,23 @@ def test_construction(tmp_path: Path, engine: str, stride: int) -> None:
     save()
     steady = held()[2:]
     assert interrupt_everywhere(lambda: Checkpointer(tmp_path), before, after, stride=stride) > 30
+
+
+def test_construction_with_signals(tmp_path: Path, stride: int) -> None:
+    former = signal.getsignal(signal.SIGUSR1)
+    made: list[Checkpointer] = []
+
+    def make() -> None:
+        made.append(Checkpointer(tmp_path, on_signal="USR1"))
+
+    def after(where: str) -> None:
+        made.clear()
+        assert signal.getsignal(signal.SIGUSR1) == former, where
+
+    with Checkpointer(tmp_path):  # keeps the engine
+        assert interrupt_everywhere(make, lambda: None, after, stride=stride) > 30
+    made.clear()
+    assert signal.getsignal(signal.SIGUSR1) == former
 
 
 @pytest.mark.parametrize("call", ["load", "restore", "verify"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from typing import TYPE_CHECKING
 
@@ -9,8 +10,9 @@ import pytest
 import torch
 
 import asyncckpt
-from asyncckpt import Checkpointer, SaveError, TornSnapshotError
+from asyncckpt import Checkpointer, Save, SaveError, TornSnapshotError
 from asyncckpt._saving.engine import get_engine
+from asyncckpt._saving.overlapping import Overlapping
 from asyncckpt._saving.trial import Trial
 from asyncckpt._snapshot import fences
 from asyncckpt.testing import Gate
@@ -18,8 +20,6 @@ from support import gated_store, run_python
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-    from asyncckpt import Save
 
 
 class Training:
@@ -137,6 +137,33 @@ def test_the_first_saves_are_a_trial(
     assert fences.watchers() == []
 
 
+def test_the_trial_does_not_count_waits_for_earlier_saves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("asyncckpt._saving.trial.time.perf_counter", lambda: 9.0)
+    overlapping = Overlapping(default=True)
+    overlapping._preparation.end()
+    save = Save(1, "run/1.pt")
+    save.stats.wait = 5.0
+    overlapping.note(save, 2.0)
+    for watcher in fences.watchers():
+        watcher(torch.optim.SGD([torch.zeros(1)]))
+    assert overlapping._trial._spans[False] == [2.0]
+
+
+def test_a_dropped_checkpointer_leaves_no_fence_and_no_threads(tmp_path: Path, training: Training) -> None:
+    engine = get_engine()
+    gc.disable()  # references in a cycle would be kept until it runs
+    try:
+        ckpt = Checkpointer(tmp_path, overlap=True)
+        training.step()
+        assert ckpt.save(1, training.state).stats.overlapped
+        ckpt.wait()
+        del ckpt
+        assert fences.watchers() == []
+        assert engine._changed.until(lambda: engine._threads is None, 10)
+    finally:
+        gc.enable()
+
+
 def test_saves_that_say_what_they_are_take_no_part_in_the_trial(tmp_path: Path, training: Training) -> None:
     with Checkpointer(tmp_path, overlap=True) as ckpt:
         training.step()
@@ -200,6 +227,18 @@ def test_memory_is_ready_after_the_second_step(tmp_path: Path) -> None:
     """
     )
     assert run_python(script, str(tmp_path)) == (0, "", "")
+
+
+def test_memory_is_made_ready_for_several_optimizers(tmp_path: Path) -> None:
+    both = Training(), Training()
+    with Checkpointer(tmp_path, overlap=True) as ckpt:
+        ckpt.attach(*(each.opt for each in both))
+        for each in both * 2:
+            each.step()
+        get_engine().arena._changed.until(get_engine().arena._is_prepared)
+        prepared = asyncckpt.statistics().memory
+        ckpt.save(1, [each.state for each in both]).committed.result()
+        assert asyncckpt.statistics().memory == prepared
 
 
 def test_memory_that_was_prepared_for_no_save_is_released(tmp_path: Path) -> None:

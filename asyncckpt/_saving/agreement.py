@@ -22,19 +22,19 @@ _numbers = count()
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """The decision of rank 0 for one call of `due`, and for how many calls it needs no other.
+    """The decision of rank 0 for one call of `due`, and how long it holds.
 
     Attributes:
         step: the step that rank 0 was asked for.
         due: whether a save is due.
-        calls: the next verdict is given at so many calls after this one; in between no save is due.
+        until: the next verdict is given at this step, or after a step back; before that no save is due.
         signum: the signal that a rank has received, or None.
         error: why rank 0 could not decide, or None.
     """
 
     step: int
     due: bool = False
-    calls: int = 1
+    until: int = 0
     signum: int | None = None
     error: str | None = None
 
@@ -51,7 +51,7 @@ class Agreement:
         self._store = group.store
         self._prefix = f"asyncckpt/due/{next(_numbers)}"
         self._number = 0  # of the next verdict
-        self._left = 0  # calls before it
+        self._step = self._until = 0  # of the last call, and of the next verdict
 
     @property
     def decides(self) -> bool:
@@ -69,12 +69,13 @@ class Agreement:
             SaveError: the ranks were asked for different steps, or rank 0 could not decide.
             BusyError: rank 0 was not asked within the timeout of the store.
         """
-        if self._left:
-            self._left -= 1
+        if self._step <= step < self._until:
+            self._step = step
             return None
+        self._step = self._until = step
         with _store_errors():
             verdict = self._publish(step, decide) if self.decides else self._read(step)
-        self._number, self._left = self._number + 1, verdict.calls - 1
+        self._until = verdict.until
         return verdict
 
     def report(self, signum: int) -> None:
@@ -88,20 +89,24 @@ class Agreement:
             return [signum for signum in signals if self._store.check([f"{self._prefix}/signal/{signum}"])]
 
     def _publish(self, step: int, decide: Callable[[], Verdict]) -> Verdict:
-        key = f"{self._prefix}/{self._number}"
         try:
             verdict = decide()
         except Exception as error:
             # The other ranks wait for an answer.
-            self._store.set(key, json.dumps(asdict(Verdict(step, error=f"{type(error).__name__}: {error}"))))
+            self._put(Verdict(step, error=f"{type(error).__name__}: {error}"))
             raise
-        self._store.set(key, json.dumps(asdict(verdict)))
+        self._put(verdict)
         return verdict
+
+    def _put(self, verdict: Verdict) -> None:
+        self._store.set(f"{self._prefix}/{self._number}", json.dumps(asdict(verdict)))
+        self._number += 1
 
     def _read(self, step: int) -> Verdict:
         key = f"{self._prefix}/{self._number}"
         self._wait_for(key, step)
         verdict = Verdict(**json.loads(self._store.get(key)))
+        self._number += 1
         readers = f"{key}/read"
         if self._store.add(readers, 1) == self._group.size - 1:
             self._store.delete_key(key)

@@ -27,9 +27,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("asyncckpt")
 
-# What no schedule foresees is noticed after so many seconds: in a process group a signal or a failed save, in
-# `drain` a signal.
+# In a process group, what no schedule foresees, a signal or a failed save, is noticed after so many seconds.
 _LOOK_AGAIN = 1.0
+# Seconds from one call to the next in the worst case; finite, as a user's schedule may compute with them.
+_LONGEST_STEP = 1e9
 _MOST_CALLS = 1000  # between two verdicts of rank 0
 _MOST_DOUBLINGS = 10
 
@@ -65,7 +66,10 @@ class Due:
         self._answers = every is not None or bool(signals)
         self._schedule: Schedule = AnyOf() if every is None else every
         self._stop = StopOnSignal(*signals) if signals else None
-        self._leave: weakref.finalize[..., Due] | None = None
+        if self._stop is not None:
+            # One that is never closed must not swallow signals.
+            self._leave = weakref.finalize(self, self._stop.__exit__, None, None, None)
+            self._leave.atexit = False
         self._grace = grace
         self._agreed_at = -math.inf  # when another rank's signal became known
         self._seen: set[int] = set()  # signals that were acted on, or reported to rank 0
@@ -90,15 +94,12 @@ class Due:
         """
         if self._stop is not None:
             self._stop.__enter__()
-            # One that is never closed must not swallow signals.
-            self._leave = weakref.finalize(self, self._stop.__exit__, None, None, None)
-            self._leave.atexit = False
 
     def close(self) -> None:
         """Restore the handlers of the signals; idempotent."""
-        if self._leave is not None:
+        if self._stop is not None:
             self._leave()
-            self.signum = next(reversed(self._received()), self.signum)
+            self._hear(self._received())
 
     def ask(self, step: int) -> bool:
         """Return whether a save is due; see `Checkpointer.due`."""
@@ -121,6 +122,7 @@ class Due:
             return False
         if verdict.signum not in {None, self.signum}:
             self.signum, self._agreed_at = Signals(verdict.signum), time.monotonic()
+            self._seen.add(self.signum)
         return verdict.due
 
     def save_taken(self, step: int, began: float, save: Save) -> None:
@@ -146,23 +148,9 @@ class Due:
             BusyError: saves are pending after `timeout` seconds, and continue; the grace period is over, and
                 they are given up; or it would wait for itself.
         """
-        if self._grace is None:
-            self._saver.drain(timeout)
-            return
-        end = math.inf if timeout is None else time.monotonic() + timeout
-        while True:
-            began, deadline = time.monotonic(), self._deadline(self._grace)
-            wait = max(min(_LOOK_AGAIN, end - began, deadline - began), 0.0)
-            try:
-                self._saver.drain(wait)
-            except BusyError as error:
-                now = time.monotonic()
-                if now >= deadline:
-                    raise self._give_up() from error
-                if now >= end or now - began < wait:
-                    raise
-            else:
-                return
+        self._saver.drain(timeout, self._is_grace_over)
+        if self._saver.pending and self._is_grace_over():
+            raise self._give_up()
 
     def _begin_call(self, step: int, now: float) -> None:
         if not self._calls:
@@ -208,7 +196,8 @@ class Due:
         if self._decide(progress):
             # The next one tells whether a save was taken.
             return Verdict(self._step, due=True, signum=self.signum)
-        return Verdict(self._step, calls=self._calls_ahead(progress), signum=self.signum)
+        until = self._step + self._stride * self._calls_ahead(progress)
+        return Verdict(self._step, until=until, signum=self.signum)
 
     def _calls_ahead(self, progress: Progress) -> int:
         """Return after how many calls the next verdict is needed."""
@@ -222,7 +211,7 @@ class Due:
         if self._stop is not None or self._last is not None or self._retry is not None:
             return calls
         # Nothing but the schedule can make a save due: not before this call, however long the steps take.
-        return max(calls, calls_until_due(self._schedule, progress, self._stride, math.inf, _MOST_CALLS))
+        return max(calls, calls_until_due(self._schedule, progress, self._stride, _LONGEST_STEP, _MOST_CALLS))
 
     def _received(self) -> tuple[Signals, ...]:
         return () if self._stop is None else tuple(self._stop.received)
@@ -241,6 +230,8 @@ class Due:
         if last is None or not last.committed.done():
             return
         self._last = None
+        if last.skipped:  # replaced by a newer one
+            return
         if last.committed.failed():
             # After failures in a row the wait doubles, or a full disk would cost a stall at each step.
             self._retry = self._calls + (1 << min(self._failures, _MOST_DOUBLINGS)) - 1
@@ -248,10 +239,11 @@ class Due:
         else:
             self._failures = 0
 
-    def _deadline(self, grace: float) -> float:
-        received = () if self._stop is None else tuple(self._stop.received.values())
-        latest = max(*received, self._agreed_at, -math.inf)
-        return math.inf if latest == -math.inf else latest + grace
+    def _is_grace_over(self) -> bool:
+        if self._grace is None or self._stop is None:
+            return False
+        latest = max((self._agreed_at, *self._stop.received.values()))
+        return latest > -math.inf and time.monotonic() >= latest + self._grace
 
     def _give_up(self) -> BusyError:
         paths = ", ".join(get_engine().give_up())

@@ -90,6 +90,7 @@ class Engine:
         """
         if _ended:
             raise SaveError(_SHUTTING_DOWN)
+        self.given_up = False  # what is given up is what was pending
         with self._changed:
             if not operation.withdrawn:
                 self._queue.append(operation)

@@ -6,6 +6,7 @@ import threading
 import time
 from concurrent.futures import InvalidStateError
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING
 
 from asyncckpt._saving.engine import Operation
@@ -74,7 +75,7 @@ class Job(Operation):
             if snapshot.deferred is not None:
                 self.save.stats.overlapped = True
                 snapshot.deferred.state = state
-                snapshot.deferred.released = self._released
+                snapshot.deferred.released = partial(_release, self.save)  # not of this job: that is a cycle
                 snapshot.deferred.start()
             self._saver.submit(self)
         elif self._target.overlaps and snapshot.body.nbytes >= _OVERLAP_FROM:
@@ -145,9 +146,10 @@ class Job(Operation):
             self.save.committed.retrieved = True  # it is raised to the caller here
             raise
         if snapshot.deferred is None:
-            self._released()
+            _release(self.save)
 
-    def _released(self) -> None:
-        """Tell that the state may be changed; a fence and the background may do so at once."""
-        with suppress(InvalidStateError):
-            self.save.snapshotted.set_result(None)
+
+def _release(save: Save) -> None:
+    """Tell that the state may be changed; a fence and the background may do so at once."""
+    with suppress(InvalidStateError):
+        save.snapshotted.set_result(None)

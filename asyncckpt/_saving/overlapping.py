@@ -103,7 +103,7 @@ class Overlapping:
             began: when, by `time.perf_counter`.
         """
         if self._default and not save.skipped and not torch.cuda.is_initialized():
-            self._trial.begin(began, overlapped=save.stats.overlapped)
+            self._trial.begin(began + save.stats.wait, overlapped=save.stats.overlapped)
 
     def close(self) -> None:
         """Measure and prepare no more."""

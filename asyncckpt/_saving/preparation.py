@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
+from weakref import WeakSet
 
 from asyncckpt._saving.engine import get_engine
+from asyncckpt._saving.ranks import process_group
 from asyncckpt._snapshot import fences
 
 if TYPE_CHECKING:
@@ -17,10 +19,12 @@ _PER_STORAGE, _MORE, _SHARE = 256, 32 << 10, 1.02
 
 
 class Preparation:
-    """Prepares memory before the second step of an attached optimizer, which has its state then.
+    """Prepares memory before an attached optimizer steps for the second time, and has its state.
 
-    The size is a guess: the parameters and the state of all attached optimizers, and a little more. If the
-    first snapshot is larger, its memory is made ready then, in place of this.
+    The size is a guess: the parameters and the state of all attached optimizers that have stepped, and a
+    little more. If the first snapshot is larger, its memory is made ready then, in place of this.
+
+    In a process group, only rank 0 prepares: the others may never save.
 
     Args:
         owners: the optimizers.
@@ -28,10 +32,10 @@ class Preparation:
 
     def __init__(self, owners: Owners) -> None:
         self._owners = owners
-        self._stepped = False
+        self._stepped: WeakSet[Optimizer] = WeakSet()
 
     def begin(self) -> None:
-        """Wait for the second step."""
+        """Wait for a second step."""
         fences.watch(self)
 
     def stop(self) -> None:
@@ -44,13 +48,16 @@ class Preparation:
         get_engine().leave(self)
 
     def __call__(self, optimizer: Optimizer) -> None:
-        """Note a step; prepare before the second one."""
+        """Note a step; prepare before the second one of the same optimizer."""
         if optimizer not in self._owners:
             return
-        if not self._stepped:
-            self._stepped = True
+        if optimizer not in self._stepped:
+            self._stepped.add(optimizer)
             return
         self.stop()
+        group = process_group()
+        if group is not None and group.rank:
+            return
         owned = self._owners.tensors(fences.seen())
         storages = {key: found[0].untyped_storage() for key, found in owned.items()}
         nbytes = sum(storage.nbytes() + _PER_STORAGE for storage in storages.values())

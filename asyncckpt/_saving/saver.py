@@ -20,6 +20,8 @@ from asyncckpt._threads import Condition, handler_error, is_locked_by_caller
 from asyncckpt.errors import BusyError, SaveError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from asyncckpt._saving.reports import OnCommit, OnError
     from asyncckpt._saving.save import Save
     from asyncckpt._saving.targets import Target
@@ -146,14 +148,14 @@ class Saver:
         for job in self._jobs_in_flight():
             job.fence()
 
-    def drain(self, timeout: float | None = None) -> None:
-        """Wait until all submitted saves are finished, evictions included.
+    def drain(self, timeout: float | None = None, gives_up: Callable[[], bool] = lambda: False) -> None:
+        """Wait until all submitted saves are finished, evictions included, or `gives_up` returns true.
 
         Raises:
             BusyError: saves are pending after `timeout` seconds, and continue; or it would wait for itself.
         """
         get_engine().refuse_to_wait("wait()", broken_into=any(job.is_taken_by_caller() for job in self._jobs))
-        if not self._changed.until(lambda: not self._jobs, timeout):
+        if not self._changed.until(lambda: not self._jobs or gives_up(), timeout):
             raise BusyError(f"{len(self._jobs)} saves are still pending after {timeout} s; they continue")
 
     def raise_failures(self, hint: str = "") -> None:

@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING
 from asyncckpt._snapshot import fences
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from torch.optim.optimizer import Optimizer
 
 logger = logging.getLogger("asyncckpt")
@@ -22,12 +20,13 @@ _SAVES = 4
 class Trial:
     """Take the first saves by turns, and compare how long each was from its call to the next step.
 
-    That is the save, the next forward and backward pass beside it, and the wait at the fence.
+    That is the save without waits for earlier ones, the next forward and backward pass beside it, and the
+    wait at the fence.
     """
 
     def __init__(self) -> None:
         self._spans: dict[bool, list[float]] = {True: [], False: []}
-        self._running: Callable[[Optimizer], None] | None = None
+        self._measured: tuple[float, bool] | None = None  # the start of a save, and whether it is overlapped
         self._reason: str | None = None
 
     def why_blocking(self) -> str:
@@ -42,22 +41,22 @@ class Trial:
 
     def begin(self, began: float, *, overlapped: bool) -> None:
         """Measure a save until the next step."""
-        self.end()
         if self._reason is None:
-
-            def note(_: Optimizer) -> None:
-                if self._running is note:
-                    self._spans[overlapped].append(time.perf_counter() - began)
-                self.end()
-
-            self._running = note
-            fences.watch(note)
+            self._measured = began, overlapped
+            fences.watch(self)
 
     def end(self) -> None:
         """Measure no more."""
-        if self._running is not None:
-            fences.unwatch(self._running)
-            self._running = None
+        self._measured = None
+        fences.unwatch(self)
+
+    def __call__(self, _: Optimizer) -> None:
+        """Note a step."""
+        measured = self._measured
+        self.end()
+        if measured is not None:
+            began, overlapped = measured
+            self._spans[overlapped].append(time.perf_counter() - began)
 
 
 def _decide(overlapped: float, blocking: float) -> str:
