@@ -102,7 +102,10 @@ class Job(Operation):
 
     def is_taken_by_caller(self) -> bool:
         """Return whether the calling thread, then in a signal handler, has not finished taking it."""
-        return self.thread == threading.get_ident()
+        deferred = None if self.snapshot is None else self.snapshot.deferred
+        return self.thread == threading.get_ident() or (
+            deferred is not None and deferred.copy.is_fenced_by_caller()
+        )
 
     def awaits_caller(self) -> bool:
         """Return whether the calling thread copies the state and has not finished."""

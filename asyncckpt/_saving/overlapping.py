@@ -87,6 +87,7 @@ class Overlapping:
         """
         if not (self._default if overlap is None else _checked(overlap)):
             return None, ""
+        self._preparation.stop()
         self.attach(filter(hooked, objects))
         if overlap is None:
             reason = self._why_torn() or self._trial.why_blocking()

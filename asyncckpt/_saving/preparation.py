@@ -38,9 +38,13 @@ class Preparation:
         """Wait for a second step."""
         fences.watch(self)
 
-    def end(self) -> None:
-        """Prepare nothing any more, and let memory that nobody else uses be released."""
+    def stop(self) -> None:
+        """Prepare nothing any more: the first save takes its memory itself."""
         fences.unwatch(self)
+
+    def end(self) -> None:
+        """Stop, and let memory that nobody else uses be released."""
+        self.stop()
         get_engine().leave(self)
 
     def __call__(self, optimizer: Optimizer) -> None:
@@ -50,11 +54,12 @@ class Preparation:
         if optimizer not in self._stepped:
             self._stepped.add(optimizer)
             return
-        fences.unwatch(self)
+        self.stop()
         group = process_group()
         if group is not None and group.rank:
             return
-        storages = {key: found[0].untyped_storage() for key, found in self._owners.tensors().items()}
+        owned = self._owners.tensors(fences.seen())
+        storages = {key: found[0].untyped_storage() for key, found in owned.items()}
         nbytes = sum(storage.nbytes() + _PER_STORAGE for storage in storages.values())
         devices = {storage.device for storage in storages.values() if storage.device.type == "cuda"}
         engine = get_engine()

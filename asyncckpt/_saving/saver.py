@@ -216,8 +216,7 @@ class Saver:
             if not job.begun and job.is_copied():  # one that is still being copied needs its buffer
                 replaced.append(job)
                 if get_engine().withdraw(job):
-                    self.free(job)
-                    self.finished(job)
+                    self._in_flight.discard(job)
                     return
                 replaced.remove(job)
 
@@ -225,7 +224,7 @@ class Saver:
         """Resolve the replaced saves; not under the lock, since this calls callbacks."""
         for other in job.replaced:
             if other.withdrawn and not other.save.committed.done():
-                self.free(other)  # again, in case of an interrupt after the withdrawal
+                self.free(other)
                 self.finished(other)
                 skipped(other.save, "replaced in the queue by a newer save")
 

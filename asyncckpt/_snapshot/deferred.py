@@ -14,7 +14,7 @@ from asyncckpt._snapshot.guard import Checksums, Guard, torn_error
 from asyncckpt._snapshot.owners import changes
 from asyncckpt._snapshot.range_copy import RangeCopy
 from asyncckpt._threads import Condition, start_threads
-from asyncckpt.errors import SaveError, TornSnapshotError
+from asyncckpt.errors import BusyError, SaveError, TornSnapshotError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -179,6 +179,8 @@ class DeferredCopy:
                 self.copy.order()
             else:
                 self.copy.fence()
+        except BusyError:
+            raise
         except Exception as error:  # noqa: BLE001 - training continues
             self._fail(error)
         self._allow_changes()
@@ -189,6 +191,7 @@ class DeferredCopy:
         self.guard = None
         fences.remove(self)
         self.copy.cancel()
+        self.state = self.checksums = None
         self.released()
 
     def settle(self) -> None:

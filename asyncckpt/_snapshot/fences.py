@@ -1,4 +1,4 @@
-"""The hook before every optimizer step: it ends copies of what the step changes, and notes who steps."""
+"""Hooks of every optimizer step: they end copies of what the step changes, and note who steps."""
 
 from __future__ import annotations
 
@@ -8,7 +8,11 @@ from functools import cache, wraps
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
+from torch.optim.optimizer import (
+    Optimizer,
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 
 from asyncckpt._threads import Condition
 
@@ -29,32 +33,36 @@ class Fenced(Protocol):
 _changed = Condition()
 _pending: tuple[Fenced, ...] = ()
 _watchers: weakref.WeakSet[Callable[[Optimizer], object]] = weakref.WeakSet()
-# Whether the last step was captured into a CUDA graph, whose replays run no hooks.
-_captured: weakref.WeakKeyDictionary[Optimizer, bool] = weakref.WeakKeyDictionary()
+# Why nothing is deferred until the next step of an optimizer; empty if its hooks will run before that.
+_reasons: weakref.WeakKeyDictionary[Optimizer, str] = weakref.WeakKeyDictionary()
 
 
 @cache
 def watch_steps() -> None:
     """Hook the steps of all optimizers of this process, once.
 
-    The hook stays: to remove one could change torch's dict while another thread runs its hooks.
+    The hooks stay: to remove one could change torch's dict while another thread runs its hooks.
     """
-    # torch.compile would trace it, and compile anew whenever something that it reads has changed.
+    # torch.compile would trace them, and compile anew whenever something that they read has changed.
     register_optimizer_step_pre_hook(torch.compiler.disable(asyncckpt_fence))
+    register_optimizer_step_post_hook(torch.compiler.disable(asyncckpt_stepped))
 
 
 def stepping() -> list[Optimizer]:
-    """Return the optimizers whose last step since `watch_steps` ran the hook, and will do so again."""
+    """Return the optimizers whose last step since `watch_steps` ran the hooks, and whose next one will."""
     with _changed:
-        return [optimizer for optimizer, captured in _captured.items() if not captured]
+        return [optimizer for optimizer, reason in _reasons.items() if not reason]
+
+
+def seen() -> list[Optimizer]:
+    """Return the optimizers that have begun a step since `watch_steps`."""
+    with _changed:
+        return list(_reasons)
 
 
 def why_not(optimizer: Optimizer) -> str:
     """Return why an optimizer is not in `stepping`."""
-    kind = type(optimizer).__name__
-    if _captured.get(optimizer):
-        return f"the step of {kind} was captured into a CUDA graph"
-    return f"no step of {kind} was seen yet"
+    return _reasons.get(optimizer) or f"no step of {type(optimizer).__name__} was seen yet"
 
 
 def add(fenced: Fenced) -> None:
@@ -96,10 +104,8 @@ def watchers() -> list[Callable[[Optimizer], object]]:
 
 def asyncckpt_fence(optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
     """Fence all copies of what a step of `optimizer` changes; its name is shown by torch.compile."""
-    captured = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
-    if _captured.get(optimizer) is not captured:
-        with _changed:
-            _captured[optimizer] = captured
+    # A save in its closure, in a later hook or in a signal handler would not be fenced.
+    _note(optimizer, f"a step of {type(optimizer).__name__} was under way")
     copies = [copy for copy in _pending if copy.reads_from(optimizer)]
     watching = watchers() if _watchers else []
     if not copies and not watching:
@@ -119,6 +125,20 @@ def asyncckpt_fence(optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, 
             return args, {**kwargs, "closure": _then(kwargs["closure"], fence)}
     fence()
     return None
+
+
+def asyncckpt_stepped(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    """Note the end of a step."""
+    del args, kwargs
+    captured = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+    # Replays of a CUDA graph run no hooks.
+    kind = type(optimizer).__name__
+    _note(optimizer, f"the step of {kind} was captured into a CUDA graph" if captured else "")
+
+
+def _note(optimizer: Optimizer, reason: str) -> None:
+    with _changed:
+        _reasons[optimizer] = reason
 
 
 def _then(closure: Callable[..., Any], fence: Callable[[], None]) -> Callable[..., Any]:

@@ -52,14 +52,14 @@ class Owners:
         watch_steps()
         self._attached.update(found)
 
-    def tensors(self) -> dict[int, list[torch.Tensor]]:
-        """Return the parameters, and the tensors of the state, of all whose last step was seen.
+    def tensors(self, optimizers: Iterable[Optimizer] | None = None) -> dict[int, list[torch.Tensor]]:
+        """Return the parameters, and the tensors of the state, of those that are `stepping`, or given.
 
         They are listed by the identity of their storage. Left out are tensors that are not plain, and those
         without a version counter (inference tensors).
         """
         owned: dict[int, list[torch.Tensor]] = {}
-        for optimizer in stepping():
+        for optimizer in stepping() if optimizers is None else optimizers:
             if optimizer in self:
                 for tensor in _tensors_of(optimizer):
                     if (storage := _storage_of(tensor)) is not None:
@@ -99,7 +99,7 @@ def _tensors_of(optimizer: Optimizer) -> Iterator[torch.Tensor]:
     """Yield the parameters of an optimizer, then the tensors of its state, also those in lists and dicts."""
     for group in optimizer.param_groups:
         yield from group["params"]
-    pending: list[Any] = list(optimizer.state.values())
+    pending: list[Any] = [optimizer.state]
     while pending:
         value = pending.pop()
         for item in value.values() if isinstance(value, dict) else value:

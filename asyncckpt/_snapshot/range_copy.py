@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from asyncckpt._threads import Condition
+from asyncckpt._threads import Condition, handler_error
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -48,7 +49,11 @@ class RangeCopy:
         self._changed = Condition()
         self._handed = bytearray(len(pieces))  # whether a fence has handed it over to a lane
         self._launching = 0
-        self._fences: dict[int, dict[torch.device, list[int]]] = {}  # what each is handing over
+        # What each is handing over, by thread.
+        self._fences: dict[int, dict[torch.device, list[int]]] = {}
+        self._returned: list[
+            dict[torch.device, list[int]]
+        ] = []  # what interrupted fences have not handed over
         self._running = self._stopped = False
 
     def is_complete(self) -> bool:
@@ -82,13 +87,19 @@ class RangeCopy:
         """Return once the calling thread may change the sources of all pieces.
 
         What is left is copied, or cloned, or ordered before whatever the thread queues next on a device.
+
+        Raises:
+            BusyError: called by a signal handler that interrupted a fence.
         """
+        if self.is_fenced_by_caller():
+            raise handler_error("a step or fence()")
+        caller = threading.get_ident()
         taken: dict[torch.device, list[int]] = {device: [] for device in self.lanes}
         try:
             with self._changed:
                 if self._stopped or self.ended:
                     return
-                self._fences[id(taken)] = taken
+                self._fences[caller] = taken
             handing = True
             while handing:
                 self._changed.until(lambda: self._claim(taken))
@@ -97,12 +108,16 @@ class RangeCopy:
                     self._hand_over(device, indices)
             self.order()
         finally:
-            with self._changed:
-                if not self._stopped:
-                    for device, indices in taken.items():  # interrupted
-                        self._left[device].extendleft(reversed(indices))
-                self._fences.pop(id(taken), None)
+            # One call each: another interrupt between them must neither lose pieces nor leave a fence behind.
+            try:
+                self._returned.append(taken)
+            finally:
+                self._fences.pop(caller, None)
             self._changed.notify_all()
+
+    def is_fenced_by_caller(self) -> bool:
+        """Return whether the calling thread, then in a signal handler, is in a fence."""
+        return threading.get_ident() in self._fences
 
     def order(self) -> None:
         """Order what the calling thread queues next on a device behind the reads of its sources.
@@ -130,6 +145,7 @@ class RangeCopy:
         batch: list[tuple[Lane, list[int]]] = []
 
         def attempt() -> bool:
+            self._put_back()
             # Of the device with most left, so that several of them copy at once.
             device = max(self._left, key=lambda device: len(self._left[device]), default=None)
             if device is not None and (left := self._left[device]):
@@ -142,6 +158,15 @@ class RangeCopy:
 
         self._changed.until(attempt, None if wait else 0)
         return batch[0] if batch else None
+
+    def _put_back(self) -> None:
+        """Take back what interrupted fences have left; a piece that is there twice is copied once."""
+        while self._returned:
+            for device, indices in self._returned[-1].items():
+                if not self._stopped:
+                    self._left[device].extendleft(reversed(indices))
+            self._returned.pop()
+            self._changed.notify_all()
 
     def _launch(self, lane: Lane, indices: list[int]) -> Any:
         pieces = [piece for index in indices if (piece := self._pieces[index]) is not None]
@@ -159,7 +184,8 @@ class RangeCopy:
                 taken[device] = new
                 self._left[device] = deque(index for index in left if self._handed[index])
         others = any(any(other.values()) for other in self._fences.values() if other is not taken)
-        return any(taken.values()) or not (self._launching or others) or self.ended
+        waits = self._launching or others or any(any(other.values()) for other in self._returned)
+        return any(taken.values()) or not waits or self.ended
 
     def _hand_over(self, device: torch.device, indices: list[int]) -> None:
         """Let a lane take over pieces at a fence, and put back what it has not copied."""
