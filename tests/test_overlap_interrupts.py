@@ -126,6 +126,7 @@ def test_fence(held: Held, copier: Copier, call: str, copy: str, widely: int) ->
     def before() -> None:
         steady.step += 1
         settle(held.ckpt)
+        held.opt.step()  # after one that was interrupted, nothing is deferred until another has ended
         saves.append(held.save(steady.step))
         if copy != "held back" or call == "ckpt.wait":
             copier.open()
