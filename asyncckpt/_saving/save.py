@@ -80,7 +80,8 @@ class Save:
     Attributes:
         step: as given to `save`; None for a file saved without one.
         path: path or URL of the checkpoint.
-        snapshotted: done once the state may be changed again, which is before `save` returns.
+        snapshotted: done once the state may be changed again, which is before `save` returns; if it was
+            overlapped, after the next step or `fence`, or once `committed` is done.
         committed: done once the checkpoint is durable; its result is the `Checkpoint`.
         skipped: whether it was skipped because earlier saves were pending; `committed` then raises
             `SaveSkipped`.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import compress, starmap
 from operator import add
@@ -21,7 +22,7 @@ from asyncckpt._snapshot.range_copy import RangeCopy
 from asyncckpt._threads import Condition
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from asyncckpt._snapshot.arena import Lease
     from asyncckpt._snapshot.lanes import Lane
@@ -101,11 +102,14 @@ def copy_ranges(
     on_host = sorted(set(range(len(starts))).difference(on_device))
     _copy_on_host(ranges.select(on_host), [starts[index] for index in on_host], lease, Watermark())
     lanes = open_lanes(ranges, on_device, lease, budget or DeviceBudget(_GATHERED))
-    small = [index for index in on_device if ranges.sizes[index] <= SMALL]
-    gathered, rest = gather(ranges, starts, small, lanes)
-    others = sorted({*on_device}.difference(small).union(rest))
-    pieces = [*gathered, *pieces_of(ranges, starts, others)]
-    RangeCopy(pieces, lanes, done.advance).run()
+    with close_on_error(lanes) as closing:
+        small = [index for index in on_device if ranges.sizes[index] <= SMALL]
+        gathered, rest = gather(ranges, starts, small, lanes)
+        others = sorted({*on_device}.difference(small).union(rest))
+        pieces = [*gathered, *pieces_of(ranges, starts, others)]
+        copy = RangeCopy(pieces, lanes, done.advance)
+        closing.pop_all()
+    copy.run()
 
 
 def indices_on_device(ranges: Ranges) -> list[int]:
@@ -128,6 +132,14 @@ def open_lanes(
         else:
             lanes[device] = DeviceLane(torch.frombuffer(lease.view, dtype=torch.uint8))
     return lanes
+
+
+def close_on_error(lanes: Mapping[torch.device, Lane]) -> ExitStack:
+    """Return a context that closes lanes, unless its callbacks are taken out of it."""
+    closing = ExitStack()
+    for lane in lanes.values():
+        closing.callback(lane.close)
+    return closing
 
 
 def gather(

@@ -8,7 +8,15 @@ from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 from asyncckpt._snapshot import fences
-from asyncckpt._snapshot.copy import SMALL, Watermark, copy_ranges, gather, open_lanes, pieces_of
+from asyncckpt._snapshot.copy import (
+    SMALL,
+    Watermark,
+    close_on_error,
+    copy_ranges,
+    gather,
+    open_lanes,
+    pieces_of,
+)
 from asyncckpt._snapshot.cuda_lane import CudaLane
 from asyncckpt._snapshot.guard import Checksums, Guard, torn_error
 from asyncckpt._snapshot.owners import changes
@@ -74,28 +82,26 @@ def defer(  # noqa: PLR0913, PLR0917 - what is copied, and where to
     checksums = Checksums(held, [starts[index] for index in deferred]) if overlap.checksums else None
     others = sorted(set(range(len(starts))).difference(deferred))
     lanes = open_lanes(ranges, [*deferred, *_on_cuda(ranges, others)], lease, overlap.budget)
-    try:
+    with close_on_error(lanes) as closing:
         clones, rest = _clone(ranges, starts, others, lanes)
         at = [starts[index] for index in rest]
         copy_ranges(ranges.select(rest), at, lease, Watermark(), overlap.budget)
-    except BaseException:
-        for lane in lanes.values():
-            lane.close()
-        raise
-    pieces = [*pieces_of(ranges, starts, deferred), *clones]
-    tensors = [tensor for source in held.sources for tensor in owned[source._cdata]]
-    stats.deferred_bytes = sum(held.sizes)
-    return DeferredCopy(
-        RangeCopy(pieces, lanes, filled.advance),
-        Guard(tensors),
-        checksums,
-        frozenset(source._cdata for source in held.sources),
-        frozenset(map(id, tensors)),
-        lease.view,
-        filled,
-        stats,
-        overlap,
-    )
+        pieces = [*pieces_of(ranges, starts, deferred), *clones]
+        tensors = [tensor for source in held.sources for tensor in owned[source._cdata]]
+        stats.deferred_bytes = sum(held.sizes)
+        copy = DeferredCopy(
+            RangeCopy(pieces, lanes, filled.advance),
+            Guard(tensors),
+            checksums,
+            frozenset(source._cdata for source in held.sources),
+            frozenset(map(id, tensors)),
+            lease.view,
+            filled,
+            stats,
+            overlap,
+        )
+        closing.pop_all()
+    return copy
 
 
 def _may_wait(source: UntypedStorage) -> bool:
@@ -152,6 +158,7 @@ class DeferredCopy:
     overlap: Overlap
     state: Any = None
     released: Callable[[], object] = lambda: None
+    _torn: UntypedStorage | None = field(default=None, init=False)
     _error: BaseException | None = field(default=None, init=False)
     _changed: Condition = field(default_factory=Condition, init=False)
 
@@ -248,11 +255,14 @@ class DeferredCopy:
         # Between the look and the end of the guard no other thread may pass the fence.
         with self._changed:
             guard = self.guard
-            changed = None if guard is None else guard.changed()
+            if guard is not None and self._torn is None:
+                self._torn = guard.changed()
             if final:
                 self.guard = None
-        if changed is not None:
-            self._fail(torn_error(self.state, changed, "was changed in place before its copy was finished"))
+        if self._torn is not None and self._error is None:  # an earlier look may have been interrupted
+            self._fail(
+                torn_error(self.state, self._torn, "was changed in place before its copy was finished")
+            )
 
     def _fail(self, error: BaseException) -> None:
         if not isinstance(error, SaveError):

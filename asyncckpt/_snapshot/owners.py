@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.optim.optimizer import Optimizer
 
-from asyncckpt._snapshot.fences import stepping, watch_steps, why_not
+from asyncckpt._snapshot.fences import seen, stepping, watch_steps, why_not
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator
@@ -68,10 +68,11 @@ class Owners:
 
     def why_none(self) -> str:
         """Return why `tensors` has found nothing."""
-        seen = stepping()
-        if self._everyone and not seen:
+        candidates = seen() if self._everyone else list(self._attached)
+        if self._everyone and not candidates:
             return "no step of an optimizer was seen yet"
-        missing = [optimizer for optimizer in self._attached if optimizer not in seen]
+        deferred = stepping()
+        missing = [optimizer for optimizer in candidates if optimizer not in deferred]
         return why_not(missing[0]) if missing else "nothing of the state belongs to an attached optimizer"
 
 
