@@ -55,6 +55,7 @@ class Steady:
         assert self._held.ckpt._saver.in_flight == 0, where
         assert fences.pending() == (), where
         wait_until(lambda: not copy_threads(), where)
+        self._held.opt.step()  # after one that was interrupted, nothing is deferred until another has ended
         self.save_and_step()
         wait_until(lambda: held_now() == self._steady, f"{where}, before: {self._steady}")
 
@@ -126,7 +127,6 @@ def test_fence(held: Held, copier: Copier, call: str, copy: str, widely: int) ->
     def before() -> None:
         steady.step += 1
         settle(held.ckpt)
-        held.opt.step()  # after one that was interrupted, nothing is deferred until another has ended
         saves.append(held.save(steady.step))
         if copy != "held back" or call == "ckpt.wait":
             copier.open()
