@@ -205,6 +205,8 @@ class Finder:
                 warn_caller(
                     f"{loaded.checkpoint.path} is used, because those before it are damaged: {problems}"
                 )
+            while errors:  # their tracebacks hold this frame, which holds the state
+                errors.pop().__traceback__ = None
             return loaded
         left = [entry.file.name for entry in found[len(errors) :] if entry.error is None]
         if not isinstance(errors[0], CorruptCheckpointError):

@@ -196,6 +196,11 @@ async def for_each_in_threads(func: Callable[[S], object], items: Iterable[S], a
     """Call blocking `func` with each item, on `at_once` threads; each takes the next item itself.
 
     That saves a task switch an item. A cancelled caller waits for the calls that run, and no others begin.
+
+    Args:
+        func: what to call.
+        items: several threads advance their iterator; that of a list allows it.
+        at_once: how many threads.
     """
     stopped = False
     left = iter(items)

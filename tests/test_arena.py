@@ -32,6 +32,19 @@ def test_a_released_buffer_is_used_again() -> None:
     assert (arena.statistics().mapped, arena.statistics().leases) == (MIB, 1)
 
 
+def test_memory_may_be_released_by_the_thread_that_prepares_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    arena, released = Arena(), threading.Event()
+
+    def release(*_: object) -> None:  # as a finalizer that closes a Checkpointer
+        arena.release()
+        released.set()
+
+    monkeypatch.setattr("asyncckpt._snapshot.arena.logger.debug", release)
+    arena.set_limit(1)
+    arena.prepare(MIB, None)
+    assert released.wait(10)
+
+
 def test_a_leased_buffer_is_never_leased_again() -> None:
     arena = Arena()
     leases = [arena.lease(MIB) for _ in range(3)]

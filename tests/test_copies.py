@@ -66,6 +66,13 @@ def test_version_counters_show_the_change(size: int) -> None:
     assert target._version > before
 
 
+def test_no_byte_behind_a_source_is_copied_into_a_target_that_has_grown() -> None:
+    target = torch.zeros(2 * LARGE)
+    with pytest.raises(RuntimeError, match="must match"):
+        copied((target, noise()))
+    assert not target.any()
+
+
 def test_tied_tensors_are_copied_once_from_a_tied_source() -> None:
     target, source = torch.zeros(512, 512), square()
     assert copied((target, source), (target.view(-1), source.view(-1))) == ["0", "1"]

@@ -55,6 +55,7 @@ class Steady:
         assert self._held.ckpt._saver.in_flight == 0, where
         assert fences.pending() == (), where
         wait_until(lambda: not copy_threads(), where)
+        self._held.opt.step()  # after one that was interrupted, nothing is deferred until another has ended
         self.save_and_step()
         wait_until(lambda: held_now() == self._steady, f"{where}, before: {self._steady}")
 

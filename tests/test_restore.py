@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import pickle
+import weakref
 from collections import OrderedDict, defaultdict
 from typing import TYPE_CHECKING, Any
 
@@ -11,8 +13,10 @@ import torch
 from torch import nn
 
 from asyncckpt import Checkpointer, StateMismatchError
+from asyncckpt._loading.restore import restore
 from restoring import Counter, meaning, trained
 from sameness import assert_same
+from support import flip, payload_offset
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -33,6 +37,39 @@ class Picky(nn.Linear):
         if self.bias[0] == 7:
             raise RuntimeError("not this one")
         return result
+
+
+@pytest.fixture
+def _no_collector() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("_no_collector")
+def test_a_loaded_state_is_freed_after_it_is_copied_by_a_module_with_hooks() -> None:
+    model = nn.Linear(2, 2)
+    model.register_load_state_dict_post_hook(lambda *_: None)
+    content = {key: value.clone() for key, value in model.state_dict().items()}
+    loaded = weakref.ref(content["weight"])
+    restore(model, content, "file.pt")
+    del content
+    assert loaded() is None
+
+
+@pytest.mark.usefixtures("_no_collector")
+@pytest.mark.filterwarnings("ignore:.*damaged:UserWarning")
+def test_a_loaded_state_is_freed_after_a_fallback(ckpt: Checkpointer, tmp_path: Path) -> None:
+    for step in (1, 2):
+        ckpt.save(step, {"x": torch.full((3,), float(step))}).committed.result(30)
+    path = tmp_path / "step-00000002.pt"
+    flip(path, payload_offset(path, "data/0") + 5)
+    state = ckpt.load(fallback=True)
+    loaded = weakref.ref(state["x"])
+    assert state["x"].tolist() == [1, 1, 1]
+    del state
+    assert loaded() is None
 
 
 def test_new_objects_are_restored_in_place(ckpt: Checkpointer) -> None:

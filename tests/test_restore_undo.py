@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from asyncckpt import AsyncCkptError, Checkpointer, PartialRestoreError, StateMismatchError
 from asyncckpt._loading.restore import DeferredSignals, restore
 from asyncckpt._loading.stateful import collect
+from interrupts import interrupt_everywhere
 from restoring import Counter, meaning, trained
 from sameness import assert_same
 from support import torch_round_trip
@@ -363,6 +364,17 @@ def test_a_failing_final_copy_lists_the_changed_tensors() -> None:
     ]
     assert [live[key].item() for key in "xyz"] == [1, 1, 0]
     assert live["counter"].count == 1
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # where generators end
+def test_an_interrupt_leaves_gradients_enabled() -> None:
+    model, content = nn.Linear(2, 2), saved_from(nn.Linear(2, 2))
+    model.register_load_state_dict_post_hook(lambda *_: None)
+
+    def check(where: str) -> None:
+        assert torch.is_grad_enabled(), where
+
+    assert interrupt_everywhere(lambda: restore(model, content, "file.pt"), lambda: None, check) > 200
 
 
 def test_swapped_parameters_are_put_back() -> None:

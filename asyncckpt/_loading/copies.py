@@ -74,7 +74,9 @@ def _moves(copies: Sequence[Copy]) -> Sequence[Move | None]:
 
 
 def _move(target: torch.Tensor, source: torch.Tensor) -> Move | None:
-    if target.nbytes > _SMALL and target.dtype is source.dtype and all(map(_is_run, (target, source))):
+    # Code of the user's may have changed the shape since that was compared.
+    alike = target.dtype is source.dtype and target.shape == source.shape
+    if alike and target.nbytes > _SMALL and all(map(_is_run, (target, source))):
         return target.data_ptr(), source.data_ptr(), target.nbytes
     return None
 

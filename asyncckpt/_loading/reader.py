@@ -154,10 +154,11 @@ async def _read_checked(
         check.add(start, piece)
         checked(piece)
 
+    at_once = min(file.readers, len(starts))
     if blocking is None:
-        await for_each(read_piece, starts, file.readers)
+        await for_each(read_piece, starts, at_once)
     else:
-        await for_each_in_threads(partial(read_piece_here, blocking), starts, file.readers)
+        await for_each_in_threads(partial(read_piece_here, blocking), starts, at_once)
     await in_thread(check.finish)
     return directory
 

@@ -6,6 +6,8 @@ import signal
 import threading
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from asyncckpt._loading.copies import copy_tensors
 from asyncckpt._loading.restore_plan import Plan, some
 from asyncckpt._loading.undo import put_back
@@ -40,6 +42,7 @@ def restore(
     if misfits := plan.misfits():
         raise _mismatch(plan, where, misfits)
     held: list[tuple[str, list[Step]]] = []
+    grad = torch.is_grad_enabled()
     with DeferredSignals() as signals:
         try:
             for path, hold, apply in plan.changes:
@@ -54,6 +57,7 @@ def restore(
             signals.defer()
         except BaseException as error:
             signals.defer()
+            torch.set_grad_enabled(grad)  # torch.no_grad may have been interrupted
             _raise_what_is_left(put_back(held), error, where)
             raise
         copied: list[str] = []

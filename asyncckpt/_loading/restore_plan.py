@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from functools import partial
 from operator import setitem
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -198,10 +199,11 @@ class Plan:
                 self.doubts.append(f"{_at(path, key)}: {problem}")
         self.doubts += [*missing.values(), *unexpected.values()]
         self.overlaps |= len(missing) < len(own)
+        plan = weakref.proxy(self)  # a cycle would keep the loaded state until it is collected
 
         def load() -> None:
             absent, extra = missing, unexpected
-            if self._strict or not (absent or extra):
+            if plan._strict or not (absent or extra):
                 module.load_state_dict(saved)
             else:
                 result = module.load_state_dict(saved, strict=False)
@@ -209,9 +211,9 @@ class Plan:
                     absent = _missing(path, result.missing_keys)
                     extra = _unexpected(path, result.unexpected_keys, "module")
             _refuse_meta(module, saved)
-            self.missing |= absent
-            self.unexpected |= extra
-            self.overlaps |= len(absent) < len(own)
+            plan.missing |= absent
+            plan.unexpected |= extra
+            plan.overlaps |= len(absent) < len(own)
 
         return load
 

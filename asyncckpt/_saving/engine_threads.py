@@ -123,7 +123,8 @@ class EngineThreads:
     def owns_caller(self) -> bool:
         """Return whether the calling thread is one of these, for which `join` would wait."""
         thread = threading.current_thread()
-        return thread in self._started or self.is_worker(thread) or thread.name.startswith("asyncckpt-files")
+        others = ("asyncckpt-files", "asyncckpt-prepare")
+        return thread in self._started or self.is_worker(thread) or thread.name.startswith(others)
 
     def is_worker(self, thread: threading.Thread) -> bool:
         """Return whether anyio runs blocking functions of the loop on a thread."""

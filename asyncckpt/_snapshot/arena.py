@@ -7,7 +7,7 @@ import itertools
 import logging
 import weakref
 from dataclasses import dataclass, field
-from threading import Thread
+from threading import Thread, current_thread
 from typing import TYPE_CHECKING
 
 import torch
@@ -201,7 +201,7 @@ class Arena:
                     torch.cuda.set_device(device)
                     allow_captures()
                 self._lease(nbytes, pinned=device is not None, wait=False).release()
-            except (BusyError, SaveError) as error:
+            except (BusyError, SaveError, RuntimeError) as error:  # the last one is of CUDA
                 logger.debug("memory for the first snapshot is not ready: %s", error)
             finally:
                 self._preparer = None
@@ -214,7 +214,7 @@ class Arena:
 
     def _is_prepared(self) -> bool:
         preparer = self._preparer
-        return preparer is None or not preparer.is_alive()
+        return preparer is None or not preparer.is_alive() or preparer is current_thread()
 
     def release(self) -> None:
         """Unpin and unmap every free buffer; all of them if nothing is leased."""
