@@ -134,6 +134,7 @@ def test_fence(held: Held, copier: Copier, call: str, copy: str, widely: int) ->
             wait_until(lambda: not copy_threads(), "the copy does not end")
 
     def after(where: str) -> None:
+        torch.set_grad_enabled(True)  # an interrupted step of torch may leave it off
         # The step may have been interrupted in the middle, with the fence behind it.
         copier.open()
         held.ckpt.fence()
