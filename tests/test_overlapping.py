@@ -276,3 +276,18 @@ def test_a_blocking_checkpointer_prepares_nothing(tmp_path: Path) -> None:
     """
     )
     assert run_python(script, str(tmp_path)) == (0, "", "")
+
+
+@pytest.mark.parametrize("buffers", [0, 1])
+def test_a_flat_storage_is_deferred_if_all_of_it_belongs_to_optimizers(tmp_path: Path, buffers: int) -> None:
+    flat = torch.zeros(40_000 + buffers)
+    model = torch.nn.Linear(100, 200)
+    model.weight = torch.nn.Parameter(flat[:20_000].view(200, 100))
+    other = torch.nn.Parameter(flat[20_000:40_000])
+    opt = torch.optim.SGD([model.weight, other], 0.1)
+    with Checkpointer(tmp_path) as ckpt:
+        ckpt.attach(opt)
+        (model.weight.sum() + other.sum()).backward()
+        opt.step()
+        save = ckpt.save(1, {"flat": flat}, overlap=True)
+        assert save.stats.overlapped is not bool(buffers)

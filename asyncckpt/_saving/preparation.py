@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TYPE_CHECKING
 from weakref import WeakSet
 
 from asyncckpt._saving.engine import get_engine
 from asyncckpt._saving.ranks import process_group
 from asyncckpt._snapshot import fences
+from asyncckpt.errors import SaveError
 
 if TYPE_CHECKING:
     from torch.optim.optimizer import Optimizer
@@ -63,6 +65,7 @@ class Preparation:
         nbytes = sum(storage.nbytes() + _PER_STORAGE for storage in storages.values())
         devices = {storage.device for storage in storages.values() if storage.device.type == "cuda"}
         engine = get_engine()
-        engine.use(self)
-        engine.start()  # its threads release the memory
-        engine.arena.prepare(int(nbytes * _SHARE) + _MORE, min(devices, key=str, default=None))
+        with suppress(SaveError, RuntimeError):  # no threads, or the end of the program: the save says so
+            engine.use(self)
+            engine.start()  # its threads release the memory
+            engine.arena.prepare(int(nbytes * _SHARE) + _MORE, min(devices, key=str, default=None))

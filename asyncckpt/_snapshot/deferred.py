@@ -19,7 +19,7 @@ from asyncckpt._snapshot.copy import (
 )
 from asyncckpt._snapshot.cuda_lane import CudaLane
 from asyncckpt._snapshot.guard import Checksums, Guard, torn_error
-from asyncckpt._snapshot.owners import changes
+from asyncckpt._snapshot.owners import changes, is_covered
 from asyncckpt._snapshot.range_copy import RangeCopy
 from asyncckpt._threads import Condition, start_threads
 from asyncckpt.errors import BusyError, SaveError, TornSnapshotError
@@ -73,7 +73,7 @@ def defer(  # noqa: PLR0913, PLR0917 - what is copied, and where to
     deferred = [
         index
         for index, (source, size) in enumerate(zip(ranges.sources, ranges.sizes, strict=True))
-        if size > SMALL and source._cdata in owned and _may_wait(source)
+        if size > SMALL and _may_wait(source) and is_covered(source, owned.get(source._cdata, ()))
     ]
     if not deferred:
         stats.reason = overlap.owners.why_none() if any_large else "all of the state is small"

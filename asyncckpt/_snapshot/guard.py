@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from asyncckpt._snapshot.capture_mode import allow_captures
 from asyncckpt._snapshot.culprit import find_culprit
 from asyncckpt._snapshot.lanes import bytes_of
 from asyncckpt.errors import TornSnapshotError
@@ -71,6 +72,8 @@ class Checksums:
 
     def differing(self, buffer: memoryview) -> UntypedStorage | None:
         """Return the storage of a range whose copy in `buffer` has another checksum, if there is one."""
+        if any(found.is_cuda for found in self._found):
+            allow_captures()
         copied = torch.frombuffer(buffer, dtype=torch.uint8)
         for storage, (start, nbytes), found in zip(self._storages, self._places, self._found, strict=True):
             if int(fingerprint(copied[start : start + nbytes])) != int(found):

@@ -11,7 +11,9 @@ from torch.optim.optimizer import Optimizer
 from asyncckpt._snapshot.fences import seen, stepping, watch_steps, why_not
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Iterator
+    from collections.abc import Collection, Iterable, Iterator, Sequence
+
+    from torch.storage import UntypedStorage
 
 # Where wrappers of Lightning, Fabric, Accelerate and torch have the optimizer that steps.
 _WRAPPED_AS = ("_optimizer", "optimizer", "optim")
@@ -82,6 +84,19 @@ def hooked(optimizer: Any) -> Optimizer | None:
         return optimizer
     inner = (vars(optimizer).get(name) for name in _WRAPPED_AS if hasattr(optimizer, "__dict__"))
     return next((one for one in inner if isinstance(one, Optimizer) and hooked(one) is one), None)
+
+
+def is_covered(storage: UntypedStorage, tensors: Sequence[torch.Tensor]) -> bool:
+    """Return whether `tensors` take all bytes of their storage: nobody else has a part of it."""
+    if any(tensor.nbytes == storage.nbytes() for tensor in tensors):
+        return True
+    spans = sorted((tensor.data_ptr(), tensor.nbytes) for tensor in tensors if tensor.is_contiguous())
+    end = storage.data_ptr()
+    for start, nbytes in spans:
+        if start > end:
+            return False
+        end = max(end, start + nbytes)
+    return bool(spans) and end == storage.data_ptr() + storage.nbytes()
 
 
 def changes(optimizer: Optimizer, storages: Collection[int], tensors: Collection[int]) -> bool:
