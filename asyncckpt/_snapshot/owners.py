@@ -88,15 +88,15 @@ def hooked(optimizer: Any) -> Optimizer | None:
 
 def is_covered(storage: UntypedStorage, tensors: Sequence[torch.Tensor]) -> bool:
     """Return whether `tensors` take all bytes of their storage: nobody else has a part of it."""
-    if any(tensor.nbytes == storage.nbytes() for tensor in tensors):
-        return True
+    if not tensors or any(tensor.nbytes == storage.nbytes() for tensor in tensors):
+        return bool(tensors)
     spans = sorted((tensor.data_ptr(), tensor.nbytes) for tensor in tensors if tensor.is_contiguous())
     end = storage.data_ptr()
     for start, nbytes in spans:
         if start > end:
             return False
         end = max(end, start + nbytes)
-    return bool(spans) and end == storage.data_ptr() + storage.nbytes()
+    return end == storage.data_ptr() + storage.nbytes()
 
 
 def changes(optimizer: Optimizer, storages: Collection[int], tensors: Collection[int]) -> bool:
