@@ -150,11 +150,12 @@ class Saving:
     def save(self, ranges: Ranges | None = None) -> DeferredCopy:
         state = self.state
         ranges = ranges or state.make()
-        owned = {
-            memory._cdata: [torch.empty(memory.nbytes(), dtype=torch.uint8)]
-            for memory, part in zip(state.memories, state.parts, strict=True)
-            if part.owned
-        }
+        with torch.inference_mode(mode=False):
+            owned = {
+                memory._cdata: [torch.empty(memory.nbytes(), dtype=torch.uint8)]
+                for memory, part in zip(state.memories, state.parts, strict=True)
+                if part.owned
+            }
         overlap = Overlap(SimpleNamespace(tensors=lambda: owned), self.budget)  # type: ignore[arg-type]
         copy = defer(ranges, state.starts, state.lease, state.progress(), self.stats, overlap)
         assert copy is not None
