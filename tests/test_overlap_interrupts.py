@@ -62,8 +62,8 @@ class Steady:
 
 @pytest.fixture
 def widely(stride: int) -> int:
-    """How far apart the interrupts are: these calls have many points."""
-    return stride if stride == 1 else 3 * stride
+    """How far apart the interrupts are: these calls have many points, and each is followed by a commit."""
+    return 11 if stride == 1 else 3 * stride
 
 
 @pytest.fixture
