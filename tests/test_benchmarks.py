@@ -26,6 +26,8 @@ FIGURES = {
     "tensors_values",
     "tensors_numbers",
     "small_state",
+    "overlap_call",
+    "overlap_lost",
     "load_rate",
     "load_speedup",
     "restore_rate",
