@@ -117,7 +117,8 @@ class BackgroundIO(Base):
 
     def __getstate__(self) -> dict[str, Any]:
         # A process that gets a copy has nothing pending: that stays with this one.
-        return {name: value for name, value in vars(self).items() if name not in self._idle()}
+        idle = self._idle()
+        return {name: value for name, value in vars(self).items() if name not in idle}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
