@@ -114,7 +114,7 @@ def _path(state: Any, storage: UntypedStorage) -> str:
     """Return the path of an entry that views `storage`; training may change the containers meanwhile."""
     try:
         return find_culprit(state, _probe(storage))
-    except Exception:  # noqa: BLE001 - a name is no reason to lose the error
+    except Exception:  # noqa: BLE001 - the error is raised without the path then
         return f"a tensor of {storage.nbytes()} bytes"
 
 
