@@ -34,6 +34,10 @@ class TornSnapshotError(SaveError, RuntimeError):
     """A tensor changed before its overlapped copy was finished; the message names it and the remedy."""
 
 
+class RankError(SaveError, RuntimeError):
+    """A rank failed, or did not answer in time, so that a save of many ranks was given up; names the rank."""
+
+
 class CorruptCheckpointError(AsyncCkptError, ValueError):
     """A file is not a whole checkpoint: it has a damaged record, is truncated, or has another format."""
 

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 PREPARE = """
 import os, signal
 from asyncckpt import Budget, Checkpointer, Every
-from asyncckpt._saving import agreement, due
+from asyncckpt._ranks import verdicts
+from asyncckpt._saving import due
 from asyncckpt.stores import LocalStore
 from asyncckpt.testing import FaultyStore
 
@@ -230,7 +231,7 @@ if rank == 0:
     told.append(None)
 else:
     from datetime import timedelta
-    late._due._agreement = agreement.Agreement(asyncckpt._saving.ranks.process_group())
+    late._due._agreement = verdicts.Agreement(asyncckpt._ranks.group.process_group())
     late._due._calls = 1
     store = late._due._agreement._store
     store.set_timeout(timedelta(milliseconds=10))

@@ -14,7 +14,7 @@ from asyncckpt.errors import AsyncCkptError, BusyError, SaveError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-    from asyncckpt._saving.ranks import ProcessGroup
+    from asyncckpt._ranks.group import ProcessGroup
 
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 1e-4, 0.02
 _numbers = count()
