@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from asyncckpt._finder import locate
 from asyncckpt._loading.load import load_image
 from asyncckpt._loading.reader import read_image
-from asyncckpt._saving.engine import get_engine, wait_for_pending
 from asyncckpt._ranks.claims import claim
+from asyncckpt._saving.engine import get_engine, wait_for_pending
 from asyncckpt._saving.saver import Saver
 from asyncckpt._saving.targets import FileTarget
 from asyncckpt.layout.description import Description

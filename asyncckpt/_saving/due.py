@@ -9,11 +9,11 @@ import weakref
 from signal import Signals
 from typing import TYPE_CHECKING
 
+from asyncckpt._ranks.group import process_group
 from asyncckpt._ranks.verdicts import Agreement, Verdict
 from asyncckpt._saving.arguments import check_timing
 from asyncckpt._saving.costs import CostMeter
 from asyncckpt._saving.engine import get_engine
-from asyncckpt._ranks.group import process_group
 from asyncckpt.errors import BusyError
 from asyncckpt.schedule import AnyOf, Progress, calls_until_due
 from asyncckpt.signals import StopOnSignal
