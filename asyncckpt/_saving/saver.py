@@ -147,6 +147,17 @@ class Saver:
             raise
         return job.save
 
+    def follow(self, target: Target, step: int, began: float) -> Save:
+        """Queue a save of which another rank takes the snapshot."""
+        self.open()
+        job = Job(self, target, step, began)
+        try:
+            job.submit_without_state()
+        except BaseException:
+            self._abandon(job)
+            raise
+        return job.save
+
     def refuse_handler(self) -> None:
         """Raise BusyError in a signal handler that interrupted a save in a critical section."""
         if is_locked_by_caller():
