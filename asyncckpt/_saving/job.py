@@ -16,7 +16,7 @@ from asyncckpt.errors import SaveError
 
 if TYPE_CHECKING:
     from asyncckpt._saving.saver import Saver
-    from asyncckpt._saving.staging import Snapshot, Stager
+    from asyncckpt._saving.staging import Frozen, Snapshot, Stager
     from asyncckpt._saving.targets import Target
     from asyncckpt._snapshot.deferred import Overlap
 
@@ -53,15 +53,14 @@ class Job(Operation):
         self._target = target
         self._began = began
 
-    def stage(self, state: object, stager: Stager, overlap: Overlap | None, *, wait: bool) -> None:
-        """Freeze a state, and lease host memory for it.
+    def stage(self, frozen: Frozen, stager: Stager, overlap: Overlap | None, *, wait: bool) -> None:
+        """Lease host memory for a frozen state.
 
         Raises:
-            SaveError: the state cannot be saved, or exceeds the memory limit.
+            SaveError: the state exceeds the memory limit.
             BusyError: the memory is in use, and `wait` is false.
         """
-        stats = self.save.stats
-        self.snapshot = stager.stage(stager.freeze(state, stats), stats, overlap, wait=wait)
+        self.snapshot = stager.stage(frozen, self.save.stats, overlap, wait=wait)
 
     def copy_and_submit(self, state: object) -> None:
         """Copy the state to host memory and submit it; a large one is submitted before the copy.

@@ -121,8 +121,9 @@ class OneWriter:
             more = f" and {len(lost) - _NAMED} more" if len(lost) > _NAMED else ""
             raise RankError(
                 f"rank {writer} writes the files of this series, and its state lacks"
-                f" {', '.join(lost[:_NAMED])}{more} of rank {self._group.rank}; save with Checkpointer(sharded=True), which saves the"
-                " state of every rank, or give each rank a filename of its own"
+                f" {', '.join(lost[:_NAMED])}{more} of rank {self._group.rank}; save with"
+                " Checkpointer(sharded=True), which saves the state of every rank, or give each rank a filename"
+                " of its own"
             )
 
     def _get(self, key: str, writer: int, step: int | None) -> bytes:

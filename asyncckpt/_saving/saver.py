@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from asyncckpt._saving.reports import OnCommit, OnError
     from asyncckpt._saving.save import Save
-    from asyncckpt._saving.staging import Stager
+    from asyncckpt._saving.staging import Frozen, Stager
     from asyncckpt._saving.targets import Target
     from asyncckpt._snapshot.deferred import Overlap
 
@@ -126,22 +126,24 @@ class Saver:
         stager: Stager,
         *,
         skips: bool,
+        frozen: Frozen | None = None,
     ) -> Save:
         """Do what `save` does, whether an earlier save failed or not.
 
         Args:
-            state: what `stager` freezes.
+            state: what `stager` freezes, or has frozen.
             target: the destination.
             step: the training step, if there is one.
             began: start of the public call, by `time.perf_counter`.
             overlap: what may be copied after the return, until its fence.
             stager: takes the snapshot.
             skips: whether to skip this save if there is no place or no memory for it.
+            frozen: the state, if it is frozen already.
         """
         self.open()
         job = Job(self, target, step, began)
         try:
-            self._take(job, state, overlap, stager, skips=skips)
+            self._take(job, state, frozen, overlap, stager, skips=skips)
         except BaseException:
             self._abandon(job)
             raise
@@ -167,14 +169,24 @@ class Saver:
         """Return whether a save would wait, be skipped, or replace another."""
         return self.in_flight >= self._max_in_flight
 
-    def _take(self, job: Job, state: object, overlap: Overlap | None, stager: Stager, *, skips: bool) -> None:
+    def _take(  # noqa: PLR0913 - as `start`
+        self,
+        job: Job,
+        state: object,
+        frozen: Frozen | None,
+        overlap: Overlap | None,
+        stager: Stager,
+        *,
+        skips: bool,
+    ) -> None:
         entered = time.perf_counter()
         if not self._admit(job, skips=skips):
             skipped(job.save, f"{self._max_in_flight} earlier saves are still being written")
             return
         job.save.stats.wait = time.perf_counter() - entered
         try:
-            job.stage(state, stager, overlap, wait=not skips and not self._is_nested(job))
+            frozen = frozen or stager.freeze(state, job.save.stats)
+            job.stage(frozen, stager, overlap, wait=not skips and not self._is_nested(job))
         except BusyError as error:
             if not skips:
                 raise
