@@ -16,7 +16,7 @@ from asyncckpt._saving.overlapping import DEVICE_MEMORY, Overlapping
 from asyncckpt._saving.saver import Saver
 from asyncckpt._saving.series_writer import SeriesWriter
 from asyncckpt._saving.targets import FileTarget
-from asyncckpt._snapshot.stateful import collect, stateful_objects
+from asyncckpt._stateful import collect, stateful_objects
 from asyncckpt.errors import (
     AsyncCkptError,
     CheckpointNotFoundError,

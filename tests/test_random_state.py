@@ -13,7 +13,7 @@ import torch
 
 from asyncckpt import Checkpointer, RandomState, StateMismatchError
 from asyncckpt._snapshot.freeze import Freezer
-from asyncckpt._snapshot.stateful import is_stateful
+from asyncckpt._stateful import is_stateful
 from support import run_python
 
 if TYPE_CHECKING:

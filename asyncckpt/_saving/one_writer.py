@@ -14,7 +14,7 @@ import anyio
 import torch
 
 from asyncckpt._saving.targets import Target
-from asyncckpt._snapshot.stateful import CONTAINERS, is_stateful
+from asyncckpt._stateful import CONTAINERS, is_stateful
 from asyncckpt._threads import in_thread
 from asyncckpt.errors import RankError, SaveError, SaveSkipped
 from asyncckpt.types import Checkpoint
@@ -122,8 +122,8 @@ class OneWriter:
             raise RankError(
                 f"rank {writer} writes the files of this series, and its state lacks"
                 f" {', '.join(lost[:_NAMED])}{more} of rank {self._group.rank}; save with"
-                " Checkpointer(sharded=True), which saves the state of every rank, or give each rank a filename"
-                " of its own"
+                " Checkpointer(sharded=True), which saves the state of every rank, or give each rank a"
+                " filename of its own"
             )
 
     def _get(self, key: str, writer: int, step: int | None) -> bytes:
