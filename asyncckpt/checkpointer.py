@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Any
 from anyio import CancelScope, to_thread
 
 from asyncckpt._finder import Finder
-from asyncckpt._stateful import collect, stateful_objects
+from asyncckpt._ranks.claims import claim
 from asyncckpt._saving.arguments import checked_metrics, checked_step
 from asyncckpt._saving.due import Due
 from asyncckpt._saving.engine import get_engine
 from asyncckpt._saving.overlapping import DEVICE_MEMORY, Overlapping
-from asyncckpt._ranks.claims import claim
 from asyncckpt._saving.saver import Saver
 from asyncckpt._saving.series_writer import SeriesWriter
 from asyncckpt._saving.targets import FileTarget
+from asyncckpt._stateful import collect, stateful_objects
 from asyncckpt.errors import (
     AsyncCkptError,
     CheckpointNotFoundError,

@@ -16,7 +16,7 @@ from asyncckpt.errors import SaveError
 from asyncckpt.layout.item_file import Blob, ItemFile
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from asyncckpt._sharding.planning import Kept
     from asyncckpt._snapshot.arena import Arena
@@ -52,7 +52,7 @@ class ShardStager(Stager):
         super().__init__(arena, ItemFile())
         self._last: Shards | None = None
 
-    def freeze(self, state: tuple[Kept, Mapping[str, Any]], stats: SaveStats) -> tuple[FrozenItems, Ranges]:
+    def freeze(self, state: tuple[Kept, dict[str, Any]], stats: SaveStats) -> tuple[FrozenItems, Ranges]:
         """Pickle what is no tensor; return that, and the ranges to copy.
 
         Args:
@@ -64,9 +64,10 @@ class ShardStager(Stager):
         """
         began = time.perf_counter()
         kept, flat = state
-        shards = self._last = shards_of(kept.tensors(flat), kept.tensor_names, self._last)
-        named = zip(kept.object_names, kept.objects(flat), strict=True)
-        blobs = [_blob(name, value) for name, value in named]
+        names = [index.fqn for index in kept.indices]
+        shards = self._last = shards_of(kept.tensors(flat), names[: kept.tensor_count], self._last)
+        objects = zip(names[kept.tensor_count :], kept.objects(flat), strict=True)
+        blobs = [_blob(name, value) for name, value in objects]
         on_cuda = any(device.type == "cuda" for device in {source.device for source in shards.ranges.sources})
         stats.freeze += time.perf_counter() - began
         return FrozenItems(shards.pickles, shards.sizes, blobs, on_cuda), shards.ranges

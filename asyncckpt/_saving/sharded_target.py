@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from asyncckpt._ranks.round import Round
     from asyncckpt._saving.series_writer import SeriesWriter
     from asyncckpt._saving.staging import Snapshot
-    from asyncckpt._sharding.planning import Final, Kept
+    from asyncckpt._sharding.planning import GlobalPlan, Kept
     from asyncckpt.layout.description import Description
     from asyncckpt.layout.item_file import ItemPlan
     from asyncckpt.stores.base import FolderDraft, Store
@@ -41,14 +41,14 @@ class SharedPlan:
     Attributes:
         fingerprint: of this rank's state.
         kept: what this rank writes.
-        final: on rank 0: the metadata of all ranks.
+        final: on rank 0: what all ranks write.
         extents: on rank 0: offset and length of the tensors in each rank's file.
         told: on this rank: whether rank 0 knows its extents.
     """
 
     fingerprint: Any
     kept: Kept
-    final: Final | None = None
+    final: GlobalPlan | None = None
     extents: dict[int, Offsets] = field(default_factory=dict)
     told: bool = False
 
@@ -183,7 +183,7 @@ class ShardedTarget(Target):
         extents, nbytes = self.plan.note_reports(reports)
         names = [folder.member(data_file(rank)) for rank in range(len(reports))]
         description = replace(description, nbytes=nbytes, ranks=len(reports))
-        return description, seal(final.write(names, extents), description.encode())
+        return description, seal(final.write(names, extents, self.path), description.encode())
 
 
 def data_file(rank: int) -> str:
