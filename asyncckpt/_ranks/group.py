@@ -20,7 +20,7 @@ class ProcessGroup(NamedTuple):
     size: int
 
 
-def process_group() -> ProcessGroup | None:
+def process_group(group: Any = None) -> ProcessGroup | None:
     """Return the default process group, if there is one of several ranks; does not import it."""
     dist: Any = sys.modules.get("torch.distributed")
     if dist is None or not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import time
+from collections import Counter
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import asdict
@@ -20,13 +21,16 @@ from asyncckpt.errors import RankError, SaveError, SaveSkipped
 from asyncckpt.types import Checkpoint
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from asyncckpt._ranks.group import ProcessGroup
     from asyncckpt._saving.save import Save
+    from asyncckpt._saving.saver import Saver
     from asyncckpt._saving.staging import Snapshot
-    from asyncckpt.stores.base import Store
+    from asyncckpt._saving.targets import FileTarget
     from asyncckpt.types import SaveStats
+
+_made: Counter[str] = Counter()  # how many of each series
 
 # So many results stay in the store of the group, for ranks that are behind.
 _KEPT = 64
@@ -42,25 +46,61 @@ class OneWriter:
 
     Args:
         group: of the ranks.
-        prefix: of the keys in its store, the same on every rank.
+        series: directory and template, the same on every rank. The k-th one of a series on each rank belong
+            together.
         timeout: seconds that others wait for a result.
     """
 
-    def __init__(self, group: ProcessGroup, prefix: str, timeout: float) -> None:
+    def __init__(self, group: ProcessGroup, series: str, timeout: float) -> None:
         self._group = group
-        self._prefix = prefix
+        self._prefix = f"asyncckpt/files/{series}/{_made[series]}"
+        _made[series] += 1
         self._timeout = timeout
         self._number = 0  # of the next save
+        self._decided: int | None = None
         self._entries: dict[str, str] | None = None
         if group.rank == 0:
             self.writer()
 
     def writer(self) -> int:
-        """Return the rank that writes."""
-        key = f"{self._prefix}/writer"
-        return int(self._group.store.compare_set(key, "", str(self._group.rank)))
+        """Return the rank that writes; the first one to ask does."""
+        if self._decided is None:
+            key = f"{self._prefix}/writer"
+            self._decided = int(self._group.store.compare_set(key, "", str(self._group.rank)))
+        return self._decided
 
-    def next_save(self, state: Any) -> int:
+    def save(  # noqa: PLR0913, PLR0917 - one save, and how it is started
+        self,
+        saver: Saver,
+        state: Any,
+        target: FileTarget,
+        step: int,
+        began: float,
+        start: Callable[[], Save],
+    ) -> Save:
+        """Save a file on the rank that writes; follow it on the others.
+
+        Args:
+            saver: of this rank.
+            state: what is saved.
+            target: the file.
+            step: of the save.
+            began: start of the public call, by `time.perf_counter`.
+            start: starts the save; called on the rank that writes.
+        """
+        number = self._next_save(state)
+        if self.writer() != self._group.rank:
+            saver.raise_failures("; the save that raised this was not started")
+            return saver.follow(FollowedTarget(self, number, step, target, self._timeout), step, began)
+        try:
+            save = start()
+        except BaseException as error:
+            self._tell_failure(number, step, error)
+            raise
+        save.committed.add_done_callback(lambda _: self._tell_result(number, save))
+        return save
+
+    def _next_save(self, state: Any) -> int:
         """Return the number of a save that begins now; every rank counts its own."""
         number, self._number = self._number, self._number + 1
         if self._entries is None:
@@ -69,12 +109,7 @@ class OneWriter:
                 self._group.store.set(f"{self._prefix}/entries", json.dumps(self._entries))
         return number
 
-    def tell(self, number: int, save: Save) -> None:
-        """Tell the other ranks what became of a save, once that is known."""
-        save.committed.add_done_callback(lambda _: self._tell_result(number, save))
-
-    def tell_failure(self, number: int, step: int, error: BaseException) -> None:
-        """Tell the other ranks that a save was not started."""
+    def _tell_failure(self, number: int, step: int, error: BaseException) -> None:
         self._put(number, {"step": step, "error": f"{type(error).__name__}: {error}"})
 
     def _tell_result(self, number: int, save: Save) -> None:
@@ -148,19 +183,16 @@ class FollowedTarget(Target):
         writer: tells what became of it.
         number: of the save.
         step: of the save.
-        store: the directory.
-        name: of the file.
+        target: the file, as this rank would write it.
         timeout: seconds after which what is not to be seen here is elsewhere.
     """
 
-    def __init__(  # noqa: PLR0913, PLR0917 - which file, and who writes it
-        self, writer: OneWriter, number: int, step: int, store: Store, name: str, timeout: float
-    ) -> None:
-        self.path = store.path_of(name)
+    def __init__(self, writer: OneWriter, number: int, step: int, target: FileTarget, timeout: float) -> None:
+        self.path = target.path
         self._writer = writer
         self._number = number
         self._step = step
-        self._store = store
+        self._store = target.store
         self._timeout = timeout
 
     async def write(self, snapshot: Snapshot | None, stats: SaveStats) -> Checkpoint:
