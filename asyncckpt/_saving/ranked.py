@@ -24,7 +24,8 @@ class Ranked:
         timeout: seconds that a rank waits for the others.
         series: directory and template of the Checkpointer, the same on all ranks.
         saver: takes the snapshots of this rank.
-        skips: whether saves are skipped if there is no place for them; None if they replace others.
+        when_busy: what a save does if there is no place for it.
+        alone: whether this process saves without other ranks, whatever the process group.
 
     Raises:
         TypeError, ValueError: an argument is invalid.
@@ -38,6 +39,8 @@ class Ranked:
         series: str,
         saver: Saver,
         when_busy: str,
+        *,
+        alone: bool = False,
     ) -> None:
         if sharded is not None and not isinstance(sharded, bool):
             raise TypeError(f"sharded must be True, False or None, not {sharded!r}")
@@ -51,6 +54,7 @@ class Ranked:
         self._series = series
         self._saver = saver
         self._when_busy = when_busy
+        self._alone = alone
         self._coordination: Coordination | None = None
         self._saves: ShardedSaves | None = None
         self._writer: OneWriter | None = None
@@ -59,7 +63,7 @@ class Ranked:
     @property
     def group(self) -> ProcessGroup | None:
         """The process group, if it has several ranks."""
-        return process_group(self._given)
+        return None if self._alone else process_group(self._given)
 
     def shards(self, state: Any) -> bool:
         """Return whether all ranks save, or restore, a state together."""
