@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from itertools import count
+from pathlib import PurePosixPath
 from string import Formatter
 from typing import TYPE_CHECKING
 
@@ -68,6 +69,12 @@ class NameTemplate:
         except (ValueError, IndexError, AttributeError) as error:
             raise ValueError(f"filename={self.template!r}: {error}") from error
         return name.replace("/", "_")
+
+    @staticmethod
+    def folder(name: str) -> str:
+        """Return the name of a folder in place of a file: without the suffix of a file."""
+        path = PurePosixPath(name)
+        return path.stem if path.suffix in SUFFIXES else name
 
     def owns(self, checkpoint: Checkpoint) -> bool:
         """Return whether a checkpoint belongs to the series of this template.

@@ -7,7 +7,8 @@ import time
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
 from asyncckpt._finder import locate
 from asyncckpt._saving.ranked import Ranked
