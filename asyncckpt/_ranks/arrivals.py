@@ -70,8 +70,8 @@ class Arrivals:
         self._size = size
         self._key = f"e{number}"
 
-    def look(self) -> State | None:
-        """Return the state, None if no rank has come."""
+    def look(self) -> State:
+        """Return the state."""
         return _decoded(self._requests.peek(self._key))
 
     def enter(self, note: Note) -> State:
@@ -82,7 +82,7 @@ class Arrivals:
         """
         opened = State(Stage.OPEN, note.same).encoded()
         found = self._requests.swap(self._key, None, opened)
-        state = _known(found)
+        state = _decoded(found)
         if state.stage is not Stage.OPEN:
             return state
         amount = 1
@@ -129,12 +129,9 @@ class Arrivals:
 
     def fail(self, same: str, text: str) -> bool:
         """Fail the exchange, unless it is done; return whether it has failed."""
-        failed = State(Stage.FAILED, same, text)
-        state = _known(self._requests.swap(self._key, None, failed.encoded()))
-        if state.stage in {Stage.OPEN, Stage.ROLL_CALL}:
-            state = self._change(
-                lambda state: failed._replace(same=state.same), {Stage.OPEN, Stage.ROLL_CALL}
-            )
+        state = self._change(
+            lambda state: State(Stage.FAILED, state.same or same, text), {Stage.OPEN, Stage.ROLL_CALL}
+        )
         return state.stage is Stage.FAILED
 
     def delete(self, state: State) -> None:
@@ -148,7 +145,7 @@ class Arrivals:
     def _change(self, change: Callable[[State], State], stages: set[Stage]) -> State:
         """Change the state while it is in one of `stages`; return that which is reached."""
         found = self._requests.peek(self._key)
-        while (state := _known(found)).stage in stages:
+        while (state := _decoded(found)).stage in stages:
             new = change(state)
             found = self._requests.swap(self._key, found, new.encoded())
         return state
@@ -185,10 +182,8 @@ class Arrivals:
         return [Note(*json.loads(line)) for line in notes.splitlines()]
 
 
-def _known(value: bytes) -> State:
+def _decoded(value: bytes | None) -> State:
+    if value is None:  # no rank has come
+        return State(Stage.OPEN, "")
     stage, same, text, flags = json.loads(value)
     return State(Stage(stage), same, text, flags)
-
-
-def _decoded(value: bytes | None) -> State | None:
-    return None if value is None else _known(value)

@@ -7,7 +7,7 @@ from _thread import start_new_thread
 from contextlib import suppress
 from queue import Empty, SimpleQueue
 from threading import Lock
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 from asyncckpt.errors import RankError
 
@@ -24,7 +24,7 @@ _GRACE = 5.0
 
 
 class Call:
-    """What a running call looks at while it waits.
+    """What running work looks at while it waits.
 
     Attributes:
         stopped: whether the caller waits no longer.
@@ -36,7 +36,7 @@ class Call:
         self._began = time.monotonic()
 
     def stop(self) -> None:
-        """End the pause of the call, and all that follow."""
+        """End the pause of the work."""
         self.stopped = True
         self._wakeup.put(None)
 
@@ -49,7 +49,7 @@ class Call:
         self._began = time.monotonic()
 
     def pause(self, longest: float) -> None:
-        """Sleep for an eighth of the time waited so far, in seconds, or until the call is stopped."""
+        """Sleep for an eighth of the time waited so far, in seconds, or until the caller waits no longer."""
         with suppress(Empty):
             self._wakeup.get(timeout=min(max(self.waited() / 8, _SHORTEST_PAUSE), longest))
 
@@ -58,16 +58,48 @@ class StoppedError(Exception):
     """The caller waits no longer."""
 
 
-def call(work: Callable[[Call], T], undo: Callable[[], object], requests: Requests, timeout: float) -> T:
-    """Call `work` on a thread of its own, and wait for its result, at any exception for `undo` after it.
+class _Work(Generic[T]):
+    """Work on a thread of its own."""
+
+    def __init__(self, func: Callable[[Call], T], requests: Requests, timeout: float) -> None:
+        self._func = func
+        self._requests = requests
+        self._timeout = timeout
+        self._once = Lock()
+        self._ended: SimpleQueue[None] = SimpleQueue()
+        self.call = Call()
+        self.results: list[T] = []
+        self.errors: list[BaseException] = []
+
+    def run(self) -> None:
+        """Do it, once."""
+        if not self._once.acquire(blocking=False):
+            return
+        try:
+            self.results.append(self._func(self.call))
+        except BaseException as error:  # noqa: BLE001 - raised by the caller
+            self.errors.append(error)
+        self._ended.put(None)
+
+    def wait(self) -> None:
+        """Wait until it ends, or the store is silent."""
+        while not self.results and not self.errors:
+            with suppress(Empty):
+                self._ended.get(timeout=self._timeout / 4)
+            if self._requests.silence() > self._timeout:
+                self.errors.append(_silence_error(self._requests))
+
+
+def call(func: Callable[[Call], T], undo: Callable[[], object], requests: Requests, timeout: float) -> T:
+    """Call `func` on a thread of its own, and wait for its result.
 
     A signal handler interrupts the wait only: no request is made halfway, and a store that does not answer
     holds up nobody.
 
     Args:
-        work: looks at the `Call` between its requests, and raises `StoppedError` soon if it was stopped.
-        undo: called behind `work` if a signal handler has interrupted the wait.
-        requests: that `work` makes.
+        func: looks at the `Call` between its requests, and raises `StoppedError` soon if it was stopped.
+        undo: called behind `func` if a signal handler has interrupted the wait, even if `func` succeeded.
+        requests: that `func` makes.
         timeout: seconds that the store may take for a request.
 
     Raises:
@@ -75,47 +107,28 @@ def call(work: Callable[[Call], T], undo: Callable[[], object], requests: Reques
     """
     if requests.silence() > timeout:
         raise _silence_error(requests)
-    running, once = Call(), Lock()
-    results: list[T] = []
-    errors: list[BaseException] = []
-    changed: SimpleQueue[None] = SimpleQueue()
+    work = _Work(func, requests, timeout)
     undone: SimpleQueue[None] = SimpleQueue()
 
-    def run() -> None:
-        if not once.acquire(blocking=False):
-            return
-        try:
-            results.append(work(running))
-        except BaseException as error:  # noqa: BLE001 - raised by the caller
-            errors.append(error)
-        changed.put(None)
-
-    def wait() -> None:
-        while not results and not errors:
-            with suppress(Empty):
-                changed.get(timeout=timeout / 4)
-            if requests.silence() > timeout:
-                errors.append(_silence_error(requests))
-
     def stop() -> None:
-        run()  # unless it runs
-        wait()
+        work.run()  # unless it runs
+        work.wait()
         with suppress(RankError):
             undo()
         undone.put(None)
 
     try:
-        _start(run)
-        wait()
+        _start(work.run)
+        work.wait()
     except BaseException:
-        running.stop()
+        work.call.stop()
         _start(stop)
         with suppress(Empty):
             undone.get(timeout=_GRACE)
         raise
-    if errors:
-        raise errors[0]
-    return results[0]
+    if work.errors:
+        raise work.errors[0]
+    return work.results[0]
 
 
 def _start(func: Callable[[], None]) -> None:

@@ -1,4 +1,4 @@
-"""Decide a save of all ranks in one key of their store, so that no two ranks ever see different ends of it."""
+"""Decide a save of all ranks in one key of their store, so that they all see the same end of it."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from asyncckpt._ranks.group import ProcessGroup
 
-# No value is this: `compare_set` that expects it changes nothing, and returns the value or, without one, this.
+# No value is this: a `compare_set` that expects it changes nothing, and returns the value, or this without one.
 _NOTHING = b"\x00"
 # A TCPStore closes the connection on more than 8 MiB in one value.
 _PIECE = 4 << 20
@@ -47,16 +47,18 @@ class Requests:
 
     def peek(self, key: str) -> bytes | None:
         """Return the value of a key, None if it has none."""
-        value = self._request("compare_set", key, _NOTHING, _NOTHING)
+        value: bytes = self._request("compare_set", key, _NOTHING, _NOTHING)
         return None if value == _NOTHING else value
 
     def swap(self, key: str, old: bytes | None, new: bytes) -> bytes:
         """Set a key if its value is `old`; return the value that it has then, `old` if it has none."""
-        return self._request("compare_set", key, old or b"", new)
+        value: bytes = self._request("compare_set", key, old or b"", new)
+        return value
 
     def add(self, key: str, amount: int) -> int:
         """Add to a counter, and return its value; one that does not exist is 0."""
-        return self._request("add", key, amount)
+        value: int = self._request("add", key, amount)
+        return value
 
     def append(self, key: str, value: bytes) -> None:
         """Append to a value, of any length."""
