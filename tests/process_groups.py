@@ -1,4 +1,4 @@
-"""Programs that run as two ranks of a process group."""
+"""Programs that run as the ranks of a process group."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 import asyncckpt
 
-rank, directory = int(sys.argv[1]), sys.argv[2]
-dist.init_process_group("gloo", init_method=f"file://{directory}-group", rank=rank, world_size=2)
+rank, ranks, directory = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+dist.init_process_group("gloo", init_method=f"file://{directory}-group", rank=rank, world_size=ranks)
 told = []
 
 def attempt(call, *args, **kwargs):
@@ -38,9 +38,16 @@ dist.destroy_process_group()
 """
 
 
-def on_two_ranks(interpreter: Interpreter, tmp_path: Path, body: str) -> list[Any]:
-    """Run a program as two ranks; returns what each of them tells."""
-    running = [interpreter.start(PREPARE + body + END, rank, tmp_path / "run") for rank in range(2)]
+def on_ranks(interpreter: Interpreter, tmp_path: Path, body: str, ranks: int = 2) -> list[Any]:
+    """Run a program as each rank of a group; returns what each of them tells.
+
+    Args:
+        interpreter: starts the programs.
+        tmp_path: in it is `directory`, of which the program may make a folder.
+        body: the program. It has `rank`, `ranks`, `directory`, `told` and `attempt`.
+        ranks: how many there are.
+    """
+    running = [interpreter.start(PREPARE + body + END, rank, ranks, tmp_path / "run") for rank in range(ranks)]
     ends = [process.end() for process in running]
-    assert [status for status, _, _ in ends] == [0, 0], ends
+    assert [status for status, _, _ in ends] == [0] * ranks, ends
     return [json.loads(output) for _, output, _ in ends]

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from process_groups import on_two_ranks
+from process_groups import on_ranks
 from programs import Interpreter
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def interpreter() -> Iterator[Interpreter]:
 def test_multiples_of_steps_are_due_on_all_ranks_and_need_few_exchanges(
     interpreter: Interpreter, tmp_path: Path
 ) -> None:
-    told = on_two_ranks(
+    told = on_ranks(
         interpreter,
         tmp_path,
         PREPARE
@@ -64,7 +64,7 @@ told.append(ckpt._due._agreement._number)
 def test_multiples_of_steps_are_found_however_many_steps_are_between_calls(
     interpreter: Interpreter, tmp_path: Path
 ) -> None:
-    told = on_two_ranks(
+    told = on_ranks(
         interpreter,
         tmp_path,
         PREPARE
@@ -77,7 +77,7 @@ with Checkpointer(directory, every=Every(steps=500)) as ckpt:
 
 
 def test_only_rank_0_makes_memory_ready_for_a_first_save(interpreter: Interpreter, tmp_path: Path) -> None:
-    told = on_two_ranks(
+    told = on_ranks(
         interpreter,
         tmp_path,
         PREPARE
@@ -96,7 +96,7 @@ with Checkpointer(directory, overlap=True) as ckpt:
 
 
 def test_a_schedule_computes_with_finite_times(interpreter: Interpreter, tmp_path: Path) -> None:
-    told = on_two_ranks(
+    told = on_ranks(
         interpreter,
         tmp_path,
         PREPARE
@@ -113,7 +113,7 @@ with Checkpointer(directory, every=EveryMinute()) as ckpt:
 
 
 def test_a_time_is_over_on_all_ranks_when_it_is_on_rank_0(interpreter: Interpreter, tmp_path: Path) -> None:
-    told = on_two_ranks(
+    told = on_ranks(
         interpreter,
         tmp_path,
         PREPARE
@@ -132,7 +132,7 @@ if rank == 0:
 def test_each_rank_may_have_checkpointers_and_series_of_its_own(
     interpreter: Interpreter, tmp_path: Path
 ) -> None:
-    told = on_two_ranks(
+    told = on_ranks(
         interpreter,
         tmp_path,
         PREPARE
@@ -159,7 +159,7 @@ told.append([[c.step for c in ckpt.checkpoints()] for ckpt in (own, other)])
 
 
 def test_a_failed_save_of_rank_0_is_due_again_on_all_ranks(interpreter: Interpreter, tmp_path: Path) -> None:
-    told = on_two_ranks(
+    told = on_ranks(
         interpreter,
         tmp_path,
         PREPARE
@@ -174,7 +174,7 @@ with Checkpointer(store=store, every=Every(steps=100), on_error=lambda *_: None)
 
 
 def test_a_signal_on_one_rank_makes_a_save_due_on_all(interpreter: Interpreter, tmp_path: Path) -> None:
-    told = on_two_ranks(
+    told = on_ranks(
         interpreter,
         tmp_path,
         PREPARE
@@ -208,7 +208,7 @@ told.append(number_of(ckpt))
 
 
 def test_what_ranks_do_not_agree_on_is_an_error(interpreter: Interpreter, tmp_path: Path) -> None:
-    told = on_two_ranks(
+    told = on_ranks(
         interpreter,
         tmp_path,
         PREPARE
@@ -250,7 +250,7 @@ else:
 
 
 def test_verdicts_do_not_pile_up_in_the_store(interpreter: Interpreter, tmp_path: Path) -> None:
-    told = on_two_ranks(
+    told = on_ranks(
         interpreter,
         tmp_path,
         PREPARE

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from process_groups import on_two_ranks
+from process_groups import on_ranks
 from programs import Interpreter
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ def interpreter() -> Iterator[Interpreter]:
 
 
 def test_sharded_states_are_refused_and_the_entry_is_named(interpreter: Interpreter, tmp_path: Path) -> None:
-    told = on_two_ranks(
+    told = on_ranks(
         interpreter,
         tmp_path,
         """
@@ -55,7 +55,7 @@ if rank == 0:
 
 
 def test_one_series_is_saved_by_one_rank(interpreter: Interpreter, tmp_path: Path) -> None:
-    told = on_two_ranks(
+    told = on_ranks(
         interpreter,
         tmp_path,
         """
@@ -82,7 +82,7 @@ assert [c.step for c in ckpt.checkpoints()] == [c.step for c in own.checkpoints(
 
 
 def test_one_file_is_written_by_one_rank_at_once(interpreter: Interpreter, tmp_path: Path) -> None:
-    told = on_two_ranks(
+    told = on_ranks(
         interpreter,
         tmp_path,
         """

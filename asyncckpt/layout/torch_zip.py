@@ -135,24 +135,26 @@ def lay_out(sizes: Sequence[int]) -> ZipBody:
     return ZipBody(starts, starts + size, int(ends[-1]) if n else 0, sizes, headers)
 
 
-def plan(body: ZipBody, data_pickle: bytes, description: bytes) -> FilePlan:
+def plan(body: ZipBody, data_pickle: bytes, description: bytes | None) -> FilePlan:
     """Complete a body to a file.
 
     Args:
         body: where the storages lie.
         data_pickle: the record that torch.load unpickles.
-        description: what asyncckpt says of the file; its record is the last before the directory.
+        description: what asyncckpt says of the file; its record is the last before the directory. None for
+            no such record.
     """
-    serialization_id = str(int.from_bytes(blake2b(data_pickle + description).digest()[:16], "big"))
-    records = (
+    serialization_id = str(int.from_bytes(blake2b(data_pickle + (description or b"")).digest()[:16], "big"))
+    records = [
         (DATA_PICKLE, data_pickle),
         (ROOT + ".format_version", b"1"),
         (ROOT + ".storage_alignment", str(ALIGNMENT).encode()),
         (ROOT + "byteorder", sys.byteorder.encode()),
         (ROOT + "version", b"3\n"),
         (ROOT + ".data/serialization_id", serialization_id.zfill(40).encode()),
-        (DESCRIPTION, description),
-    )
+    ]
+    if description is not None:
+        records.append((DESCRIPTION, description))
     pieces, entries, cursor = [], [], body.nbytes
     for name, payload in records:
         record, entry = _record(name, cursor, payload)
