@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from anyio import CancelScope, to_thread
 
 from asyncckpt._finder import Finder
-from asyncckpt._loading.stateful import collect, stateful_objects
+from asyncckpt._stateful import collect, stateful_objects
 from asyncckpt._saving.arguments import checked_metrics, checked_step
 from asyncckpt._saving.due import Due
 from asyncckpt._saving.engine import get_engine

@@ -47,7 +47,8 @@ def on_ranks(interpreter: Interpreter, tmp_path: Path, body: str, ranks: int = 2
         body: the program. It has `rank`, `ranks`, `directory`, `told` and `attempt`.
         ranks: how many there are.
     """
-    running = [interpreter.start(PREPARE + body + END, rank, ranks, tmp_path / "run") for rank in range(ranks)]
+    program = PREPARE + body + END
+    running = [interpreter.start(program, rank, ranks, tmp_path / "run") for rank in range(ranks)]
     ends = [process.end() for process in running]
     assert [status for status, _, _ in ends] == [0] * ranks, ends
     return [json.loads(output) for _, output, _ in ends]

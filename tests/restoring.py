@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from asyncckpt._loading.stateful import remake
+from asyncckpt._stateful import remake
 
 
 class Counter:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from asyncckpt import Checkpointer, RandomState, StateMismatchError
-from asyncckpt._loading.stateful import is_stateful
+from asyncckpt._stateful import is_stateful
 from asyncckpt._snapshot.freeze import Freezer
 from support import run_python
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from asyncckpt import Checkpointer, StateMismatchError
 from asyncckpt._loading.restore import restore
-from asyncckpt._loading.stateful import collect, is_plain, remake
+from asyncckpt._stateful import collect, is_plain, remake
 from restoring import Counter, meaning
 from sameness import assert_same
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from asyncckpt import StateMismatchError
 from asyncckpt._loading.restore import restore
-from asyncckpt._loading.stateful import collect
+from asyncckpt._stateful import collect
 from restoring import Counter, meaning
 from sameness import assert_same
 from support import torch_round_trip

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from asyncckpt import AsyncCkptError, Checkpointer, PartialRestoreError, StateMismatchError
 from asyncckpt._loading.restore import DeferredSignals, restore
-from asyncckpt._loading.stateful import collect
+from asyncckpt._stateful import collect
 from interrupts import interrupt_everywhere
 from restoring import Counter, meaning, trained
 from sameness import assert_same

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
 # What a state is walked through: objects are found in these, and in their subclasses.
 CONTAINERS = (dict, list, tuple)
@@ -58,7 +58,13 @@ def stateful_objects(state: Any) -> list[Any]:
     return found
 
 
-def collect(state: Any, objects: list[Any] | None = None) -> Any:
+def _state_dict(value: Any) -> Any:
+    return value.state_dict()
+
+
+def collect(
+    state: Any, objects: list[Any] | None = None, state_dict: Callable[[Any], Any] = _state_dict
+) -> Any:
     """Return `state` with each stateful object in its dicts, lists and tuples replaced by its state dict.
 
     Containers that hold none are passed on as they are, so what they share stays shared; others are copied,
@@ -67,14 +73,21 @@ def collect(state: Any, objects: list[Any] | None = None) -> Any:
     Args:
         state: the state.
         objects: the stateful objects are appended to it.
+        state_dict: returns the state dict of such an object.
     """
-    return _collect(state, {}, set(), [] if objects is None else objects)
+    return _collect(state, {}, set(), [] if objects is None else objects, state_dict)
 
 
-def _collect(value: Any, done: dict[int, Any], passed: set[type], objects: list[Any]) -> Any:
+def _collect(
+    value: Any,
+    done: dict[int, Any],
+    passed: set[type],
+    objects: list[Any],
+    state_dict: Callable[[Any], Any],
+) -> Any:
     if is_stateful(value):
         objects.append(value)
-        return value.state_dict()
+        return state_dict(value)
     if not isinstance(value, CONTAINERS):
         passed.add(type(value))
         return value
@@ -84,7 +97,10 @@ def _collect(value: Any, done: dict[int, Any], passed: set[type], objects: list[
     changed = {}
     for key, item in value.items() if isinstance(value, dict) else enumerate(value):
         # Most entries of a large state are tensors: pass them by without a call.
-        if type(item) not in passed and (new := _collect(item, done, passed, objects)) is not item:
+        if (
+            type(item) not in passed
+            and (new := _collect(item, done, passed, objects, state_dict)) is not item
+        ):
             changed[key] = new
     if changed and isinstance(value, tuple):
         done[id(value)] = remake(value, (changed.get(index, item) for index, item in enumerate(value)))
