@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TypeVar
 from asyncckpt._loading.folder_index import Index, index_of
 from asyncckpt._loading.item_reader import named, read_items, verify_items
 from asyncckpt._loading.reader import ATTEMPTS
-from asyncckpt._sharding.metadata import read_metadata
+from asyncckpt._sharding.metadata import load_metadata
 from asyncckpt._threads import in_thread
 from asyncckpt.errors import CheckpointNotFoundError, CorruptCheckpointError, StoreError
 from asyncckpt.layout.description import checkpoint_of
@@ -65,7 +65,7 @@ class Folder:
         Args:
             progress: called with how many more bytes were checked, on any thread.
         """
-        await self._unchanged(verify_items(self.store, self.index.places, progress))
+        await self._unchanged(verify_items(self.store, self.index.items, progress))
 
     async def _unchanged(self, reading: Awaitable[R]) -> R:
         """Return what was read, all of it of this folder and not of one that has replaced it."""
@@ -123,8 +123,8 @@ async def open_folder(store: Store, name: str) -> Folder:
 
 
 def _opened(where: str, files: Store, version: str, description: Description | None, data: bytes) -> Folder:
-    index = index_of(read_metadata(unseal(data)))
-    nbytes = len(data) + sum(place.length for place in index.places)
+    index = index_of(load_metadata(unseal(data), where))
+    nbytes = len(data) + sum(place.length for place in index.items)
     if description is None:
         checkpoint = Checkpoint(None, where, {}, nbytes)
     else:

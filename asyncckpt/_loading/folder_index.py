@@ -14,15 +14,17 @@ from asyncckpt._loading.item_reader import Place
 from asyncckpt.errors import CorruptCheckpointError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
-    from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
+    from torch.distributed.checkpoint.metadata import Metadata
 
     Box = tuple[tuple[int, ...], tuple[int, ...]]  # offsets and sizes
 
 _SHOWN = 5
 # A dimension or an offset that is not below this is made up.
 _MOST = 1 << 60
+# As many containers in each other as Python's recursion limit lets a planner flatten.
+_DEEPEST = 200
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -30,15 +32,22 @@ class TensorEntry:
     """A tensor of a folder.
 
     Attributes:
+        key: its flattened key.
         dtype: its dtype.
         size: its global shape.
-        chunks: the parts that are saved: (offsets, sizes), and where each one lies. Together they are all of
-            the tensor.
+        chunks: shape and place of each saved part that has elements, by its offsets. Together they are all
+            of the tensor.
     """
 
+    key: str
     dtype: torch.dtype
     size: tuple[int, ...]
-    chunks: list[tuple[Box, Place]]
+    chunks: dict[tuple[int, ...], tuple[tuple[int, ...], Place]]
+
+    @property
+    def places(self) -> list[Place]:
+        """Where its parts lie."""
+        return [place for _, place in self.chunks.values()]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -49,31 +58,20 @@ class Index:
         metadata: as DCP's planners take it.
         tensors: by flattened key.
         objects: where each entry that is no tensor lies, by flattened key.
+        items: where each item of the folder lies, those that are empty included.
         paths: the keys that lead to an entry, by flattened key; those that are not in it are not nested.
     """
 
     metadata: Metadata
     tensors: dict[str, TensorEntry]
     objects: dict[str, Place]
+    items: list[Place]
     paths: dict[str, tuple[Any, ...]]
 
     @property
     def places(self) -> list[Place]:
-        """Where all items lie."""
-        chunks = (place for entry in self.tensors.values() for _, place in entry.chunks)
-        return list(dict.fromkeys([*chunks, *self.objects.values()]))
-
-    def place_of(self, index: MetadataIndex) -> Place:
-        """Return where an item lies that a plan of DCP names."""
-        if index.offset is None:
-            return self.objects[index.fqn]
-        wanted = tuple(index.offset)
-        entry = self.tensors[index.fqn]
-        if index.index is not None and index.index < len(entry.chunks):  # a hint
-            (offsets, _), place = entry.chunks[index.index]
-            if offsets == wanted:
-                return place
-        return next(place for (offsets, _), place in entry.chunks if offsets == wanted)
+        """Where all that the entries are made of lies."""
+        return [*(p for entry in self.tensors.values() for p in entry.places), *self.objects.values()]
 
 
 def index_of(metadata: Metadata) -> Index:
@@ -93,8 +91,6 @@ def index_of(metadata: Metadata) -> Index:
 
 
 def _index_of(metadata: Metadata) -> Index:
-    from torch.distributed.checkpoint.metadata import BytesStorageMetadata  # noqa: PLC0415 - takes a second
-
     found: dict[str, dict[tuple[int, ...] | None, Place]] = defaultdict(dict)
     for index, info in metadata.storage_data.items():
         offset = None if index.offset is None else tuple(index.offset)
@@ -104,13 +100,14 @@ def _index_of(metadata: Metadata) -> Index:
     for key, entry in metadata.state_dict_metadata.items():
         if not isinstance(key, str):
             raise TypeError(f"a key is {key!r}")  # noqa: TRY301 - damage of any kind is one error
-        if isinstance(entry, BytesStorageMetadata):
+        if not hasattr(entry, "chunks"):
             if None not in found[key]:
                 raise CorruptCheckpointError(f"its metadata does not say where {key} lies")
             objects[key] = found[key][None]
         else:
             tensors[key] = _tensor(key, entry, found[key])
-    return Index(metadata, tensors, objects, _paths(metadata))
+    items = [place for places in found.values() for place in places.values()]
+    return Index(metadata, tensors, objects, items, _paths(metadata))
 
 
 def _place(key: str, offset: tuple[int, ...] | None, info: Any) -> Place:
@@ -131,18 +128,20 @@ def _tensor(key: str, entry: Any, found: dict[tuple[int, ...] | None, Place]) ->
     size, dtype = _lengths(entry.size), entry.properties.dtype
     if not isinstance(dtype, torch.dtype):
         raise TypeError(f"the dtype of {key} is {dtype!r}")
-    chunks: list[tuple[Box, Place]] = []
-    for chunk in entry.chunks:
-        box = _lengths(chunk.offsets), _lengths(chunk.sizes)
-        place = found.get(box[0])
-        if place is not None and prod(box[1]) * dtype.itemsize <= place.length:
-            chunks.append((box, place))
-        elif prod(box[1]):
-            lack = "does not say where it lies" if place is None else "gives it too few bytes"
-            raise CorruptCheckpointError(f"its metadata has a part of {key} at {list(box[0])}, but {lack}")
-    if problem := cover_problem(size, [box for box, _ in chunks]):
+    boxes = [(_lengths(chunk.offsets), _lengths(chunk.sizes)) for chunk in entry.chunks]
+    if problem := cover_problem(size, boxes):
         raise CorruptCheckpointError(f"the saved parts of {key} {problem}; use another checkpoint")
-    return TensorEntry(dtype, size, chunks)
+    chunks: dict[tuple[int, ...], tuple[tuple[int, ...], Place]] = {}
+    for offsets, sizes in boxes:
+        if prod(sizes):
+            place = found.get(offsets)
+            if place is None or prod(sizes) * dtype.itemsize > place.length:
+                lack = "does not say where it lies" if place is None else "gives it too few bytes"
+                raise CorruptCheckpointError(
+                    f"its metadata has a part of {key} at {list(offsets)}, but {lack}; use another checkpoint"
+                )
+            chunks[offsets] = sizes, place
+    return TensorEntry(key, dtype, size, chunks)
 
 
 def _lengths(values: Iterable[Any]) -> tuple[int, ...]:
@@ -192,12 +191,13 @@ def _paths(metadata: Metadata) -> dict[str, tuple[Any, ...]]:
     if not isinstance(paths, dict):  # a planner that flattens nothing, or another one's
         return {}
     for key, path in paths.items():
-        if not path or type(path) is not tuple or not all(type(part) in {str, int} for part in path):
+        is_path = type(path) is tuple and all(type(part) in {str, int} for part in path)
+        if not is_path or not 0 < len(path) <= _DEEPEST:
             raise ValueError(f"the path of {key} is {path!r}")
     return paths
 
 
-def nested(entries: dict[str, Any], paths: dict[str, tuple[Any, ...]]) -> dict[Any, Any]:
+def nested(entries: Mapping[str, Any], paths: Mapping[str, tuple[Any, ...]]) -> dict[Any, Any]:
     """Return entries by flattened key as the dicts and lists that they were.
 
     Raises:

@@ -57,7 +57,7 @@ def load_folder(
     entries: dict[str, Any] = {}
     for key in index.metadata.state_dict_metadata:
         if key in index.tensors:
-            tensor = _whole(index.tensors[key], images, makes)
+            tensor = whole_tensor(index.tensors[key], images, makes)
             entries[key] = _placed(tensor, map_location)
         else:
             entries[key] = load_image(
@@ -66,13 +66,12 @@ def load_folder(
     return Loaded(nested(entries, index.paths), image.folder.checkpoint)
 
 
-def _whole(entry: TensorEntry, images: dict[Place, Image], makes: ItemTensors) -> torch.Tensor:
+def whole_tensor(entry: TensorEntry, images: dict[Place, Image], makes: ItemTensors) -> torch.Tensor:
     """Return a tensor of all its chunks; their memory is given back as they are copied."""
-    if len(entry.chunks) == 1:
-        ((_, sizes), place) = entry.chunks[0]
-        return makes.tensor(images.pop(place), entry.dtype, sizes)
+    if entry.size in (sizes for sizes, _ in entry.chunks.values()):  # in one piece
+        return makes.tensor(images.pop(entry.places[0]), entry.dtype, entry.size)
     whole = torch.empty(entry.size, dtype=entry.dtype)
-    for (offsets, sizes), place in entry.chunks:
+    for offsets, (sizes, place) in entry.chunks.items():
         region = tuple(slice(o, o + s) for o, s in zip(offsets, sizes, strict=True))
         whole[region].copy_(makes.tensor(images.pop(place), entry.dtype, sizes))
     return whole
