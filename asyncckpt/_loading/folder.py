@@ -88,13 +88,11 @@ class Folder:
         except FileNotFoundError as error:
             raise CheckpointNotFoundError(f"{self.path} was removed while it was read") from error
         if version != self.version:
-            raise FolderReplacedError(
-                errno.EAGAIN, f"{self.path} was replaced while it was read; read it again", self.path
-            )
+            raise FolderReplacedError(f"{self.path} was replaced while it was read; read it again")
 
 
-class FolderReplacedError(StoreError):
-    """A folder was replaced while it was read."""
+class FolderReplacedError(CheckpointNotFoundError):
+    """A folder was replaced while it was read: the one that was opened is gone."""
 
 
 async def open_folder(store: Store, name: str) -> Folder:
@@ -128,15 +126,25 @@ def _opened(where: str, files: Store, version: str, description: Description | N
     if description is None:
         checkpoint = Checkpoint(None, where, {}, nbytes)
     else:
-        checkpoint = checkpoint_of(where, description, description.nbytes or nbytes)
+        checkpoint = checkpoint_of(where, description, description.nbytes or 0)  # as it is listed
     return Folder(where, files, version, checkpoint, index)
 
 
 async def with_folder(read: Callable[[Folder], Awaitable[R]], store: Store, name: str) -> R:
-    """Open a folder for `read`, again if it is replaced meanwhile; raises what these do."""
-    for _ in range(ATTEMPTS - 1):
+    """Open a folder for `read`, again if it is replaced meanwhile.
+
+    Raises:
+        StoreError: it was replaced again and again.
+        CheckpointNotFoundError, CorruptCheckpointError: what `open_folder` and `read` raise.
+    """
+    for _ in range(ATTEMPTS):
         try:
             return await read(await open_folder(store, name))
         except FolderReplacedError:
             continue
-    return await read(await open_folder(store, name))
+    raise replaced_error(store.path_of(name))
+
+
+def replaced_error(where: str) -> StoreError:
+    """Return the error for a checkpoint that is replaced whenever it is read."""
+    return StoreError(errno.EAGAIN, f"{where} was replaced in each of {ATTEMPTS} attempts to read it", where)

@@ -115,7 +115,9 @@ def _place(key: str, offset: tuple[int, ...] | None, info: Any) -> Place:
     if type(name) is not str or type(start) is not int or type(length) is not int:
         raise TypeError(f"{key} lies at {name!r}, {start!r}, {length!r}")
     if not name or name.startswith(".") or "/" in name or "\\" in name or "\0" in name:
-        raise CorruptCheckpointError(f"its metadata has {key} in a file {name!r}, which is not one of a folder")
+        raise CorruptCheckpointError(
+            f"its metadata has {key} in a file {name!r}, which is not one of a folder"
+        )
     if getattr(info, "transform_descriptors", None):
         raise CorruptCheckpointError(
             f"{key} is stored transformed by {list(info.transform_descriptors)}, which only the extensions can"

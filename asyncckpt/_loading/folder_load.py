@@ -12,6 +12,8 @@ from asyncckpt._loading.item_tensor import ItemTensors
 from asyncckpt._loading.load import Loaded, load_image
 
 if TYPE_CHECKING:
+    from torch.storage import UntypedStorage
+
     from asyncckpt._loading.folder import Folder
     from asyncckpt._loading.folder_index import TensorEntry
     from asyncckpt._loading.item_reader import Place
@@ -83,8 +85,8 @@ def _placed(tensor: torch.Tensor, map_location: MapLocation) -> torch.Tensor:
         return tensor.to(map_location.get("cpu", "cpu"))
     if not callable(map_location):
         return tensor if map_location is None else tensor.to(map_location)
-    storage = map_location(tensor.untyped_storage(), "cpu")
-    if storage is None or storage is tensor.untyped_storage():
+    storage: UntypedStorage | None = map_location(tensor.untyped_storage(), "cpu")
+    if storage is None:
         return tensor
     made = torch.empty(0, dtype=tensor.dtype, device=storage.device)
-    return made.set_(storage, tensor.storage_offset(), tensor.shape, tensor.stride())  # type: ignore[call-overload, no-any-return]
+    return made.set_(storage, tensor.storage_offset(), tensor.shape, tensor.stride())

@@ -78,15 +78,12 @@ def _whole(live: Any, node: Any, value: Value) -> Any:
     if isinstance(node, (TensorEntry, Place)):
         return value(node)
     if isinstance(node, list):
-        lives = live if isinstance(live, list) else []
-        return [
-            _whole(lives[at] if at < len(lives) else None, item, value) for at, item in enumerate(node)
-        ]
+        items = live if isinstance(live, list) else []
+        return [_whole(items[at] if at < len(items) else None, item, value) for at, item in enumerate(node)]
     lives = live if isinstance(live, dict) else {}
     keys = _by_text(lives)
-    return {
-        keys.get(key, key): _whole(lives.get(keys.get(key, key)), item, value) for key, item in _entries(node)
-    }
+    found = [(keys.get(text, text), item) for text, item in _entries(node)]
+    return {key: _whole(lives.get(key), item, value) for key, item in found}
 
 
 def _by_text(live: dict[Any, Any]) -> dict[str, Any]:

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from asyncckpt._loading.agreement import Ranks
 from asyncckpt._loading.copies import Copy
 from asyncckpt._loading.fitting import misfit
 from asyncckpt._loading.folder_index import TensorEntry, nested
@@ -27,67 +26,45 @@ if TYPE_CHECKING:
     from asyncckpt._loading.folder import Folder
     from asyncckpt._loading.item_reader import Place
     from asyncckpt._loading.reader import Image
+    from asyncckpt._loading.target import RestoreTarget
     from asyncckpt._sharding.resharding import LocalPart
+    from asyncckpt.types import Checkpoint
 
     Read = Callable[[Sequence[Place]], dict[Place, Image]]
 
 
 class FolderRestore:
-    """A restore of a folder, in steps: what fails in one of the first two has changed nothing.
+    """A restore of a folder, in three steps. If one of the first two fails, nothing was changed.
 
     Args:
         folder: what to restore.
         read: reads items; `Folder.read`, called from this thread.
-        state: the live state of this rank.
-        rank_state: live entries that only this rank has; None if there are none.
-        ranks: who restores together.
-        weights_only: as in torch.load, for entries that are no tensors.
-        strict: require the same entries on both sides.
-        map_keys: as `Checkpointer.restore` takes it.
+        target: the live state, and how it is restored.
     """
 
-    def __init__(  # noqa: PLR0913 - each is one decision of the caller's
-        self,
-        folder: Folder,
-        read: Read,
-        state: Any,
-        *,
-        rank_state: Any = None,
-        ranks: Ranks = Ranks(),  # noqa: B008 - immutable
-        weights_only: bool = True,
-        strict: bool = True,
-        map_keys: Callable[[str], str] | None = None,
-    ) -> None:
+    def __init__(self, folder: Folder, read: Read, target: RestoreTarget) -> None:
         self._folder = folder
         self._read = read
-        self._state = state
-        self._rank_state = rank_state
-        self._ranks = ranks
-        self._weights_only = weights_only
-        self._strict = strict
-        self._map_keys = map_keys
+        self._target = target
         self._makes = ItemTensors()
 
-    def run(self) -> None:
-        """Restore the folder, on all ranks or on none.
-
-        Raises:
-            StateMismatchError: lists each entry that does not fit; nothing was changed.
-            CorruptCheckpointError: an item is damaged; nothing was changed.
-            UnsafeStateError: `weights_only` does not allow an entry; nothing was changed.
-            PartialRestoreError: an object took back only a part of its state.
-            SaveError: another rank cannot restore it; raised by `Ranks.agree`.
-        """
-        what, together = f"restore {self._folder.path}", self._ranks.together
-        together(f"{what}: plan", self.plan)
-        together(f"{what}: read", self.read)
-        self.finish(lambda check: together(f"{what}: copy", check))
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """What is restored."""
+        return self._folder.checkpoint
 
     def plan(self) -> None:
-        """Compare the state with the metadata, and read the entries that are no tensors."""
+        """Compare the state with the metadata, and read the entries that are no tensors.
+
+        Raises:
+            StateMismatchError: lists each entry that does not fit.
+            CorruptCheckpointError: an item is damaged.
+            UnsafeStateError: `weights_only` does not allow an entry.
+            UnloadableStateError: the objects of an entry cannot be rebuilt here.
+        """
         index = self._folder.index
-        self._collected, _ = states.collect_sharded(self._state)
-        problems = states.fit_optimizers(self._state, self._collected, index.metadata)
+        self._collected, _ = states.collect_sharded(self._target.state)
+        problems = states.fit_optimizers(self._target.state, self._collected, index.metadata)
         tree = nested({**index.tensors, **index.objects}, index.paths)
         tree = self._own_entries(tree)
         needed: list[TensorEntry | Place] = []
@@ -95,12 +72,21 @@ class FolderRestore:
         values = self._values(needed)
         saved = matched(self._live, tree, lambda entry: values[id(entry)])
         self._plan = FolderPlan(
-            self._live, saved, self._folder, problems, strict=self._strict, map_keys=self._map_keys
+            self._live,
+            saved,
+            self._folder,
+            problems,
+            strict=self._target.strict,
+            map_keys=self._target.map_keys,
         )
         raise_misfits(self._plan, self._folder.path)
 
     def read(self) -> None:
-        """Read the tensors that this rank needs, every byte of them checked."""
+        """Read the tensors that this rank needs, every byte of them checked.
+
+        Raises:
+            CorruptCheckpointError: an item is damaged.
+        """
         plan = self._plan
         images = self._read([part.place for part in plan.parts])
         tensors: dict[Place, torch.Tensor] = {}
@@ -110,29 +96,35 @@ class FolderRestore:
             source = tensors[part.place][part.local.region]
             plan.copies.append(Copy(part.path, part.local.target, source))
 
-    def finish(self, together: Callable[[Callable[[], None]], object]) -> None:
-        """Put everything into the live state.
+    def finish(self) -> None:
+        """Put everything into the live state, on all ranks or on none.
 
-        Args:
-            together: calls a function on this rank, and raises if it has failed on any rank.
+        Raises:
+            StateMismatchError: lists what an object refuses; nothing was changed.
+            PartialRestoreError: an object has failed, or another could not be put back.
+            SaveError: another rank cannot take the checkpoint; nothing was changed. `Ranks.agree` raises it.
         """
         where = self._folder.path
 
         def check() -> None:
-            lines = states.misfits(self._state, self._collected)
+            lines = states.misfits(self._target.state, self._collected)
             if self._rank_collected is not None:
-                lines += states.misfits(self._rank_state, self._rank_collected)
+                lines += states.misfits(self._target.rank_state, self._rank_collected)
             if lines:
                 raise mismatch(self._plan, where, lines)
 
         def apply() -> None:
             self._plan.note_changes()
-            states.apply(self._state, self._collected)
+            states.apply(self._target.state, self._collected)
             if self._rank_collected is not None:
-                states.apply(self._rank_state, self._rank_collected)
+                states.apply(self._target.rank_state, self._rank_collected)
 
         carry_out(
-            self._plan, where, strict=self._strict, before_copies=lambda: together(check), after_copies=apply
+            self._plan,
+            where,
+            strict=self._target.strict,
+            before_copies=lambda: self._target.ranks.together(f"restore {where}: copy", check),
+            after_copies=apply,
         )
 
     def _own_entries(self, tree: dict[Any, Any]) -> dict[Any, Any]:
@@ -142,8 +134,8 @@ class FolderRestore:
         if states.RANK_STATE in self._collected or not isinstance(saved, dict):
             return tree
         others = {key: node for key, node in tree.items() if key != states.RANK_STATE}
-        rank, size = self._ranks.rank, self._ranks.size
-        if self._rank_state is None:
+        rank, size = self._target.ranks.rank, self._target.ranks.size
+        if self._target.rank_state is None:
             return others
         if len(saved) != size or str(rank) not in saved:
             warn_caller(
@@ -151,7 +143,7 @@ class FolderRestore:
                 " rank_state is left as it is"
             )
             return others
-        self._rank_collected, _ = states.collect_sharded(self._rank_state)
+        self._rank_collected, _ = states.collect_sharded(self._target.rank_state)
         self._live = states.with_rank_state(dict(self._collected), rank, self._rank_collected)
         return {**others, states.RANK_STATE: {str(rank): saved[str(rank)]}}
 
@@ -167,7 +159,7 @@ class FolderRestore:
         return {
             id(entry): whole_tensor(entry, images, self._makes)
             if isinstance(entry, TensorEntry)
-            else load_image(images[entry], "cpu", weights_only=self._weights_only).state
+            else load_image(images[entry], "cpu", weights_only=self._target.weights_only).state
             for entry in needed
         }
 

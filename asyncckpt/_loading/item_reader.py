@@ -68,7 +68,11 @@ async def read_items(store: Store, places: Sequence[Place]) -> list[Image]:
             mapping = map_private(group[-1].end - begin)
             mappings.append(mapping)
             parts = [_Part(file.path, place, mapping, place.offset - begin) for place in group]
-            await _Run(file, parts).read(readers, lambda at, end, m=mapping, b=begin: m.view[at - b : end - b])
+
+            def buffer(at: int, end: int, view: memoryview = mapping.view, begin: int = begin) -> memoryview:
+                return view[at - begin : end - begin]
+
+            await _Run(file, parts).read(readers, buffer)
             images.update((part.place, part.image) for part in parts)
 
     try:
@@ -98,7 +102,8 @@ async def verify_items(
                 begin = _page_before(group[0].offset)
                 fits = group[-1].end - begin <= mapping.nbytes
                 parts = [
-                    _Part(file.path, place, mapping if fits else None, place.offset - begin) for place in group
+                    _Part(file.path, place, mapping if fits else None, place.offset - begin)
+                    for place in group
                 ]
                 free = [mapping.view[at : at + file.chunk] for at in range(0, mapping.nbytes, file.chunk)]
 
@@ -284,9 +289,7 @@ class _Run:
         if blocking is None:
             await for_each(read_piece, starts, min(readers, len(starts)))
         else:
-            await for_each_in_threads(
-                partial(read_piece_here, blocking), starts, min(readers, len(starts))
-            )
+            await for_each_in_threads(partial(read_piece_here, blocking), starts, min(readers, len(starts)))
 
     def _add(self, start: int, data: memoryview) -> None:
         first = bisect_right(self._ends, start)

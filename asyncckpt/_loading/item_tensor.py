@@ -63,7 +63,8 @@ class ItemTensors:
                 f"{image.path} holds {there} instead of {dtype} {list(sizes)}, of which the metadata of the"
                 " folder speaks; they are of different saves"
             )
-        return tensor.detach()
+        plain: torch.Tensor = tensor.detach()
+        return plain
 
 
 def _described(pickled: bytes) -> Tensor | None:
@@ -96,4 +97,4 @@ def _viewed(image: Image, found: Tensor) -> torch.Tensor | None:
     if start == stop:
         return torch.empty_strided(found.shape, found.stride, dtype=dtype)
     tensor = torch.empty(0, dtype=dtype)
-    return tensor.set_(storage_of(image, start, stop), found.offset, found.shape, found.stride)  # type: ignore[call-overload]
+    return tensor.set_(storage_of(image, start, stop), found.offset, found.shape, found.stride)

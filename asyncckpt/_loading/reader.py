@@ -78,7 +78,9 @@ class Image:
         row = self.directory.row(name)
         if row is None:
             return None
-        start, stop = (self.begin + int(place[row]) for place in (self.directory.starts, self.directory.stops))
+        start, stop = (
+            self.begin + int(place[row]) for place in (self.directory.starts, self.directory.stops)
+        )
         return bytes(self.mapping.view[start:stop])
 
 

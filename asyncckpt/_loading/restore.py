@@ -84,7 +84,9 @@ def carry_out(
         try:
             copy_tensors(plan.copies, copied)
             after_copies()
-        except BaseException as error:  # the device failed, a mode of torch's took part, or code of the user's
+        except (
+            BaseException
+        ) as error:  # the device failed, a mode of torch's took part, or code of the user's
             lines = [f"{path}: holds content of the checkpoint" for path in copied]
             _raise_what_is_left([*lines, *put_back(held)], error, where)
             raise

@@ -36,9 +36,7 @@ async def read_checkpoint(store: Store, name: str) -> Image | FolderImage:
     return await with_folder(read_folder_image, store, name)
 
 
-async def verify_checkpoint(
-    store: Store, name: str, progress: Callable[[int], None] | None = None
-) -> None:
+async def verify_checkpoint(store: Store, name: str, progress: Callable[[int], None] | None = None) -> None:
     """Read every byte of a checkpoint and compare every checksum; raises what `read_checkpoint` does.
 
     Args:
