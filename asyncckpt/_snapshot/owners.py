@@ -117,7 +117,7 @@ def _spans(tensors: Iterable[torch.Tensor]) -> tuple[list[int], list[int]]:
     starts: list[int] = []
     stops: list[int] = []
     for start, nbytes in sorted(
-        (local.storage_offset() * local.itemsize, local.nbytes)
+        (int(local.storage_offset()) * local.itemsize, local.nbytes)
         for local in map(local_of, tensors)
         if local.is_contiguous() or is_dense(local.shape, local.stride())
     ):
