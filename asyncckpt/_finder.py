@@ -9,7 +9,7 @@ from functools import partial
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, Union
 
-from asyncckpt._loading.agreement import Ranks
+from asyncckpt._loading.agreement import ALONE, Ranks
 from asyncckpt._loading.catalog import Catalog, Series
 from asyncckpt._loading.folder import FolderReplacedError, replaced_error
 from asyncckpt._loading.reader import ATTEMPTS
@@ -60,7 +60,7 @@ class Finder:
             raise TypeError(
                 f"keep must be a policy such as LastN(3), or an object with a method keep(); it is {keep!r}"
             )
-        self._ranks = Ranks()
+        self._ranks = ALONE
         # Not a bound method, so that its holders do not keep this object alive.
         self._list = partial(_series, Catalog(self._store, self._names), self.directory, self._names)
 
@@ -190,7 +190,7 @@ class Finder:
         load: Callable[[Store, str], F],
         *,
         fallback: bool,
-        ranks: Ranks = Ranks(),  # noqa: B008 - immutable
+        ranks: Ranks = ALONE,
     ) -> F:
         """Return what `load` returns for the first whole checkpoint that answers to `which`."""
         wait_for_pending()

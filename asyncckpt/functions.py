@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from asyncckpt._finder import locate
 from asyncckpt._loading.source import load_checkpoint, read_checkpoint
-from asyncckpt._saving.engine import get_engine, wait_for_pending
 from asyncckpt._ranks.claims import claim
+from asyncckpt._saving.engine import get_engine, wait_for_pending
 from asyncckpt._saving.saver import Saver
 from asyncckpt._saving.targets import FileTarget
 from asyncckpt.layout.description import Description
@@ -66,7 +66,8 @@ def load(
 ) -> Any:
     """Load a file of asyncckpt or torch.save, as torch.load would, in parallel, with every checksum compared.
 
-    A folder of torch.distributed.checkpoint, or of asyncckpt on many ranks, becomes one whole state. Waits for pending saves of this process first.
+    A folder of asyncckpt or torch.distributed.checkpoint is loaded as one state of whole tensors. Pending
+    saves of this process are waited for.
 
     Args:
         path: a local path, or a URL of any fsspec file system.

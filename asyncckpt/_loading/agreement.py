@@ -11,8 +11,8 @@ from asyncckpt.errors import AsyncCkptError, CheckpointNotFoundError, CorruptChe
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping, Sequence
 
-    # Called on each rank with what it is about to do, with flags, and with what is in the way, if anything is.
-    # Returns which ranks raised each flag. Raises on all ranks if the first differs, or anything is in the way.
+    # Called on each rank with what it is about to do, with flags, and with what is in the way, if anything.
+    # Returns which ranks raised each flag. Raises on all if the first differs or anything is in the way.
     Agree = Callable[[str, Collection[str], str | None], Mapping[str, Sequence[int]]]
 
 T = TypeVar("T")
@@ -103,3 +103,7 @@ class Ranks(NamedTuple):
         text = str(error) if isinstance(error, AsyncCkptError) else f"{type(error).__name__}: {error}"
         with suppress(Exception):  # this rank raises its own
             self.agree(what, (), text)
+
+
+ALONE = Ranks()
+"""This process, which agrees with nobody."""

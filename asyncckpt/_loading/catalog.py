@@ -163,7 +163,7 @@ class Series:
 
     @cached_property
     def others(self) -> list[Entry]:
-        """Checkpoints of other series, files with the suffix of a checkpoint, and folders of other writers."""
+        """Checkpoints of other series, other files with the suffix of one, and other writers' folders."""
         mine = {_key(entry) for entry in (*self.own, *self.damaged)}
         return [
             entry

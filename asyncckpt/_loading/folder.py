@@ -1,4 +1,4 @@
-"""A folder with the files of many ranks, as it is read: its metadata first, then the items that are needed."""
+"""A folder with the files of many ranks: first its metadata are read, then the items that are needed."""
 
 from __future__ import annotations
 
@@ -108,16 +108,20 @@ async def open_folder(store: Store, name: str) -> Folder:
     try:
         async with files.open(FOLDER_MARK) as mark:
             size = mark.file.nbytes
-            if size > _MAX_MARK:
-                raise CorruptCheckpointError(f"its .metadata has {size:,} bytes, too many to be one")
             description = await mark.answer(read_mark(size))
-            data = bytearray(size)
+            data = bytearray(_checked(size))
             await mark.read(0, memoryview(data))
         return await in_thread(_opened, where, files, mark.file.version, description, bytes(data))
     except CorruptCheckpointError as error:
         raise named(error, where) from error
     except FileNotFoundError as error:
         raise CheckpointNotFoundError(f"there is no checkpoint {where}") from error
+
+
+def _checked(size: int) -> int:
+    if size > _MAX_MARK:
+        raise CorruptCheckpointError(f"its .metadata has {size:,} bytes, more than any state needs")
+    return size
 
 
 def _opened(where: str, files: Store, version: str, description: Description | None, data: bytes) -> Folder:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass
+from itertools import pairwise
 from math import prod
-from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -99,7 +99,7 @@ def _index_of(metadata: Metadata) -> Index:
     objects: dict[str, Place] = {}
     for key, entry in metadata.state_dict_metadata.items():
         if not isinstance(key, str):
-            raise TypeError(f"a key is {key!r}")  # noqa: TRY301 - damage of any kind is one error
+            raise TypeError(f"a key is {key!r}")
         if not hasattr(entry, "chunks"):
             if None not in found[key]:
                 raise CorruptCheckpointError(f"its metadata does not say where {key} lies")
@@ -119,9 +119,10 @@ def _place(key: str, offset: tuple[int, ...] | None, info: Any) -> Place:
             f"its metadata has {key} in a file {name!r}, which is not one of a folder"
         )
     if getattr(info, "transform_descriptors", None):
+        by = ", ".join(map(str, info.transform_descriptors))
         raise CorruptCheckpointError(
-            f"{key} is stored transformed by {list(info.transform_descriptors)}, which only the extensions can"
-            " read that wrote it; load it with torch.distributed.checkpoint"
+            f"{key} is stored transformed by {by}, which only the extension that wrote it can read; load it with"
+            " torch.distributed.checkpoint"
         )
     return Place(name, start, length, f"{key} at {list(offset)}" if offset and any(offset) else key)
 
@@ -210,7 +211,7 @@ def nested(entries: Mapping[str, Any], paths: Mapping[str, tuple[Any, ...]]) -> 
     for key, value in entries.items():
         path = paths.get(key, (key,))
         node = root
-        for part, following in zip(path, path[1:], strict=False):
+        for part, following in pairwise(path):
             child = node.setdefault(part, _Node())
             if not isinstance(child, _Node):
                 raise CorruptCheckpointError(f"its entry {key} lies within another entry that is a value")

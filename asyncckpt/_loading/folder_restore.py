@@ -18,6 +18,7 @@ from asyncckpt._loading.restore_plan import Plan
 from asyncckpt._sharding import states
 from asyncckpt._sharding.detect import is_dtensor
 from asyncckpt._sharding.resharding import local_parts
+from asyncckpt._stateful import collect
 from asyncckpt.errors import warn_caller
 
 if TYPE_CHECKING:
@@ -139,11 +140,11 @@ class FolderRestore:
             return others
         if len(saved) != size or str(rank) not in saved:
             warn_caller(
-                f"{self._folder.path} has the rank_state of {len(saved)} ranks, and is restored on {size}: the"
-                " rank_state is left as it is"
+                f"{self._folder.path} has a rank_state for each of {len(saved)} ranks, and is restored on"
+                f" {size}; the rank_state is left as it is"
             )
             return others
-        self._rank_collected, _ = states.collect_sharded(self._target.rank_state)
+        self._rank_collected = collect(self._target.rank_state)
         self._live = states.with_rank_state(dict(self._collected), rank, self._rank_collected)
         return {**others, states.RANK_STATE: {str(rank): saved[str(rank)]}}
 
@@ -196,7 +197,7 @@ class FolderPlan(Plan):
         parts: what is to be read and copied.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what `Plan` takes, and what is in the folder
         self,
         live: Any,
         saved: Any,

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from asyncckpt.layout.zip_reader import Directory, Request
     from asyncckpt.stores.base import OpenFile, Store
 
+    Buffer = Callable[[int, int], memoryview]  # returns the memory for the bytes [start, stop) of a file
+
 # Items that lie this close, in bytes, are read at once, with what is between them.
 _GAP = 256 << 10
 _FILES_AT_ONCE = 4
@@ -68,11 +70,7 @@ async def read_items(store: Store, places: Sequence[Place]) -> list[Image]:
             mapping = map_private(group[-1].end - begin)
             mappings.append(mapping)
             parts = [_Part(file.path, place, mapping, place.offset - begin) for place in group]
-
-            def buffer(at: int, end: int, view: memoryview = mapping.view, begin: int = begin) -> memoryview:
-                return view[at - begin : end - begin]
-
-            await _Run(file, parts).read(readers, buffer)
+            await _Run(file, parts).read(readers, _contiguous(mapping, begin))
             images.update((part.place, part.image) for part in parts)
 
     try:
@@ -95,27 +93,26 @@ async def verify_items(
         progress: called with how many more bytes were read, on any thread.
     """
 
+    def checked(piece: memoryview, free: list[memoryview] | None = None) -> None:
+        if free is not None:
+            free.append(piece)  # only the last one of a run is shorter than its buffer
+        if progress is not None:
+            progress(len(piece))
+
     async def verify_file(file: OpenFile, own: list[Place], readers: int) -> None:
         mapping = map_private(file.chunk * (readers + 1))  # what does not fit is larger than a piece
         try:
             for group in _groups(own, most=mapping.nbytes):
                 begin = _page_before(group[0].offset)
                 fits = group[-1].end - begin <= mapping.nbytes
-                parts = [
-                    _Part(file.path, place, mapping if fits else None, place.offset - begin)
-                    for place in group
-                ]
-                free = [mapping.view[at : at + file.chunk] for at in range(0, mapping.nbytes, file.chunk)]
-
-                def buffer(at: int, end: int, begin: int = begin, fits: bool = fits) -> memoryview:
-                    return mapping.view[at - begin : end - begin] if fits else free.pop()[: end - at]
-
-                def checked(piece: memoryview, free: list[memoryview] = free) -> None:
-                    free.append(piece)  # only the last one of the run is shorter than its buffer
-                    if progress is not None:
-                        progress(len(piece))
-
-                await _Run(file, parts).read(readers, buffer, checked)
+                memory = mapping if fits else None
+                parts = [_Part(file.path, place, memory, place.offset - begin) for place in group]
+                run = _Run(file, parts)
+                if fits:
+                    await run.read(readers, _contiguous(mapping, begin), checked)
+                else:
+                    free = [mapping.view[at : at + file.chunk] for at in range(0, mapping.nbytes, file.chunk)]
+                    await run.read(readers, _reused(free), partial(checked, free=free))
         finally:
             mapping.close()
 
@@ -164,6 +161,16 @@ def _groups(places: Sequence[Place], most: float = float("inf")) -> list[list[Pl
         else:
             groups.append([place])
     return groups
+
+
+def _contiguous(mapping: Mapping, begin: int) -> Buffer:
+    """Return what gives each piece of a file its place in a memory that holds it from `begin` on."""
+    return lambda start, stop: mapping.view[start - begin : stop - begin]
+
+
+def _reused(free: list[memoryview]) -> Buffer:
+    """Return what gives each piece one of the buffers that are free."""
+    return lambda start, stop: free.pop()[: stop - start]
 
 
 def _page_before(offset: int) -> int:
@@ -252,7 +259,7 @@ class _Run:
     async def read(
         self,
         readers: int,
-        buffer: Callable[[int, int], memoryview],
+        buffer: Buffer,
         checked: Callable[[memoryview], None] = lambda _: None,
     ) -> None:
         """Read it in pieces, several at once, and check every item.

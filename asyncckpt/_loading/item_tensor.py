@@ -19,10 +19,11 @@ if TYPE_CHECKING:
 
 _PLAIN = "torch.Tensor"
 # What torch.save writes for a plain tensor. None of it takes more memory than the pickle's length.
-_OPCODES = frozenset(
-    "PROTO GLOBAL BINPUT BINGET MARK BINUNICODE BININT BININT1 BININT2 LONG1 TUPLE TUPLE1 TUPLE2 TUPLE3"
-    " EMPTY_TUPLE NEWTRUE NEWFALSE BINPERSID REDUCE STOP".split()
-)
+_OPCODES = frozenset({
+    "PROTO", "GLOBAL", "BINPUT", "BINGET", "MARK", "BINUNICODE", "BININT", "BININT1", "BININT2", "LONG1",
+    "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "EMPTY_TUPLE", "NEWTRUE", "NEWFALSE", "BINPERSID", "REDUCE",
+    "STOP",
+})  # fmt: skip
 _MOST_BYTES = 4096
 
 
@@ -41,7 +42,8 @@ class ItemTensors:
 
         Args:
             image: the item.
-            dtype, sizes: what the metadata says it is.
+            dtype: what the metadata says of it.
+            sizes: the same of its shape.
 
         Raises:
             CorruptCheckpointError: it is not.

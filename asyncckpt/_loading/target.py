@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from asyncckpt._loading.agreement import Ranks
+from asyncckpt._loading.agreement import ALONE, Ranks
 from asyncckpt._loading.folder import Folder, open_folder
 from asyncckpt._loading.folder_restore import FolderRestore
 from asyncckpt._loading.load import Loaded, load_image
@@ -40,7 +40,7 @@ class RestoreTarget:
     state: Any
     call: Callable[..., Any]
     rank_state: Any = None
-    ranks: Ranks = Ranks()
+    ranks: Ranks = ALONE
     weights_only: bool = True
     strict: bool = True
     map_keys: Callable[[str], str] | None = None

@@ -1,4 +1,4 @@
-"""Which parts of saved chunks the local part of a live tensor is made of, by the rules of DCP's load planner."""
+"""Which parts of saved chunks make up the local part of a live tensor, by DCP's rules of resharding."""
 
 from __future__ import annotations
 
