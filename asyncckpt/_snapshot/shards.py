@@ -25,30 +25,28 @@ Record = tuple[bytes, int]
 
 
 class Shards(NamedTuple):
-    """What a rank writes of its tensors, by columns.
+    """What a rank writes of its tensors beside their bytes, by columns. It keeps no tensor alive.
 
     Attributes:
-        ranges: the bytes of each, without the rest of its storage; of a copy, if they do not lie together.
-        pickles: `data.pkl` of a file that holds the tensor alone, on a storage that is its range.
-        records: of all layouts that they have.
+        pickles: `data.pkl` of a file that holds the tensor alone, on a storage of `sizes` bytes.
+        sizes: bytes of each.
+        records: the same of each layout that they have.
     """
 
-    ranges: Ranges
     pickles: list[bytes]
+    sizes: list[int]
     records: Mapping[Layout, Record]
 
-    @property
-    def sizes(self) -> list[int]:
-        """Bytes of each range."""
-        return self.ranges.sizes
 
-
-def shards_of(tensors: Sequence[torch.Tensor], names: Sequence[str], last: Shards | None = None) -> Shards:
-    """Return the bytes that a rank writes of tensors, and the record that makes a tensor of them again.
+def shards_of(
+    tensors: Sequence[torch.Tensor], names: Sequence[str], last: Shards | None = None
+) -> tuple[Shards, Ranges]:
+    """Return the record that makes each of some tensors again, and the bytes that a rank writes of it.
 
     Of a DTensor it is the local tensor. The record is that of torch.save for the local tensor, detached: a
-    plain tensor in host memory that needs no gradient. Nothing is copied, but for tensors with gaps or
-    overlaps between their elements, or with a conjugate or negative bit.
+    plain tensor in host memory that needs no gradient. The bytes are those of the tensor without the rest of
+    its storage; of a copy, if there are gaps or overlaps between its elements, or if it has a conjugate or
+    negative bit.
 
     Args:
         tensors: plain tensors, DTensors, or the tensors of ShardedTensors' local shards.
@@ -60,18 +58,20 @@ def shards_of(tensors: Sequence[torch.Tensor], names: Sequence[str], last: Shard
             device, or without its memory.
     """
     with no_collections():
-        shards = _shards_of(tensors, names, {} if last is None else last.records)
-    _check_memory(shards.ranges, names)
-    if last is None:
-        return shards
-    sizes, pickles = shards.sizes, shards.pickles
-    ranges = shards.ranges._replace(sizes=last.sizes if sizes == last.sizes else sizes)
-    return shards._replace(ranges=ranges, pickles=last.pickles if pickles == last.pickles else pickles)
+        shards, ranges = _shards_of(tensors, names, {} if last is None else last.records)
+    # Of layouts that were known, too: FSDP gives up the memory of unsharded parameters.
+    for name, source, offset, size in zip(names, *ranges[:3], strict=True):
+        _check_memory(name, source, offset + size)
+    if last is not None:
+        pickles = last.pickles if shards.pickles == last.pickles else shards.pickles
+        sizes = last.sizes if shards.sizes == last.sizes else shards.sizes
+        shards = Shards(pickles, sizes, shards.records)
+    return shards, ranges
 
 
 def _shards_of(
     tensors: Sequence[torch.Tensor], names: Sequence[str], known: Mapping[Layout, Record]
-) -> Shards:
+) -> tuple[Shards, Ranges]:
     """Make shards; runs on the training thread for each tensor: hence locals for everything."""
     plain, strided = PLAIN, torch.strided
     ranges, pickles, records = Ranges([], [], [], []), list[bytes](), dict[Layout, Record]()
@@ -95,7 +95,7 @@ def _shards_of(
         sizes.append(record[1])
         views.append(local)
         pickles.append(record[0])
-    return Shards(ranges, pickles, records)
+    return Shards(pickles, sizes, records), ranges
 
 
 def _plain(tensor: torch.Tensor, name: str) -> torch.Tensor:
@@ -111,6 +111,8 @@ def _plain(tensor: torch.Tensor, name: str) -> torch.Tensor:
 def _data_pickle(tensor: torch.Tensor, name: str) -> bytes:
     if tensor.is_quantized:
         raise _unfit(name, tensor)
+    end = int(tensor.storage_offset()) * tensor.itemsize + tensor.nbytes
+    _check_memory(name, tensor.untyped_storage(), end)
     out = io.BytesIO()
     # As if its storage began with it.
     alone = tensor.detach().as_strided(tensor.shape, tensor.stride(), 0)
@@ -137,14 +139,11 @@ class _RecordPickler(pickle.Pickler):
         return None
 
 
-def _check_memory(ranges: Ranges, names: Sequence[str]) -> None:
-    """Raise if the memory of a tensor was given up, as FSDP does with unsharded parameters."""
-    for name, source, offset, size in zip(names, *ranges[:3], strict=True):
-        if offset + size > source.nbytes():
-            raise SaveError(
-                f"{name}: {size} bytes are to be saved, but its storage has {source.nbytes()}; save it while"
-                " it has its memory"
-            )
+def _check_memory(name: str, storage: UntypedStorage, end: int) -> None:
+    if end > storage.nbytes():
+        raise SaveError(
+            f"{name}: its storage has {storage.nbytes()} of {end} bytes; save it while it has its memory"
+        )
 
 
 def _unfit(name: str, tensor: torch.Tensor) -> SaveError:
