@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from asyncckpt._saving.save import Save
     from asyncckpt._saving.saver import Saver
     from asyncckpt._trainer.checkpoint_io import BackgroundIO, Choose
-from asyncckpt._trainer.sharded_states import Divided, Filters
+    from asyncckpt._trainer.sharded_states import Divided, Filters
 
 
 class Redirection:

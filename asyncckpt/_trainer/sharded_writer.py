@@ -81,7 +81,7 @@ class ShardedWriter:
         Raises:
             RankError: another rank does not come in time.
         """
-        self._ranked.agree("the end of the saves", None)
+        self._ranked.agree("the end of the saves", (), None)
 
     def close(self) -> None:
         """Leave nothing in the store of the process group."""
