@@ -80,6 +80,8 @@ class FolderRestore:
             strict=self._target.strict,
             map_keys=self._target.map_keys,
         )
+        if self._target.subset:
+            self._plan.unexpected.clear()
         raise_misfits(self._plan, self._folder.path)
 
     def read(self) -> None:
