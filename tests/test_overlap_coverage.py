@@ -26,7 +26,7 @@ def test_a_range_is_included_if_dense_tensors_have_all_of_it(
     shapes: list[tuple[list[int], list[int], int]], start: int, length: int
 ) -> None:
     base = storage_of(60)
-    owned, taken = [], set()
+    owned, taken = list[torch.Tensor](), set[int]()
     for size, strides, offset in shapes:
         stride = strides[: len(size)]
         owned.append(base.as_strided(size, stride, offset))
