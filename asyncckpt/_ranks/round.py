@@ -173,7 +173,7 @@ class Round:
 
     def _received(self, kind: str) -> list[bytes]:
         """Return what all ranks have sent, and delete it."""
-        payloads = unpacked(self._take(kind))
+        payloads = unpacked(self._take(kind, f"{kind}/count"))
         return [self._own, *(payloads[rank] for rank in range(1, self._ranks.size))]
 
     def _wait(self, phase: Phase, running: Call, late: Callable[[], str]) -> State:
@@ -210,12 +210,12 @@ class Round:
         if state is not None and state.phase is Phase.FAILED:
             raise self._failure(state)
 
-    def _take(self, kind: str) -> bytes:
-        """Return the value of a key, and delete it."""
+    def _take(self, key: str, *others: str) -> bytes:
+        """Return the value of a key, and delete it, and others."""
 
         def take() -> bytes:
-            value = self._requests.peek(f"{self._key}/{kind}")
-            self._requests.delete(f"{self._key}/{kind}")
+            value = self._requests.peek(f"{self._key}/{key}")
+            self._requests.delete(*(f"{self._key}/{name}" for name in (key, *others)))
             return value or b""
 
         return self._use(take)
@@ -277,5 +277,6 @@ class Round:
         )
 
     def _late_in_the_end(self) -> str:
-        missing = self._missing("reports")
-        return self._late(missing, "written its part") if missing else self._late([0], "decided to commit")
+        if self._use(self._decision.look).phase >= Phase.REPORTED:
+            return self._late([0], "decided to commit")
+        return self._late(self._missing("reports"), "written its part")
