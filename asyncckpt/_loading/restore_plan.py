@@ -14,8 +14,8 @@ from torch.nn.parameter import is_lazy
 from asyncckpt._loading.copies import Copy
 from asyncckpt._loading.fitting import copy_cannot_fail, is_stock, misfit
 from asyncckpt._loading.state_keys import map_state_keys, prefix_remedy
-from asyncckpt._stateful import is_plain, is_stateful, remake
 from asyncckpt._loading.undo import hold_container, hold_stateful, hold_tensor, refill
+from asyncckpt._stateful import is_plain, is_stateful, remake
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable
@@ -63,6 +63,8 @@ class Plan:
     def __init__(
         self, live: Any, saved: Any, *, strict: bool = True, map_keys: Callable[[str], str] | None = None
     ) -> None:
+        if map_keys is not None and not callable(map_keys):
+            raise TypeError(f"map_keys must be a function of a key, not {map_keys!r}")
         self.changes: list[Change] = []
         self.copies: list[Copy] = []
         self.problems: list[str] = []

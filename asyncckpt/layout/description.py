@@ -1,4 +1,4 @@
-"""The self-description of a checkpoint file: a record that torch.load ignores."""
+"""The self-description of a checkpoint: a record that torch.load ignores, or bytes behind a pickle."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MAX_BYTES = 48 << 10
 
 @dataclass(frozen=True, slots=True)
 class Description:
-    """The self-description of a file.
+    """The self-description of a file, or of a folder with the files of many ranks.
 
     Attributes:
         sequence: place in the order of commits of its directory, from 1; 0 for a file saved on its own.
@@ -30,6 +30,8 @@ class Description:
         created: wall time of the snapshot, seconds since the epoch.
         versions: of the libraries that wrote it.
         filename: the template that named it; None if it is not one of a series.
+        nbytes: size of all files of a folder; None for a file.
+        ranks: how many ranks wrote a folder; None for a file.
     """
 
     sequence: int
@@ -38,6 +40,8 @@ class Description:
     created: float
     versions: Mapping[str, str] = field(default_factory=dict)
     filename: str | None = None
+    nbytes: int | None = None
+    ranks: int | None = None
 
     def encode(self) -> bytes:
         """Return the content of the record: JSON, with NaN and the infinities as Python writes them."""
@@ -54,6 +58,8 @@ class Description:
             "versions": {**versions, **self.versions},
             "filename": self.filename,
         }
+        of_folder = {"nbytes": self.nbytes, "ranks": self.ranks}
+        fields |= {name: value for name, value in of_folder.items() if value is not None}
         return json.dumps(fields).encode()
 
     @classmethod
@@ -73,6 +79,8 @@ class Description:
                     float(fields["created"]),
                     {str(name): str(number) for name, number in fields["versions"].items()},
                     None if fields.get("filename") is None else str(fields["filename"]),
+                    None if fields.get("nbytes") is None else int(fields["nbytes"]),
+                    None if fields.get("ranks") is None else int(fields["ranks"]),
                 )
             found = fields["format"]
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:

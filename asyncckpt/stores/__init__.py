@@ -8,12 +8,24 @@ other methods have defaults that work with these, and can be replaced where ther
 The coroutines run on the event loop of asyncckpt's background thread: what blocks belongs in a worker
 thread (`anyio.to_thread.run_sync`). `asyncckpt.testing.store_contract.StoreContract` tests whether a store
 keeps what this interface promises.
+
+Sharded checkpoints are folders. A store that is to hold them also has `list_folders`, `folder`,
+`folder_draft` and `join_folder`; `asyncckpt.testing.folder_contract.FolderContract` tests these, too.
 """
 
 from __future__ import annotations
 
-from asyncckpt.stores.base import Draft, OpenFile, Store, StoredFile
+from asyncckpt.stores.base import FOLDER_MARK, Draft, FolderDraft, OpenFile, Store, StoredFile
 from asyncckpt.stores.local import LocalStore
 from asyncckpt.stores.opening import open_store
 
-__all__ = ["Draft", "LocalStore", "OpenFile", "Store", "StoredFile", "open_store"]
+__all__ = [
+    "FOLDER_MARK",
+    "Draft",
+    "FolderDraft",
+    "LocalStore",
+    "OpenFile",
+    "Store",
+    "StoredFile",
+    "open_store",
+]

@@ -21,6 +21,9 @@ R = TypeVar("R")
 # Pieces in memory at once while a file is copied. A draft may take more: those of a snapshot are there.
 COPIED_AT_ONCE = 4
 
+FOLDER_MARK = ".metadata"
+"""The file that makes a folder a committed one; that of DCP's format."""
+
 
 @dataclass(frozen=True, slots=True)
 class StoredFile:
@@ -121,8 +124,48 @@ class Draft(ABC):
         return None
 
 
+class FolderDraft(ABC):
+    """A folder under way, which several processes write: invisible until `commit`.
+
+    Each file in it is a draft of `store`, made durable by its own commit before that of the folder:
+
+        async with folder_draft.store.draft(folder_draft.member("__0_0.distcp"), size) as draft: ...
+
+    Attributes:
+        attempt: what other processes give to `Store.join_folder` to write into the same draft.
+        store: where the files of the folder are made.
+    """
+
+    attempt: str
+    store: Store
+
+    @abstractmethod
+    def member(self, name: str) -> str:
+        """Return the name that a file gets, in the draft and in the committed folder alike."""
+
+    @abstractmethod
+    async def commit(self, mark: bytes) -> None:
+        """Write `FOLDER_MARK` durably, put the folder in its place atomically, then make that durable.
+
+        A folder or a file of that name is replaced, and removed once the new folder is in its place.
+
+        Args:
+            mark: the content of `FOLDER_MARK`. It holds the names of the files as `member` gives them, in
+                plain bytes: a store may look there for the files that are in use.
+
+        Raises:
+            StoreError: it is not committed. What stood under the name before still does, unless the message
+                says that the store failed after the replacement. It is also raised in a process that joined
+                the draft: the one that made it commits.
+        """
+
+
 class Store(ABC):
-    """One directory of files. Names are flat: a name never holds a slash.
+    """One directory of files, and of folders of files. Names are flat: a name never holds a slash.
+
+    A folder is committed if it has a file `FOLDER_MARK`. `stat`, `open` and `list` are for files alone;
+    `remove`, `copy` and `link` also take the name of a folder. A store without folders leaves out the methods
+    that have "folder" in their names.
 
     Methods may be called from several tasks at once, and all run on one event loop. Failures are
     `asyncckpt.StoreError`, or the built-in FileNotFoundError where a named file does not exist.
@@ -188,6 +231,38 @@ class Store(ABC):
         """Make `target` refer to whatever `source` names, atomically; a copy where there are no links."""
         await self.copy(source, target)
 
+    async def list_folders(self) -> Sequence[StoredFile]:
+        """Return the committed folders, in any order: the name of each, and the other figures of its mark."""
+        return []
+
+    def folder(self, name: str) -> Store:
+        """Return the store of the files of a folder, which need not exist."""
+        raise self._no_folders(name)
+
+    def folder_draft(self, name: str) -> AbstractAsyncContextManager[FolderDraft]:
+        """Open a draft that will replace `name`; leaving removes all of it that is not committed."""
+        raise self._no_folders(name)
+
+    def join_folder(
+        self,
+        name: str,
+        attempt: str,  # noqa: ARG002 - of stores with folders
+    ) -> AbstractAsyncContextManager[FolderDraft]:
+        """Open a draft that another process has made; leaving removes nothing that may be committed.
+
+        Args:
+            name: that of the folder.
+            attempt: `FolderDraft.attempt` of the other process.
+
+        Raises:
+            StoreError: the draft is not visible here: the processes do not share the directory.
+        """
+        raise self._no_folders(name)
+
+    def _no_folders(self, name: str) -> StoreError:
+        message = f"{type(self).__name__} has no folders, which sharded checkpoints need; use a path or a URL"
+        return StoreError(errno.ENOTSUP, message, self.path_of(name))
+
 
 def checked_name(name: str, *, longest: int | None = None) -> str:
     """Return `name`, or raise StoreError if it is not the flat name of a file of at most `longest` bytes."""
@@ -197,6 +272,13 @@ def checked_name(name: str, *, longest: int | None = None) -> str:
         message = f"{name!r} cannot be the name of a file; use one without slashes{limit}"
         raise StoreError(errno.EINVAL, message)
     return name
+
+
+def checked_member(name: str) -> str:
+    """Return `name`, or raise StoreError if a file of a folder cannot be called so."""
+    if name == FOLDER_MARK:
+        raise StoreError(errno.EINVAL, f"{name} is written by the commit of the folder; use another name")
+    return checked_name(name)
 
 
 def checked_source(source: str, *, longest: int | None = None) -> str:
