@@ -77,13 +77,6 @@ class LocalPlan:
         self.flat, self._paths = self._set_up() if flattened is None else flattened
         self.fingerprint: Fingerprint = fingerprint(self.flat, self._paths)
 
-    @property
-    def planner(self) -> SavePlanner:
-        """The planner that has made the plan; for `global_plan` on rank 0."""
-        self._made()
-        planner: SavePlanner = self._planner
-        return planner
-
     def encode(self) -> bytes:
         """Return the plan for rank 0.
 
