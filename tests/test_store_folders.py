@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import sys
 from typing import TYPE_CHECKING
 
 import anyio
@@ -18,6 +19,7 @@ from asyncckpt.stores.temporary import is_temporary, name_aside, temporary_name
 from asyncckpt.testing.folder_contract import fill, folder_names, get_folder, put_folder
 from asyncckpt.testing.store_contract import content, get, put
 from file_operations import Call, FaultyOps
+from support import mounted
 from test_store_own import DictStore
 
 if TYPE_CHECKING:
@@ -28,6 +30,8 @@ OLD = {"__0_0.distcp": content(5_000, seed=1), "__1_0.distcp": b"one"}
 NEW = {"__0_0.distcp": content(7_000, seed=2), "__2_0.distcp": b"two"}
 OTHER_HOST = ".a.0badc0de.0123456789abcdef.asyncckpt-tmp"
 HOUR = 3600
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="mounts file systems, and exchanges names")
 
 
 class SharedOps(FaultyOps):
@@ -96,6 +100,7 @@ class TestOrder:
             assert ops.calls[-1] == Call("close", f"{place}/{FOLDER_MARK}")
         assert ops.open_paths == []
 
+    @linux
     async def test_a_replaced_folder_goes_after_the_new_one_is_durably_in_place(
         self, store: LocalStore, ops: FaultyOps
     ) -> None:
@@ -222,6 +227,7 @@ class TestReplaced:
         assert entries(tmp_path) == ["a", "other"]
         assert entries(other) == []
 
+    @linux
     @pytest.mark.parametrize("how", ["copy", "link"])
     async def test_a_file_takes_the_place_of_a_folder_at_once(
         self, tmp_path: Path, store: LocalStore, ops: FaultyOps, how: str
@@ -468,10 +474,26 @@ class TestAbandoned:
         assert ops.open_paths == []
 
 
+@linux
+@pytest.mark.parametrize("kind", ["ext4", "tmpfs", "overlay"])
+async def test_folders_are_exchanged_where_the_file_system_can(
+    tmp_path: Path, ops: FaultyOps, kind: str
+) -> None:
+    with mounted(kind, tmp_path) as place:
+        store = LocalStore(str(place / "run"), ops)
+        await store.prepare()
+        await put_folder(store, "a", OLD)
+        await put_folder(store, "a", NEW)
+        assert await get_folder(store, "a") == NEW
+        assert entries(place / "run") == ["a"]
+        assert not [call for call in ops.calls if call.path.endswith("-old")]
+
+
 def test_names_that_the_system_cannot_exchange_are_an_error(tmp_path: Path) -> None:
     (tmp_path / "a").touch()
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(OSError, match=r".") as caught:
         FileOps().exchange(str(tmp_path / "a"), str(tmp_path / "b"))
+    assert caught.value.errno == (errno.ENOENT if sys.platform == "linux" else errno.ENOSYS)
 
 
 def test_a_directory_that_others_also_remove_is_removed(

@@ -96,8 +96,8 @@ class RemoteFolderDraft(FolderDraft):
     async def drop(self) -> None:
         """Remove what was not committed.
 
-        If the mark could not be written, nothing is: it may be in its place, or come there late. A writer that
-        starts after `ABANDONED_AFTER` looks.
+        If the mark could not be written, nothing is: it may be in its place, or come there late. A writer
+        that starts after `ABANDONED_AFTER` looks.
         """
         self._ended = True
         if self._may_be_marked:
