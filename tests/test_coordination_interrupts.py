@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 from typing import TYPE_CHECKING, Any
 
@@ -68,13 +70,13 @@ def test_an_interrupted_exchange_fails_on_all_ranks(tmp_path: Path, *, first: bo
 
     def before() -> None:
         nonlocal number
-        number = mine._number
+        number = mine.number
         interrupted.clear()
         group.start(exchange)
 
     def after(where: str) -> None:
         interrupted.set()
-        if mine._number == number:  # it had not begun
+        if mine.number == number:  # it had not begun
             mine.exchange("save")
             assert group.results() == [Exchange(number)] * 2, where
         elif isinstance(group.results()[0], Exchange):  # its end was not reached
@@ -121,4 +123,34 @@ def test_an_interrupted_plan_fails_the_save_on_all_ranks(tmp_path: Path) -> None
 
     assert interrupt_everywhere(lambda: plan(save), before, after) > 20
     after("the end")
+    group.close()
+
+
+def test_an_interrupted_wait_ends_that_of_the_others_at_once(tmp_path: Path) -> None:
+    group = Group(tmp_path)
+
+    def interrupt(ranks: Coordination) -> Exchange | None:
+        if ranks.rank == 0:
+            return ranks.exchange("save")
+        wait_until(lambda: ranks.requests.peek("e0/count") == b"2", "the others do not come")
+        os.kill(os.getpid(), signal.SIGINT)
+        return None
+
+    group.start(interrupt)  # rank 2 does not come
+    with pytest.raises(KeyboardInterrupt):
+        group.mine.exchange("save")
+    assert failures(group.results()[:1]) == ["RankError: rank 1 was interrupted in save"]
+    with pytest.raises(RankError, match="rank 1 was interrupted in save"):
+        group.ranks[2].exchange("save")
+    group.close()
+
+
+def test_an_exchange_is_refused_for_all_ranks_unless_it_was_made(tmp_path: Path) -> None:
+    group = Group(tmp_path)
+    group.start(lambda ranks: ranks.exchange("save"))
+    group.mine.refuse(0, "save", "out of memory")
+    assert failures(group.results()) == ["RankError: rank 1 gave up save: out of memory"] * 2
+    assert group.exchange() == [Exchange(1)] * 3
+    group.mine.refuse(1, "next", "out of memory")
+    assert group.exchange() == [Exchange(2)] * 3
     group.close()
