@@ -1,0 +1,393 @@
+"""Trainings of two ranks with the sharded strategies of Lightning, on the CPU.
+
+As a program it runs some of them one after another, and writes down what each rank finds:
+`python lightning_ranks.py DIRECTORY STRATEGY SCENARIO...`.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import socket
+import sys
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import lightning
+import torch
+from lightning.fabric import Fabric
+from lightning.fabric.strategies import FSDPStrategy as FabricFSDP
+from lightning.fabric.strategies import ModelParallelStrategy as FabricModelParallel
+from lightning.pytorch.callbacks import ModelCheckpoint as StockCheckpoint
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+)
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+
+from asyncckpt import SaveError
+from asyncckpt.lightning import AsyncCheckpointIO, ModelCheckpoint
+from asyncckpt.testing import FaultyStore, Gate, SlowStore
+from asyncckpt.testing.doubles import WrapperStore
+from trainers import Model, StoreIO, is_ours, trainer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from asyncckpt.stores import Store
+
+CPU = torch.device("cpu")
+
+
+class OnCPU(FSDPStrategy):
+    """Lightning gives FSDP the index of a device, and a CPU has none."""
+
+    def _setup_model(self, model: nn.Module) -> nn.Module:
+        return FullyShardedDataParallel(model, device_id=CPU, **self.kwargs)
+
+
+class FabricOnCPU(FabricFSDP):
+    def setup_module(self, module: nn.Module) -> nn.Module:
+        return FullyShardedDataParallel(module, device_id=CPU, **self._fsdp_kwargs)
+
+
+class Sharded(Model):
+    """A model of uneven shards: 7 rows are divided over two ranks, and one more is on one of them only."""
+
+    def __init__(self, strategy: str = "model parallel", losses: tuple[float, ...] = (1.0,)) -> None:
+        super().__init__(losses)
+        self.layer = layers()  # type: ignore[assignment]
+        self.strategy = strategy
+
+    def configure_model(self) -> None:
+        if self.strategy == "model parallel" and self.layer is not None and not hasattr(self, "is_sharded"):
+            self.is_sharded = True
+            shard(self, self.device_mesh["data_parallel"])
+
+
+def layers() -> nn.Sequential:
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Linear(4, 7), nn.Linear(7, 1))
+
+
+def shard(module: Any, mesh: Any) -> None:
+    for child in module.modules():
+        if isinstance(child, nn.Linear):
+            fully_shard(child, mesh=mesh)
+    fully_shard(module, mesh=mesh)
+
+
+def full_state(model: nn.Module, optimizers: list[Any]) -> dict[str, Any]:
+    """Return weights and optimizer state of all ranks, by fully qualified names."""
+    options = StateDictOptions(full_state_dict=True)
+    weights = get_model_state_dict(model, options=options)
+    states = [get_optimizer_state_dict(model, optimizer, options=options) for optimizer in optimizers]
+    # What they return may be the live tensors.
+    return torch.utils._pytree.tree_map(  # type: ignore[no-any-return]
+        lambda value: value.clone() if isinstance(value, torch.Tensor) else value,
+        {"weights": weights, "optimizers": states},
+    )
+
+
+class Expected(lightning.Callback):
+    """Writes down the state after each batch, or when training starts."""
+
+    def __init__(self, directory: str, name: str) -> None:
+        self.directory, self.name = directory, name
+
+    def write(self, trainer: Any, name: str) -> None:
+        state = full_state(trainer.strategy.model, trainer.optimizers)
+        if trainer.is_global_zero:
+            torch.save(state | {"step": trainer.global_step}, f"{self.directory}/{name}")
+
+    def on_train_start(self, trainer: Any, *_: Any) -> None:
+        self.write(trainer, f"{self.name}-start.pt")
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        self.write(trainer, f"{self.name}-{trainer.global_step}.pt")
+
+
+class Seen(WrapperStore):
+    """Notes which checkpoints are there when one is committed or removed."""
+
+    def __init__(self, inner: Store, events: list[Any]) -> None:
+        super().__init__(inner)
+        self.events = events
+
+    async def before(self, operation: str, subject: str) -> None:
+        if operation in {"commit_folder", "remove", "link"}:
+            names = sorted(name for name in os.listdir(self.inner.path_of("")) if name.endswith(".ckpt"))
+            self.events.append([operation, subject, names])
+
+
+class Doing(lightning.Callback):
+    """Does something at a hook."""
+
+    def __init__(self, hook: str, func: Callable[[Any], object]) -> None:
+        setattr(self, hook, lambda trainer, *_: func(trainer))
+
+
+class Run:
+    """The scenarios, on one rank."""
+
+    def __init__(self, directory: str, strategy: str, rank: int) -> None:
+        self.directory, self.kind, self.rank = directory, strategy, rank
+
+    def path(self, *names: str) -> str:
+        return os.path.join(self.directory, *names)
+
+    def strategy(self, **arguments: Any) -> Any:
+        if self.kind == "fsdp":
+            return OnCPU(**({"state_dict_type": "sharded", "auto_wrap_policy": {nn.Linear}} | arguments))
+        return ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, **arguments)
+
+    def fit(self, *callbacks: Any, losses: tuple[float, ...] = (1.0,), **arguments: Any) -> Any:
+        """Train; returns the Trainer, with what it raised as its `raised`."""
+        fit = {"ckpt_path": arguments.pop("ckpt_path", None)}
+        run = trainer(*callbacks, **{"strategy": self.strategy(), "devices": 2, "max_epochs": 2} | arguments)
+        run.raised = None
+        try:
+            run.fit(Sharded(self.kind, losses), **fit)
+        except (SaveError, ArithmeticError) as error:
+            run.raised = f"{type(error).__name__}: {error}"
+        return run
+
+    def names(self, *path: str) -> list[str]:
+        return sorted(os.listdir(self.path(*path)))
+
+    def listing(self, run: Any) -> dict[str, Any]:
+        """Return what the callback knows, and what there is."""
+        callback = run.checkpoint_callback
+        scores = {os.path.basename(path): float(score) for path, score in callback.best_k_models.items()}
+        torch.distributed.barrier()
+        return {
+            "raised": run.raised,
+            "best_k_models": scores,
+            "best": os.path.basename(callback.best_model_path),
+            "last": os.path.basename(callback.last_model_path),
+            "files": sorted(os.listdir(callback.dirpath)),
+            "replaced": sorted(vars(run.strategy).keys() & {"save_checkpoint", "load_checkpoint", "teardown"}),
+            "io": type(run.strategy.checkpoint_io).__name__,
+        }
+
+    # The scenarios. Each returns what is the same on both ranks.
+
+    def steps(self) -> Any:
+        """Save each step in both classes, and resume from a file of each in the other."""
+        for name, kind in (("ours", ModelCheckpoint), ("stock", StockCheckpoint)):
+            directory = self.path(name)
+            plugins = [StoreIO(lambda store: SlowStore(store, delays={"write": 0.05}))] if name == "ours" else []
+            saves = kind(directory, "{step}", every_n_train_steps=1, save_top_k=-1)
+            self.fit(Expected(self.directory, name), saves, plugins=plugins)
+        resumed = {}
+        for source, name, kind in (
+            ("ours", "stock-resumed", StockCheckpoint), ("stock", "ours-resumed", ModelCheckpoint),
+            ("ours", "ours-again", ModelCheckpoint),
+        ):  # fmt: skip
+            run = self.fit(
+                Expected(self.directory, name), kind(self.path(name)), max_epochs=3,
+                ckpt_path=self.path(source, "step=2.ckpt"),
+            )  # fmt: skip
+            resumed[name] = run.global_step
+        return resumed
+
+    def top(self) -> Any:
+        """Keep the two best, with links; see what was there at each moment."""
+        events: list[Any] = []
+        saves = ModelCheckpoint(
+            self.path("top"), "{epoch}", "val_loss", save_top_k=2, save_last="link", save_best="link",
+            auto_insert_metric_name=False,
+        )  # fmt: skip
+        run = self.fit(
+            saves, losses=(3.0, 2.0, 1.0), max_epochs=3, plugins=[StoreIO(lambda store: Seen(store, events))]
+        )
+        told = self.listing(run)
+        tested = trainer(saves, strategy=self.strategy(), devices=2)
+        tested.validate(Sharded(self.kind), ckpt_path=saves.best_model_path)
+        return told | {"events": events if self.rank == 0 else [], "only on the first": ["events"]}
+
+    def kinds(self) -> Any:
+        """Copy the newest as the last; save weights only; count versions of pending names."""
+        gate = Gate()
+        last = ModelCheckpoint(self.path("last"), "{step}", every_n_train_steps=1, save_last=True)
+        weights = ModelCheckpoint(
+            self.path("weights"), "same", every_n_train_steps=1, save_top_k=-1, save_weights_only=True
+        )
+        exist: list[bool] = []
+
+        def look(run: Any) -> None:
+            for name in ("same.ckpt", "same-v1.ckpt"):
+                exist.append(weights.file_exists(self.path("weights", name), run))
+            exist.append(os.path.exists(self.path("weights", "same.ckpt")))
+            if run.global_step == 1:
+                torch.distributed.barrier()
+                gate.open()
+
+        hold = [StoreIO(lambda store: SlowStore(store, gates={"commit_folder": gate}))]
+        run = self.fit(Doing("on_train_batch_start", look), weights, plugins=hold, max_epochs=1)
+        self.fit(last)
+        return {"raised": run.raised, "exist": exist, "weights": self.names("weights"), "last": self.names("last")}
+
+    def _failing(self, name: str, epochs: int, operation: str, subject: str, rank: int) -> Any:
+        def fail(store: Store) -> Store:
+            double = FaultyStore(store)
+            if self.rank == rank:
+                double.fail(operation, OSError(28, "No space left on device"), where=subject.__eq__)
+            return double
+
+        saves = ModelCheckpoint(
+            self.path(name), "{epoch}", "val_loss", save_top_k=2, save_last="link",
+            auto_insert_metric_name=False,
+        )  # fmt: skip
+        run = self.fit(saves, losses=(3.0, 2.0, 1.0), max_epochs=epochs, plugins=[StoreIO(fail)])
+        return self.listing(run)
+
+    def fails(self) -> Any:
+        """Let the disk of the other rank be full at the last save, then that of the first one."""
+        return {
+            "other": self._failing("other", 2, "commit", "1.ckpt/__1_0.distcp", 1),
+            "first": self._failing("first", 2, "commit_folder", "1.ckpt", 0),
+        }
+
+    def refused(self) -> Any:
+        """Save what cannot be pickled on the first rank, and raise while a save is pending."""
+
+        class Unpicklable(lightning.Callback):
+            def on_save_checkpoint(self, trainer: Any, module: Any, checkpoint: dict[str, Any]) -> None:
+                checkpoint["func"] = lambda: None
+
+        def fail(run: Any) -> None:
+            if run.global_step:
+                raise ArithmeticError("of the user")
+
+        every = {"every_n_train_steps": 1}
+        run = self.fit(Unpicklable(), ModelCheckpoint(self.path("refused"), **every))  # type: ignore[arg-type]
+        raised = run.raised
+        run = self.fit(
+            Doing("on_train_batch_start", fail),
+            ModelCheckpoint(self.path("raises"), "{step}", **every),  # type: ignore[arg-type]
+            plugins=[StoreIO(lambda store: SlowStore(store, delays={"commit_folder": 0.3}))],
+        )
+        return {"refused": raised, **self.listing(run)}
+
+    def plugin(self) -> Any:
+        """Use the plugin with Lightning's own callback; a save before the loop is complete when it returns."""
+        io, path = AsyncCheckpointIO(), self.path("plugin")
+        run = trainer(
+            StockCheckpoint(path, "{step}", every_n_train_steps=1, save_top_k=-1),
+            strategy=self.strategy(), devices=2, max_epochs=1, plugins=[io],
+        )  # fmt: skip
+        io.attach(run)
+        io.attach(run)
+        run.fit(Sharded(self.kind))
+        found: list[bool] = []
+
+        def save(run: Any) -> None:
+            run.save_checkpoint(self.path("before.ckpt"))
+            found.append(os.path.exists(self.path("before.ckpt", "meta.pt")))
+
+        self.fit(Doing("on_train_start", save), ModelCheckpoint(self.path("then")))
+        return {"files": self.names("plugin"), "before": found, "wrote": self.wrote("plugin", "step=1.ckpt")}
+
+    def wrote(self, *path: str) -> str:
+        """Return who wrote a checkpoint."""
+        torch.distributed.barrier()
+        mark = Path(self.path(*path, ".metadata")).read_bytes()
+        return "asyncckpt" if mark.rpartition(b".")[0] and b'"sequence"' in mark else "torch"
+
+    def others(self) -> Any:
+        """Save full states, and with a strategy whose save is a user's."""
+        full = {"state_dict_type": "full"} if self.kind == "fsdp" else {"save_distributed_checkpoint": False}
+        every = {"every_n_train_steps": 1}
+        run = self.fit(
+            ModelCheckpoint(self.path("full"), "{step}", **every),  # type: ignore[arg-type]
+            strategy=self.strategy(**full),
+        )
+        told = self.listing(run)
+        calls = []
+        base: Any = type(self.strategy())
+
+        class Users(base):  # type: ignore[misc]
+            def save_checkpoint(self, checkpoint: Any, filepath: Any, storage_options: Any = None) -> None:
+                calls.append(os.path.basename(filepath))
+                super().save_checkpoint(checkpoint, filepath, storage_options)
+
+        users = self.strategy()
+        users.__class__ = Users
+        self.fit(ModelCheckpoint(self.path("users"), "{step}", **every), strategy=users, max_epochs=1)  # type: ignore[arg-type]
+        wrote = self.wrote("users", "step=2.ckpt")
+        return told | {"ours": is_ours(Path(self.path("full", "step=4.ckpt"))), "calls": calls, "wrote": wrote}
+
+    def fabric(self) -> Any:
+        """Save with Fabric, in the background and by Lightning itself, and load by Lightning."""
+        if self.kind == "fsdp":
+            strategy: Any = FabricOnCPU(state_dict_type="sharded", auto_wrap_policy={nn.Linear})
+        else:
+            strategy = FabricModelParallel(lambda model, mesh: shard(model, mesh["data_parallel"]) or model,
+                                           data_parallel_size=2, tensor_parallel_size=1)  # fmt: skip
+        fabric = Fabric(accelerator="cpu", devices=2, strategy=strategy)
+        fabric.launch()
+
+        def objects() -> dict[str, Any]:
+            model = fabric.setup_module(layers())
+            opt = fabric.setup_optimizers(torch.optim.Adam(model.parameters(), lr=0.1))
+            return {"model": model, "opt": opt, "seen": [1, "two"], "rate": torch.optim.lr_scheduler.StepLR(opt, 2)}
+
+        state = objects()
+        state["model"](torch.ones(2, 4)).sum().backward()
+        state["opt"].step()
+        fabric.save(self.path("fabric-stock"), state)
+        refused = []
+        with AsyncCheckpointIO() as io:
+            io.attach(fabric)
+            fabric.save(self.path("fabric"), state)
+            state["opt"].step()
+            loaded = objects()
+            loaded["seen"] = None
+            fabric.load(self.path("fabric"), loaded)  # waits
+            fabric.save(self.path("fabric-loaded"), loaded)
+            for bad in ({"seen": 1}, {"model": state["model"], "twin": state["model"]}):
+                try:
+                    fabric.save(self.path("fabric-bad"), bad)
+                except ValueError as error:
+                    refused.append(str(error).partition(".")[0])
+            if self.kind != "fsdp":
+                weights = {"model": lambda name, _: name.endswith("weight")}
+                fabric.save(self.path("fabric-part"), state, filter=weights)
+        return {
+            "seen": loaded["seen"],
+            "refused": refused,
+            "replaced": sorted(vars(strategy).keys() & {"save_checkpoint", "load_checkpoint"}),
+            "wrote": [self.wrote(name) for name in ("fabric-stock", "fabric", "fabric-loaded")],
+        }
+
+
+def main(directory: str, strategy: str, *scenarios: str) -> None:
+    """Run scenarios as this rank, of which there are two after the fork."""
+    with socket.create_server(("localhost", 0)) as server:
+        port = server.getsockname()[1]
+    child = os.fork()
+    rank = 0 if child else 1
+    os.environ.update(
+        TORCHELASTIC_RUN_ID="test", RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", GROUP_RANK="0",
+        MASTER_ADDR="localhost", MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="False",
+    )  # fmt: skip
+    faulthandler.dump_traceback_later(100, exit=True)
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    run = Run(directory, strategy, rank)
+    for scenario in scenarios:
+        told = getattr(run, scenario)()
+        Path(directory, f"{scenario}-{rank}.json").write_text(json.dumps(told))
+        torch.distributed.barrier()
+    if child:
+        sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
