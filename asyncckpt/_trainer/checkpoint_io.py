@@ -138,7 +138,10 @@ class BackgroundIO(Base):
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        self.finish(error)
+        try:
+            self.finish(error)
+        finally:
+            self._detach()
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
@@ -273,28 +276,30 @@ class BackgroundIO(Base):
         try:
             self.finish(None if handled is self._handled else handled)
         finally:
-            attachment, self._attachment = self._attachment, None
-            if attachment is not None:
-                attachment.end()
+            self._detach()
             if self.checkpoint_io is not None:
                 self.checkpoint_io.teardown()
 
     def attach(self, owner: Any) -> None:
-        """Make the saves of a Trainer or a Fabric asynchronous until `teardown`; idempotent.
+        """Make the saves of a Trainer or a Fabric asynchronous; idempotent.
 
-        Needed where nothing else tells the plugin who saves: for the sharded strategies, unless asyncckpt's
-        `ModelCheckpoint` is there. Other strategies need `plugins=[...]` only.
+        It is needed with sharded strategies, which know no plugins, unless asyncckpt's `ModelCheckpoint` is
+        there. It holds until the end of the Trainer's next run, or that of a `with` block of this plugin.
 
         Args:
             owner: a Trainer or a Fabric, on every rank.
         """
         strategy = owner.strategy
-        if self._attachment is not None:
-            if self._attachment.strategy is strategy:
-                return
-            self._attachment.end()
+        if self._attachment is not None and self._attachment.strategy is strategy:
+            return
+        self._detach()
         replaces = takes_io(strategy) and background_io(strategy.checkpoint_io) is None
         self._attachment = Attachment(strategy, self, replaces=replaces)
+
+    def _detach(self) -> None:
+        attachment, self._attachment = self._attachment, None
+        if attachment is not None:
+            attachment.end()
 
     def overlap(self) -> None:
         """Overlap saves from now on."""

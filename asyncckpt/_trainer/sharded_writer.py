@@ -10,6 +10,7 @@ import torch
 
 from asyncckpt._saving.ranked import Ranked
 from asyncckpt._saving.sharded_save import ShardedSave
+from asyncckpt._snapshot.freeze import Freezer
 from asyncckpt.layout.description import Description
 
 if TYPE_CHECKING:
@@ -89,6 +90,7 @@ class ShardedWriter:
 
 
 def _pickled(rest: dict[str, Any]) -> bytes:
+    Freezer().freeze(rest)  # which names what cannot be pickled, or is a shard
     file = io.BytesIO()
     torch.save(rest, file)
     return file.getvalue()

@@ -1,0 +1,220 @@
+"""Sharded strategies of Lightning on two ranks: saved in the background, in the format that Lightning has."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+import asyncckpt
+
+PROGRAM = Path(__file__).with_name("lightning_ranks.py")
+FSDP, MODEL_PARALLEL = "fsdp", "model parallel"
+
+
+pytestmark = pytest.mark.timeout(500)
+
+SCENARIOS = ("steps", "top", "kinds", "fails", "refused", "plugin", "others", "fabric")
+
+
+@pytest.fixture(
+    scope="module", params=[pytest.param(FSDP, marks=pytest.mark.slow), MODEL_PARALLEL], name="run"
+)
+def run_scenarios(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """All scenarios with a strategy, in one program: to import Lightning takes most of the time.
+
+    FSDP refuses a machine without a GPU unless it is told that the CPU is the device, which the program does;
+    `ModelParallelStrategy` is Lightning's own.
+    """
+    directory = tmp_path_factory.mktemp("ranks")
+    process = subprocess.run(
+        [sys.executable, str(PROGRAM), str(directory), request.param, *SCENARIOS],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+    )
+    assert process.returncode == 0, process.stdout
+    return Run(directory, request.param)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the program has left.
+
+    Attributes:
+        path: its directory.
+        strategy: the strategy.
+    """
+
+    path: Path
+    strategy: str
+
+    def told(self, scenario: str) -> list[Any]:
+        """Return what each rank tells of a scenario."""
+        return [json.loads((self.path / f"{scenario}-{rank}.json").read_text()) for rank in range(2)]
+
+    def weights(self, state: Any) -> Any:
+        return state["model" if self.strategy == FSDP else "state_dict"]
+
+
+def known_to_both(told: list[Any]) -> Any:
+    assert told[0] == told[1]
+    return told[0]
+
+
+def loaded(path: Path) -> Any:
+    """Load what all ranks have saved together, by torch alone."""
+    out = path.with_suffix(".full")
+    dcp_to_torch_save(path, out)
+    return torch.load(out)
+
+
+def assert_same(found: Any, expected: Any) -> None:
+    """Assert equality of keys and values; kinds of dicts and lists do not matter."""
+    if isinstance(expected, dict):
+        assert found.keys() == expected.keys()
+        for key, value in expected.items():
+            assert_same(found[key], value)
+    elif isinstance(expected, list | tuple):
+        for one, other in zip(found, expected, strict=True):
+            assert_same(one, other)
+    elif isinstance(expected, torch.Tensor):
+        assert found.dtype == expected.dtype
+        assert torch.equal(found, expected)
+    else:
+        assert found == expected
+
+
+def test_either_class_resumes_from_the_other_and_torch_reads_what_was_saved(run: Run) -> None:
+    told = known_to_both(run.told("steps"))
+    assert told == {"stock-resumed": 6, "ours-resumed": 6, "ours-again": 6}
+    for step in range(1, 5):
+        path = run.path / "ours" / f"step={step}.ckpt"
+        state, expected = loaded(path), torch.load(run.path / f"ours-{step}.pt")
+        assert_same(run.weights(state), expected["weights"])
+        assert_same(state["optimizer_0"]["state"], expected["optimizers"][0]["state"])
+        asyncckpt.Checkpointer(run.path / "ours", sharded=True).verify(path)
+        stock = run.path / "stock" / f"step={step}.ckpt"
+        names = [sorted(file.name for file in folder.iterdir()) for folder in (path, stock)]
+        assert names[0] == names[1] == [".metadata", "__0_0.distcp", "__1_0.distcp", "meta.pt"]
+        metas = [torch.load(folder / "meta.pt", weights_only=False) for folder in (path, stock)]
+        assert [list(meta) for meta in metas] == [list(metas[1])] * 2
+        assert [meta["global_step"] for meta in metas] == [step] * 2
+    for resumed, source in (("stock-resumed", "ours"), ("ours-resumed", "stock"), ("ours-again", "ours")):
+        started = torch.load(run.path / f"{resumed}-start.pt")
+        assert_same(started, torch.load(run.path / f"{source}-2.pt"))
+
+
+def test_removals_and_links_wait_for_the_commit_of_a_directory(run: Run) -> None:
+    first, second = run.told("top")
+    events = first.pop("events")
+    second.pop("events")
+    assert known_to_both([first, second]) == {
+        "raised": None,
+        "best_k_models": {"1.ckpt": 2.0, "2.ckpt": 1.0},
+        "best": "2.ckpt",
+        "last": "last.ckpt",
+        "files": ["1.ckpt", "2.ckpt", "best.ckpt", "last.ckpt"],
+        "replaced": [],
+        "io": "StoreIO",
+        "validated": 1.0,
+    }
+    links = ["best.ckpt", "last.ckpt"]
+    assert [event for event in events if event[0] != "link"] == [
+        ["commit_folder", "0.ckpt", []],
+        ["commit_folder", "1.ckpt", ["0.ckpt", *links]],
+        ["commit_folder", "2.ckpt", ["0.ckpt", "1.ckpt", *links]],
+        ["remove", "0.ckpt", ["0.ckpt", "1.ckpt", "2.ckpt", *links]],
+    ]
+    linked = [(name, there) for operation, name, there in events if operation == "link"]
+    assert [name for name, _ in linked] == links * 3
+    assert all(f"{index // 2}.ckpt" in there for index, (_, there) in enumerate(linked))
+
+
+def test_a_pending_directory_exists_and_the_last_one_is_made_of_hard_links(run: Run) -> None:
+    told = known_to_both(run.told("kinds"))
+    assert told == {
+        "raised": None,
+        # Before the first batch; before the second: the one that is pending, its next version, and the disk.
+        "exist": [False, False, False, True, False, False],
+        "weights": ["same-v1.ckpt", "same.ckpt"],
+        "last": ["last.ckpt", "step=4.ckpt"],
+    }
+    weights = loaded(run.path / "weights" / "same.ckpt")
+    assert list(weights.values()) == [run.weights(weights)]
+    assert "optimizer_0" in loaded(run.path / "last" / "last.ckpt")
+    for file in (run.path / "last" / "last.ckpt").glob("*.distcp"):
+        assert file.samefile(run.path / "last" / "step=4.ckpt" / file.name)
+
+
+def test_all_ranks_hear_of_a_failure_and_list_what_is_there(run: Run) -> None:
+    told = known_to_both(run.told("fails"))
+    raised = {name: known.pop("raised") for name, known in told.items()}
+    assert "rank 1: OSError: [Errno 28] No space left" in raised["other"]
+    assert "[Errno 28] No space left" in raised["first"]
+    for known in told.values():
+        assert known == {
+            "best_k_models": {"0.ckpt": 3.0},
+            "best": "0.ckpt",
+            "last": "last.ckpt",
+            "files": ["0.ckpt", "last.ckpt"],
+            "replaced": [],
+            "io": "StoreIO",
+        }
+
+
+def test_all_ranks_refuse_what_the_first_cannot_pickle_and_finish_what_is_pending(
+    run: Run,
+) -> None:
+    told = run.told("refused")
+    refused = [known.pop("refused") for known in told]
+    assert refused[0].startswith('UnpicklableStateError: state["func"]: cannot pickle')
+    assert refused[1] == f"RankError: rank 0: {refused[0]}"
+    assert not (run.path / "refused").exists() or not list((run.path / "refused").iterdir())
+    known = known_to_both(told)
+    assert (known["raised"], known["files"]) == ("ArithmeticError: of the user", ["step=1.ckpt"])
+    assert known["replaced"] == []
+    assert "optimizer_0" in loaded(run.path / "raises" / "step=1.ckpt")
+
+
+def test_the_plugin_serves_lightnings_own_callback(run: Run) -> None:
+    told = known_to_both(run.told("plugin"))
+    assert told == {"files": ["step=1.ckpt", "step=2.ckpt"], "wrote": "asyncckpt", "before": [True]}
+
+
+def test_full_states_are_files_and_a_users_own_save_is_called(run: Run) -> None:
+    told = known_to_both(run.told("others"))
+    assert (told.pop("calls"), told.pop("wrote")) == (["step=1.ckpt", "step=2.ckpt"], "torch")
+    if run.strategy == MODEL_PARALLEL:
+        assert (told["ours"], told["raised"], told["files"]) == (True, None, ["step=4.ckpt"])
+        assert (told["replaced"], told["io"]) == ([], "TorchCheckpointIO")
+
+
+def test_fabric_loads_what_was_saved_in_the_background(run: Run) -> None:
+    told = known_to_both(run.told("fabric"))
+    assert told["seen"] == [1, "two"]
+    assert told["wrote"] == ["torch", "asyncckpt", "asyncckpt"]
+    assert told["replaced"] == []
+    assert len(told["refused"]) == 2
+    assert told["refused"][0].startswith("Could not find a")
+    assert told["refused"][1].startswith("Found multiple")
+    folders = [run.path / name for name in ("fabric-stock", "fabric", "fabric-loaded")]
+    states = [loaded(folder) for folder in folders]
+    assert sorted(states[0]) == ["model", "opt"]
+    assert_same(states[1], states[0])
+    assert_same(states[2], states[0])
+    metas = [torch.load(folder / "meta.pt", weights_only=False) for folder in folders]
+    assert metas[0] == metas[1]
+    assert metas[0]["rate"]["step_size"] == 2
+    if run.strategy == MODEL_PARALLEL:
+        assert sorted(loaded(run.path / "fabric-part")["model"]) == ["0.weight", "1.weight"]
