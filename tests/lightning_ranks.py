@@ -9,6 +9,7 @@ from __future__ import annotations
 import faulthandler
 import json
 import os
+import signal
 import socket
 import sys
 import warnings
@@ -16,121 +17,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lightning
+import pytest
 import torch
 from lightning.fabric import Fabric
-from lightning.fabric.strategies.fsdp import FSDPStrategy as FabricFSDP
 from lightning.fabric.strategies.model_parallel import ModelParallelStrategy as FabricModelParallel
 from lightning.pytorch.callbacks import ModelCheckpoint as StockCheckpoint
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-)
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 from asyncckpt import SaveError
+from asyncckpt._saving.engine import get_engine
+from asyncckpt._saving.saver import Saver
 from asyncckpt.lightning import AsyncCheckpointIO, ModelCheckpoint
 from asyncckpt.testing import FaultyStore, Gate, SlowStore
-from asyncckpt.testing.doubles import WrapperStore
-from trainers import Model, StoreIO, is_ours, trainer
+from sharded_lightning import Doing, Expected, FabricOnCPU, Notified, OnCPU, Seen, Sharded, layers, shard
+from trainers import StoreIO, delay_copies, is_ours, trainer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from asyncckpt.stores import Store
-
-CPU = torch.device("cpu")
-
-
-class OnCPU(FSDPStrategy):
-    """Lightning gives FSDP the index of a device, and a CPU has none."""
-
-    def _setup_model(self, model: nn.Module) -> nn.Module:
-        return FullyShardedDataParallel(model, device_id=CPU, **self.kwargs)
-
-
-class FabricOnCPU(FabricFSDP):
-    def setup_module(self, module: nn.Module) -> nn.Module:
-        return FullyShardedDataParallel(module, device_id=CPU, **self._fsdp_kwargs)
-
-
-class Sharded(Model):
-    """A model of uneven shards: 7 rows are divided over two ranks, and one more is on one of them only."""
-
-    def __init__(self, strategy: str = "model parallel", losses: tuple[float, ...] = (1.0,)) -> None:
-        super().__init__(losses)
-        self.layer = layers()  # type: ignore[assignment]
-        self.strategy = strategy
-
-    def configure_model(self) -> None:
-        if self.strategy == "model parallel" and not hasattr(self, "is_sharded"):
-            self.is_sharded = True
-            shard(self, self.device_mesh)
-
-
-def layers() -> nn.Sequential:
-    torch.manual_seed(3)
-    return nn.Sequential(nn.Linear(4, 7), nn.Linear(7, 1))
-
-
-def shard(module: Any, mesh: Any) -> Any:
-    mesh = mesh["data_parallel"]
-    for child in module.modules():
-        if isinstance(child, nn.Linear):
-            fully_shard(child, mesh=mesh)
-    return fully_shard(module, mesh=mesh)
-
-
-def full_state(model: nn.Module, optimizers: list[Any]) -> dict[str, Any]:
-    """Return weights and optimizer state of all ranks, by fully qualified names."""
-    options = StateDictOptions(full_state_dict=True)
-    weights = get_model_state_dict(model, options=options)
-    states = [get_optimizer_state_dict(model, optimizer, options=options) for optimizer in optimizers]
-    # What they return may be the live tensors.
-    return torch.utils._pytree.tree_map(  # type: ignore[no-any-return]
-        lambda value: value.clone() if isinstance(value, torch.Tensor) else value,
-        {"weights": weights, "optimizers": states},
-    )
-
-
-class Expected(lightning.Callback):
-    """Writes down the state after each batch, or when training starts."""
-
-    def __init__(self, directory: str, name: str) -> None:
-        self.directory, self.name = directory, name
-
-    def write(self, trainer: Any, name: str) -> None:
-        state = full_state(trainer.strategy.model, trainer.optimizers)
-        if trainer.is_global_zero:
-            torch.save(state | {"step": trainer.global_step}, f"{self.directory}/{name}")
-
-    def on_train_start(self, trainer: Any, *_: Any) -> None:
-        self.write(trainer, f"{self.name}-start.pt")
-
-    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
-        self.write(trainer, f"{self.name}-{trainer.global_step}.pt")
-
-
-class Seen(WrapperStore):
-    """Notes which checkpoints are there when one is committed or removed."""
-
-    def __init__(self, inner: Store, events: list[Any]) -> None:
-        super().__init__(inner)
-        self.events = events
-
-    async def before(self, operation: str, subject: str) -> None:
-        if operation in {"commit_folder", "remove", "link"}:
-            names = sorted(path.name for path in Path(self.inner.path_of("")).glob("*.ckpt"))
-            self.events.append([operation, subject, names])
-
-
-class Doing(lightning.Callback):
-    """Does something at a hook."""
-
-    def __init__(self, hook: str, func: Callable[[Any], object]) -> None:
-        setattr(self, hook, lambda trainer, *_: func(trainer))
 
 
 class Run:
@@ -147,14 +51,16 @@ class Run:
             return OnCPU(**({"state_dict_type": "sharded", "auto_wrap_policy": {nn.Linear}} | arguments))
         return ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, **arguments)
 
-    def fit(self, *callbacks: Any, losses: tuple[float, ...] = (1.0,), **arguments: Any) -> Any:
+    def fit(
+        self, *callbacks: Any, losses: tuple[float, ...] = (1.0,), width: int = 7, **arguments: Any
+    ) -> Any:
         """Train; returns the Trainer, with what it raised as its `raised`."""
         fit = {"ckpt_path": arguments.pop("ckpt_path", None)}
         run = trainer(*callbacks, **{"strategy": self.strategy(), "devices": 2, "max_epochs": 2} | arguments)
         run.raised = None
         try:
-            run.fit(Sharded(self.kind, losses), **fit)
-        except (SaveError, ArithmeticError) as error:
+            run.fit(Sharded(self.kind, losses, width), **fit)
+        except (SaveError, ArithmeticError, SystemExit) as error:
             run.raised = f"{type(error).__name__}: {error}"
         return run
 
@@ -204,17 +110,17 @@ class Run:
     def top(self) -> Any:
         """Keep the two best, with links; see what was there at each moment."""
         events: list[Any] = []
+        logger = Notified()
         saves = ModelCheckpoint(
             self.path("top"), "{epoch}", "val_loss", save_top_k=2, save_last="link", save_best="link",
             auto_insert_metric_name=False,
         )  # fmt: skip
-        run = self.fit(
-            saves, losses=(3.0, 2.0, 1.0), max_epochs=3, plugins=[StoreIO(lambda store: Seen(store, events))]
-        )
+        plugins = [StoreIO(lambda store: Seen(store, events))]
+        run = self.fit(saves, losses=(3.0, 2.0, 1.0), max_epochs=3, logger=logger, plugins=plugins)
         told = self.listing(run)
         tested = trainer(saves, strategy=self.strategy(), devices=2)
         found = tested.validate(Sharded(self.kind), ckpt_path=saves.best_model_path, verbose=False)
-        return told | {"events": events, "validated": found[0]["val_loss"]}
+        return told | {"events": events, "notified": logger.paths, "validated": found[0]["val_loss"]}
 
     def kinds(self) -> Any:
         """Copy the newest as the last; save weights only; count versions of pending names."""
@@ -285,6 +191,63 @@ class Run:
         )
         return {"refused": raised, **self.listing(run)}
 
+    def overlapped(self) -> Any:
+        """Let saves be copied during the next batch."""
+        started: list[Any] = []
+
+        def note(saver: Any, *arguments: Any, **options: Any) -> Any:
+            started.append(start(saver, *arguments, **options))
+            return started[-1]
+
+        start = Saver.start
+        patch = pytest.MonkeyPatch()
+        patch.setattr(Saver, "start", note)
+        delay_copies(patch.setattr)
+        saves = ModelCheckpoint(
+            self.path("overlapped"), "{step}", every_n_train_steps=1, save_top_k=-1, overlap=True
+        )
+        run = self.fit(Expected(self.directory, "overlapped"), saves, width=30_000)
+        patch.undo()
+        return {"raised": run.raised, "overlapped": [save.stats.overlapped for save in started]}
+
+    def sigterm(self) -> Any:
+        """Get SIGTERM on both ranks while a save is pending."""
+
+        def kill(run: Any) -> None:
+            if run.global_step == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        run = self.fit(
+            Doing("on_train_batch_start", kill),
+            ModelCheckpoint(self.path("sigterm"), "{step}", every_n_train_steps=1, save_top_k=-1),
+            plugins=[StoreIO(lambda store: SlowStore(store, delays={"commit_folder": 0.3}))],
+        )
+        return self.listing(run)
+
+    def package(self) -> Any:
+        """Use the package `pytorch_lightning`."""
+        import pytorch_lightning  # noqa: PLC0415 - one of the scenarios
+        from pytorch_lightning.strategies import ModelParallelStrategy as Strategy  # noqa: PLC0415
+
+        from asyncckpt.pytorch_lightning import ModelCheckpoint as Checkpoint  # noqa: PLC0415
+
+        class Other(pytorch_lightning.LightningModule):  # type: ignore[misc] # its types are not looked at
+            configure_model = Sharded.configure_model
+            training_step = Sharded.training_step
+            configure_optimizers = Sharded.configure_optimizers
+            train_dataloader = Sharded.train_dataloader
+
+            def __init__(self) -> None:
+                super().__init__()
+                self.layer, self.strategy = layers(), "model parallel"
+
+        saves = Checkpoint(self.path("package"), "{step}", every_n_train_steps=1)
+        strategy = Strategy(data_parallel_size=2, tensor_parallel_size=1)
+        run = trainer(saves, package=pytorch_lightning, strategy=strategy, devices=2, max_epochs=1)
+        run.fit(Other())
+        run.raised = None
+        return self.listing(run) | {"wrote": self.wrote("package", "step=2.ckpt")}
+
     def plugin(self) -> Any:
         """Use the plugin with Lightning's own callback; save before the loop."""
         io, path = AsyncCheckpointIO(), self.path("plugin")
@@ -303,6 +266,26 @@ class Run:
 
         self.fit(Doing("on_train_start", save), ModelCheckpoint(self.path("then")), num_sanity_val_steps=0)
         return {"files": self.names("plugin"), "before": found, "wrote": self.wrote("plugin", "step=1.ckpt")}
+
+    def removal(self) -> Any:
+        """Let a removal fail on the first rank, with the plugin and Lightning's own callback."""
+
+        def fail(store: Store) -> Store:
+            double = FaultyStore(store)
+            double.fail("remove", OSError(13, "Permission denied"))
+            return double
+
+        io = StoreIO(fail)
+        run = trainer(
+            Doing("on_train_batch_start", lambda _: get_engine().drain()),
+            StockCheckpoint(self.path("removal"), "{step}", every_n_train_steps=1),
+            strategy=self.strategy(), devices=2, max_epochs=2, plugins=[io],
+        )  # fmt: skip
+        io.attach(run)
+        try:
+            run.fit(Sharded(self.kind))
+        except SaveError as error:
+            return {"raised": f"{type(error).__name__}: {error}", "step": run.global_step}
 
     def wrote(self, *path: str) -> str:
         """Return who wrote a checkpoint."""
@@ -358,7 +341,7 @@ class Run:
         state["opt"].step()
         fabric.save(self.path("fabric-stock"), state)
         refused = []
-        with AsyncCheckpointIO() as io:
+        with StoreIO(lambda store: SlowStore(store, delays={"commit_folder": 0.3})) as io:
             io.attach(fabric)
             fabric.save(self.path("fabric"), state)
             state["opt"].step()
@@ -366,10 +349,8 @@ class Run:
             loaded["seen"] = None
             fabric.load(self.path("fabric"), loaded)  # waits
             fabric.save(self.path("fabric-loaded"), loaded)
-            bad_states: list[dict[str, Any]] = [
-                {"seen": 1},
-                {"model": state["model"], "twin": state["model"]},
-            ]
+            model = state["model"]
+            bad_states: list[dict[str, Any]] = [{"seen": 1}, {"model": model, "twin": model}]
             for bad in bad_states:
                 try:
                     fabric.save(self.path("fabric-bad"), bad)

@@ -22,7 +22,10 @@ FSDP, MODEL_PARALLEL = "fsdp", "model parallel"
 
 pytestmark = pytest.mark.timeout(500)
 
-SCENARIOS = ("steps", "top", "kinds", "fails", "refused", "plugin", "others", "fabric")
+SCENARIOS = (
+    "steps", "top", "kinds", "fails", "refused", "removal", "plugin", "others", "fabric", "overlapped",
+    "sigterm", "package",
+)  # fmt: skip
 
 
 @pytest.fixture(
@@ -118,7 +121,8 @@ def test_either_class_resumes_from_the_other_and_torch_reads_what_was_saved(run:
 def test_removals_and_links_wait_for_the_commit_of_a_directory(run: Run) -> None:
     first, second = run.told("top")
     events = first.pop("events")
-    second.pop("events")
+    assert (second.pop("events"), second.pop("notified")) == ([], [])
+    assert first.pop("notified") == ["0.ckpt", "1.ckpt", "2.ckpt"]
     assert known_to_both([first, second]) == {
         "raised": None,
         "best_k_models": {"1.ckpt": 2.0, "2.ckpt": 1.0},
@@ -185,6 +189,38 @@ def test_all_ranks_refuse_what_the_first_cannot_pickle_and_finish_what_is_pendin
     assert (known["raised"], known["files"]) == ("ArithmeticError: of the user", ["step=1.ckpt"])
     assert known["replaced"] == []
     assert "optimizer_0" in loaded(run.path / "raises" / "step=1.ckpt")
+
+
+def test_overlapped_saves_defer_what_each_rank_has_of_a_dtensor(run: Run) -> None:
+    told = known_to_both(run.told("overlapped"))
+    # By turns, to be compared. What FSDP has copied for the save is not deferred.
+    assert told == {"raised": None, "overlapped": [run.strategy == MODEL_PARALLEL, False] * 2}
+    for step in range(1, 5):
+        state = loaded(run.path / "overlapped" / f"step={step}.ckpt")
+        expected = torch.load(run.path / f"overlapped-{step}.pt")
+        assert_same(run.weights(state), expected["weights"])
+        assert_same(state["optimizer_0"]["state"], expected["optimizers"][0]["state"])
+
+
+def test_sigterm_waits_for_what_is_pending_on_all_ranks(run: Run) -> None:
+    told = known_to_both(run.told("sigterm"))
+    assert (told["raised"], told["files"]) == ("SIGTERMException: ", ["step=1.ckpt", "step=2.ckpt"])
+    assert told["replaced"] == []
+    assert "optimizer_0" in loaded(run.path / "sigterm" / "step=2.ckpt")
+
+
+def test_the_other_package_saves_in_the_background_too(run: Run) -> None:
+    told = known_to_both(run.told("package"))
+    assert (told["files"], told["wrote"]) == (["step=2.ckpt"], "asyncckpt")
+    assert (told["replaced"], told["io"]) == ([], "TorchCheckpointIO")
+
+
+def test_a_failed_removal_is_raised_on_all_ranks(run: Run) -> None:
+    first, second = run.told("removal")
+    assert [first["step"], second["step"]] == [3, 3]
+    assert first["raised"].startswith("SaveError: ")
+    assert "step=1.ckpt could not be removed or linked: " in first["raised"]
+    assert second["raised"] == f"RankError: rank 0: {first['raised']}"
 
 
 def test_the_plugin_serves_lightnings_own_callback(run: Run) -> None:

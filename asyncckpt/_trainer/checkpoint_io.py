@@ -281,13 +281,9 @@ class BackgroundIO(Base):
                 self.checkpoint_io.teardown()
 
     def attach(self, owner: Any) -> None:
-        """Make the saves of a Trainer or a Fabric asynchronous; idempotent.
+        """Make the saves of a Trainer or a Fabric asynchronous until `teardown` or the end of `with`.
 
-        It is needed with sharded strategies, which know no plugins, unless asyncckpt's `ModelCheckpoint` is
-        there. It holds until the end of the Trainer's next run, or that of a `with` block of this plugin.
-
-        Args:
-            owner: a Trainer or a Fabric, on every rank.
+        Needed with sharded strategies, unless asyncckpt's `ModelCheckpoint` is there. Call it on every rank.
         """
         strategy = owner.strategy
         if self._attachment is not None and self._attachment.strategy is strategy:
