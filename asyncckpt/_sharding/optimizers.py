@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from asyncckpt._sharding.detect import is_dtensor
 from asyncckpt._sharding.modules import has_flat_parameters, namer
+from asyncckpt._snapshot.local_tensors import is_dtensor
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
