@@ -12,7 +12,7 @@ import pytest
 from asyncckpt._ranks.coordination import Coordination, Exchange
 from asyncckpt._ranks.group import ProcessGroup
 from asyncckpt._ranks.ranges import named
-from asyncckpt.errors import BusyError, RankError
+from asyncckpt.errors import RankError
 from interrupts import wait_until
 from rank_threads import KINDS, Stores, failures, hash_store, tcp_store, together
 

@@ -37,6 +37,10 @@ class FaultyStore:
     def __init__(self, store: Any, at: int | None, slowness: float) -> None:
         self._store, self._at, self._slowness, self._number = store, at, slowness, 0
 
+    def heal(self) -> None:
+        """Have no fault any longer."""
+        self._at = None
+
     def _request(self, name: str, *args: Any) -> Any:
         self._number += 1
         if self._at is not None and self._number >= -self._at > 0:
@@ -150,6 +154,8 @@ def check(seed: int) -> None:
         assert len(failed) <= 1, (seed, number, saves)
         assert not failed or failed == saves, (seed, number, saves)
     if not any(rank.died for rank in ranks):
+        for faulty in stores:
+            faulty.heal()
         heal(seed, ranks, store)
 
 
