@@ -163,8 +163,11 @@ def heal(seed: int, ranks: list[Rank], store: Any) -> None:
     """Check that the ranks find each other again, and leave only what a silent store made them leave."""
     for rank in ranks:
         rank.ranks.timeout = 30
-    numbers = together(ranks, lambda rank: rank.ranks.exchange("end"))
-    assert all(said == numbers[0] and isinstance(said, Exchange) for said in numbers), (seed, numbers)
+    for _ in range(3):  # a call that the store did not answer in time may be broken off in the first ones
+        ends = together(ranks, lambda rank: rank.ranks.exchange("end"))
+        if all(isinstance(said, Exchange) for said in ends):
+            break
+    assert all(said == ends[0] and isinstance(said, Exchange) for said in ends), (seed, ends)
     together(ranks, lambda rank: rank.ranks.close())
     assert store.num_keys() <= 3 * sum(rank.silences for rank in ranks), seed
 

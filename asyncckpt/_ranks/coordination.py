@@ -148,8 +148,8 @@ class Coordination:
             state = self._wait(arrivals, running, came=came)
             self._passed.append((number, state))
             if state.stage is Stage.DONE:
-                self._spent += self._passed[:-1]
-                del self._passed[:-1]
+                self._spent += [passed for passed in self._passed if passed[0] < number]
+                self._passed = [passed for passed in self._passed if passed[0] >= number]
                 return Exchange(number, {flag: from_ranges(ranges) for flag, ranges in state.flags.items()})
             if came or state.same == note.same:
                 raise RankError(state.text)
