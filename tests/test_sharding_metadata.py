@@ -28,7 +28,10 @@ from asyncckpt._sharding.metadata import dump_metadata, load_metadata
 from asyncckpt._sharding.planning import LocalPlan, global_plan
 from asyncckpt.errors import CorruptCheckpointError, UnsafeStateError
 
-pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is")
+pytestmark = [  # of stock DCP
+    pytest.mark.filterwarnings("ignore:torch.distributed is"),
+    pytest.mark.filterwarnings("ignore:TypedStorage is deprecated"),
+]
 
 STATE = {
     "model": {"weight": torch.ones(3, 4, dtype=torch.bfloat16), "count": torch.tensor(1)},

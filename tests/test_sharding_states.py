@@ -18,7 +18,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is")
+pytestmark = [  # of stock DCP
+    pytest.mark.filterwarnings("ignore:torch.distributed is"),
+    pytest.mark.filterwarnings("ignore:TypedStorage is deprecated"),
+]
 
 
 def net() -> nn.Sequential:
@@ -103,7 +106,7 @@ def test_an_optimizer_that_has_not_stepped_is_only_looked_at() -> None:
 def optimizers_of(model: Any) -> list[torch.optim.Optimizer]:
     """Return optimizers with groups, a tensor as learning rate, momentum, and frozen parameters."""
     model[2].bias.requires_grad = False
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": [model[0].bias, model[0].weight], "lr": torch.tensor(0.2)},
         {"params": [model[2].bias]},
     ]
