@@ -155,8 +155,8 @@ odd["shards"] = init_from_local_shards(shards, 12, 2)
 compare("odd", odd)
 
 flat = FullyShardedDataParallel(net(), device_id=torch.device("cpu"))
-if torch.__version__.startswith("2.7"):  # its optimizer states need a GPU
-    compare("fsdp1", {"model": flat}, {"model": get_model_state_dict(flat)})
+if torch.__version__.startswith("2.7"):  # it needs a GPU there
+    told.append("left out")
 else:
     check("fsdp1", flat)
 """,

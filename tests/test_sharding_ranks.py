@@ -204,7 +204,7 @@ opt.step()
     assert all(values == first[0] for values in first + second)
 
 
-@pytest.mark.skipif(torch.__version__.startswith("2.7"), reason="its optimizer states need a GPU")
+@pytest.mark.skipif(torch.__version__.startswith("2.7"), reason="it needs a GPU there")
 def test_flat_parameters_are_saved_and_restored(interpreter: Interpreter, tmp_path: Path) -> None:
     told = on_ranks(
         interpreter,
