@@ -135,12 +135,14 @@ class GlobalPlan:
         metadata: of the checkpoint, without what is known after the writes.
     """
 
-    def __init__(self, plans: Sequence[SavePlan], decided: Sequence[SavePlan], metadata: Metadata) -> None:
+    def __init__(
+        self, asked: Sequence[Sequence[MetadataIndex]], decided: Sequence[SavePlan], metadata: Metadata
+    ) -> None:
         self.metadata = metadata
         self.kept: list[bytes] = []
         self._indices: list[list[MetadataIndex]] = []
-        for plan, final in zip(plans, decided, strict=True):
-            positions = {item.index: position for position, item in enumerate(plan.items)}
+        for indices, final in zip(asked, decided, strict=True):
+            positions = {index: position for position, index in enumerate(indices)}
             self.kept.append(np.array([positions[item.index] for item in final.items], np.uint32).tobytes())
             tensors = [item.index for item in final.items if item.tensor_data is not None]
             objects = [item.index for item in final.items if item.tensor_data is None]
@@ -175,11 +177,12 @@ def global_plan(payloads: Sequence[bytes], planner: SavePlanner | None = None) -
     plans = [decoder.decode(payload) for payload in payloads]
     check_plans(plans)
     planner = _default_planner() if planner is None else planner
+    asked = [[item.index for item in plan.items] for plan in plans]  # torch 2.7 takes items out of the plans
     try:
         decided, metadata = planner.create_global_plan(plans)
     except (ValueError, AssertionError) as error:
         raise SaveError(f"the states of the ranks do not fit together: {error}") from error
-    return GlobalPlan(plans, decided, metadata)
+    return GlobalPlan(asked, decided, metadata)
 
 
 def _default_planner() -> Any:
