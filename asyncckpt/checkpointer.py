@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from anyio import CancelScope, to_thread
 
 from asyncckpt._finder import Finder
-from asyncckpt._stateful import collect, stateful_objects
+from asyncckpt._loading.agreement import ALONE, Ranks
 from asyncckpt._saving.arguments import checked_metrics, checked_step
 from asyncckpt._saving.due import Due
 from asyncckpt._saving.engine import get_engine
 from asyncckpt._saving.overlapping import DEVICE_MEMORY, Overlapping
-from asyncckpt._ranks.claims import claim
+from asyncckpt._saving.ranked import Ranked
 from asyncckpt._saving.saver import Saver
 from asyncckpt._saving.series_writer import SeriesWriter
+from asyncckpt._saving.sharded_save import ShardedSave
 from asyncckpt._saving.targets import FileTarget
+from asyncckpt._stateful import collect, stateful_objects
 from asyncckpt.errors import (
     AsyncCkptError,
     CheckpointNotFoundError,
@@ -32,12 +36,14 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
     from types import TracebackType
 
+    from torch.distributed import ProcessGroup
     from typing_extensions import Self
 
     from asyncckpt._saving.overlapping import GuardKind
     from asyncckpt._saving.reports import OnCommit, OnError
     from asyncckpt._saving.save import Save
     from asyncckpt._saving.saver import WhenBusy
+    from asyncckpt._snapshot.deferred import Overlap
     from asyncckpt.retention import Policy
     from asyncckpt.schedule import Schedule
     from asyncckpt.stores import Store
@@ -78,6 +84,12 @@ class Checkpointer(Finder):
             method that takes an `asyncckpt.schedule.Progress`.
         on_signal: signals after which a save is `due`, such as `("SIGTERM", "SIGUSR1")`. They do not end the
             process until this is closed; see `StopOnSignal`.
+        sharded: whether all ranks of the process group write each checkpoint together, as a folder in the
+            format of `torch.distributed.checkpoint`; None to do so if the state holds sharded tensors. With
+            True, tensors that all ranks have alike are divided among them. Otherwise one rank, rank 0 as a
+            rule, writes the file, and `save` on the other ranks only waits for it in the background.
+        process_group: of the ranks, as `torch.distributed` makes it; None for the default group.
+        rank_timeout: seconds that ranks wait for each other before a save fails on all of them.
         grace: seconds that `close` waits for pending saves after the latest of these signals. Then it gives
             them up and raises BusyError. None waits without limit.
 
@@ -109,13 +121,17 @@ class Checkpointer(Finder):
         every: Schedule | None = None,
         on_signal: str | int | Iterable[str | int] = (),
         grace: float | None = None,
+        sharded: bool | None = None,
+        process_group: ProcessGroup | None = None,
+        rank_timeout: float = 300.0,
     ) -> None:
         super().__init__(directory, store, filename, keep, storage_options)
         self._overlapping = Overlapping(overlap, guard, device_memory)
         self._saver = Saver(max_in_flight, when_busy, on_error, on_commit)
-        self._due = Due(every, on_signal, grace, self._saver)
+        self._due = Due(every, on_signal, grace, self._saver, process_group)
+        series = f"{self.directory}/{filename}"
+        self._ranked = Ranked(sharded, process_group, rank_timeout, series, self._saver, when_busy)
         self._closed = False
-        self._unclaim: Callable[[], object] | None = None
         self._writer = SeriesWriter(self._store, self._list, self._keep, overwrite=overwrite, prepared=create)
         self._saver.open()
         if create:
@@ -174,6 +190,7 @@ class Checkpointer(Finder):
         *,
         metrics: Mapping[str, float] | None = None,
         overlap: bool | None = None,
+        rank_state: Any = None,
     ) -> Save:
         """Save `state` in the background; return once it may be changed again.
 
@@ -187,8 +204,12 @@ class Checkpointer(Finder):
                 its dicts, lists and tuples are saved as their state dicts.
             metrics: values by name; for the file name, retention and `best`.
             overlap: as in the constructor, which gives the default. Optimizers in the state are attached.
+            rank_state: what a sharded checkpoint holds of each rank of its own, such as the state of random
+                generators and data loaders; a dict of what `state` may hold.
 
         Raises:
+            RankError: another rank cannot save, calls with another step, or does not call in time. No rank
+                has started this save.
             SaveError: the state cannot be saved (the message gives the path of the entry), or an earlier save
                 failed and its error was not raised yet. This save was not started.
             CheckpointExistsError: a checkpoint of another step already has this name.
@@ -201,24 +222,65 @@ class Checkpointer(Finder):
         numbers = checked_metrics(metrics)
         check_metrics(self._keep, numbers)
         name = self._names.name(step, numbers)
-        if self._unclaim is None:
-            self._unclaim = claim(self.directory, self._names.template)
-        self._writer.refuse_taken(name, step)
         description = Description(0, step, numbers, time.time(), filename=self._names.template)
         if len(description.encode()) > MAX_BYTES:
             raise ValueError(f"the metrics take more than {MAX_BYTES} bytes; put them into the state instead")
-        target = FileTarget(self._store, name, description, self._writer)
-        objects: list[Any] = []
-        collected = collect(state, objects)
-        overlapped, reason = self._overlapping.of(overlap, objects)
-        save = self._saver.save(collected, target, step, began, overlapped)
-        save.stats.reason = save.stats.reason or reason
+        chosen = partial(self._overlapping.of, overlap)
+        if self._ranked.shards(state):
+            name = self._names.folder_name(step, numbers)
+            wanted = self._sharded(step, state, name, description, began, chosen, rank_state)
+            save = self._ranked.saves().save(wanted)
+        elif rank_state is not None:
+            raise ValueError("rank_state goes with a sharded save, which sharded=True asks for")
+        else:
+            save = self._save_file(step, state, name, description, began, chosen)
         if overlap is None:
             self._overlapping.note(save, began)
         if not save.skipped:
             self._writer.note_name(name, step)
             self._due.save_taken(step, began, save)
         return save
+
+    def _save_file(  # noqa: PLR0913, PLR0917 - what is saved, and where
+        self,
+        step: int,
+        state: Any,
+        name: str,
+        description: Description,
+        began: float,
+        chosen: Callable[[list[Any]], tuple[Overlap | None, str]],
+    ) -> Save:
+        """Save a file, unless another rank does."""
+
+        def start() -> Save:
+            self._writer.refuse_taken(name, step)
+            objects: list[Any] = []
+            collected = collect(state, objects)
+            overlapped, reason = chosen(objects)
+            save = self._saver.save(collected, target, step, began, overlapped)
+            save.stats.reason = save.stats.reason or reason
+            return save
+
+        target = FileTarget(self._store, name, description, self._writer)
+        writer = self._ranked.writer()
+        if writer is None:
+            return start()
+        return writer.save(self._saver, state, target, step, began, start)
+
+    def _sharded(  # noqa: PLR0913, PLR0917 - what is saved, and where
+        self,
+        step: int,
+        state: Any,
+        name: str,
+        description: Description,
+        began: float,
+        chosen: Callable[[list[Any]], tuple[Overlap | None, str]],
+        rank_state: Any,
+    ) -> ShardedSave:
+        refuse = partial(self._writer.refuse_taken, name, step)
+        return ShardedSave(
+            step, state, self._store, name, description, began, refuse, chosen, self._writer, rank_state
+        )
 
     def attach(self, *optimizers: Any) -> None:
         """Let overlapped saves defer the parameters and the state of optimizers until their next step.
@@ -241,6 +303,12 @@ class Checkpointer(Finder):
         GPU, later operations of the current stream wait, and the host does not.
         """
         self._saver.fence()
+
+    def _ranks_of(self, state: Any) -> Ranks:
+        if not self._ranked.shards(state):
+            return ALONE
+        ranks = self._ranked.coordination()
+        return Ranks(self._ranked.agree, ranks.rank, ranks.size)
 
     def _note_state(self, state: Any) -> None:
         self._overlapping.attach_found(stateful_objects(state))
@@ -282,7 +350,7 @@ class Checkpointer(Finder):
         if self._closed:
             raise SaveError(f"the Checkpointer of {self.directory} is closed; make a new one")
 
-    def reserve(self, state: Any) -> int:
+    def reserve(self, state: Any, *, rank_state: Any = None) -> int:
         """Allocate host memory for snapshots of `state`, so that the first save is as fast as later ones.
 
         Call it after the first optimizer step: before that the optimizer has no state, and the memory has to
@@ -295,6 +363,10 @@ class Checkpointer(Finder):
             SaveError: the state cannot be saved, or the Checkpointer is closed.
         """
         self._refuse_if_closed()
+        if self._ranked.shards(state):
+            description = Description(0, 0, {}, time.time())
+            wanted = self._sharded(0, state, "", description, 0.0, lambda _: (None, ""), rank_state)
+            return self._ranked.saves().reserve(replace(wanted, refuse=lambda: None))
         return self._saver.reserve(collect(state))
 
     def wait(self, timeout: float | None = None) -> None:
@@ -317,9 +389,8 @@ class Checkpointer(Finder):
             self._release()
 
     def _release(self) -> None:
-        """Release the engine, and the claim on the series unless a save of it is pending."""
+        """Release the engine."""
         self._overlapping.close()
-        if self._unclaim is not None and not self._saver.pending:
-            self._unclaim()
+        self._ranked.close()
         self._due.close()
         self._saver.close()

@@ -61,6 +61,7 @@ class SaveStats:
     Attributes:
         stall: duration of the call of `save`, which the training thread lost.
         wait: part of `stall`: waiting for an earlier save.
+        agreement: part of `stall`: waiting for the other ranks of a sharded save.
         freeze: part of `stall`: pickling everything but the tensors' bytes.
         copy: part of `stall`: copying tensors to host memory, or cloning them on their device.
         overlapped: whether a part was copied after `save` had returned.
@@ -81,6 +82,7 @@ class SaveStats:
 
     stall: float = 0.0
     wait: float = 0.0
+    agreement: float = 0.0
     freeze: float = 0.0
     copy: float = 0.0
     overlapped: bool = False

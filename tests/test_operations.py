@@ -13,7 +13,7 @@ from asyncckpt._loading.planned import load_plan
 from asyncckpt._saving import operations, staging
 from asyncckpt._saving.engine import get_engine
 from asyncckpt._saving.saver import Saver
-from asyncckpt._saving.staging import Stager
+from asyncckpt._saving.staging import FileStager
 from asyncckpt._saving.targets import FileTarget
 from asyncckpt._snapshot.copy import copy_ranges
 from asyncckpt.layout.description import Description
@@ -110,7 +110,7 @@ def test_a_snapshot_is_a_state_for_somebody_elses_writer() -> None:
     shared = torch.arange(12.0).view(3, 4)
     state = {"a": shared, "b": shared[1], "t": shared.t(), "n": [1, None], "half": torch.ones(2).bfloat16()}
     arena = get_engine().arena
-    stager = Stager(arena)
+    stager = FileStager(arena)
     stats = SaveStats()
     snapshot = stager.stage(stager.freeze(state, stats), stats)
     snapshot.copy()

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from asyncckpt import Checkpointer, RandomState, StateMismatchError
-from asyncckpt._stateful import is_stateful
 from asyncckpt._snapshot.freeze import Freezer
+from asyncckpt._stateful import is_stateful
 from support import run_python
 
 if TYPE_CHECKING:

@@ -79,6 +79,8 @@ class FolderRestore:
         saved = matched(self._live, tree, lambda entry: values[id(entry)], is_whole)
         self._plan = FolderPlan(self._live, saved, self._folder, is_whole, self._target)
         self._plan.problems += problems
+        if self._target.subset:
+            self._plan.unexpected.clear()
         self._plan.changes += [carry_over(*pair) for pair in self._pairs]
         raise_misfits(self._plan, self._folder.path)
 

@@ -7,13 +7,13 @@ import math
 import time
 import weakref
 from signal import Signals
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from asyncckpt._ranks.group import process_group
 from asyncckpt._ranks.verdicts import Agreement, Verdict
 from asyncckpt._saving.arguments import check_timing
 from asyncckpt._saving.costs import CostMeter
 from asyncckpt._saving.engine import get_engine
-from asyncckpt._ranks.group import process_group
 from asyncckpt.errors import BusyError
 from asyncckpt.schedule import AnyOf, Progress, calls_until_due
 from asyncckpt.signals import StopOnSignal
@@ -43,6 +43,7 @@ class Due:
         on_signal: a signal, or several, after which a save is due.
         grace: seconds from the latest signal for which `drain` waits at most, or None.
         saver: takes the saves.
+        group: the process group; None for the default one.
 
     Attributes:
         signum: the latest signal that made a save due, on this rank or another one; or None.
@@ -59,6 +60,7 @@ class Due:
         on_signal: str | int | Iterable[str | int],
         grace: float | None,
         saver: Saver,
+        group: Any = None,
     ) -> None:
         signals = (on_signal,) if isinstance(on_signal, (str, int)) else tuple(on_signal)
         check_timing(every, grace, has_signals=bool(signals))
@@ -75,6 +77,7 @@ class Due:
         self._seen: set[int] = set()  # signals that were acted on, or reported to rank 0
         self._asked = False  # by a signal, until a save is taken
         self._saver = saver
+        self._group = group
         self._agreement: Agreement | None = None
         self._costs = CostMeter()
         self._calls = 0
@@ -154,7 +157,7 @@ class Due:
 
     def _begin_call(self, step: int, now: float) -> None:
         if not self._calls:
-            group = process_group()
+            group = process_group(self._group)
             self._agreement = None if group is None else Agreement(group)
             self._step = step - 1
             if not self._saves:

@@ -16,7 +16,7 @@ from asyncckpt.errors import SaveError
 
 if TYPE_CHECKING:
     from asyncckpt._saving.saver import Saver
-    from asyncckpt._saving.staging import Snapshot, Stager
+    from asyncckpt._saving.staging import Frozen, Snapshot, Stager
     from asyncckpt._saving.targets import Target
     from asyncckpt._snapshot.deferred import Overlap
 
@@ -37,7 +37,7 @@ class Job(Operation):
     Attributes:
         save: the handle that the caller gets.
         thread: id of the thread that takes the snapshot; None once it is in host memory and submitted.
-        snapshot: the state, once it is frozen.
+        snapshot: the state, once it is frozen; None for a target that takes none.
         submitted: whether it was submitted to the engine.
         replaced: queued saves that it replaces.
     """
@@ -53,15 +53,14 @@ class Job(Operation):
         self._target = target
         self._began = began
 
-    def stage(self, state: object, stager: Stager, overlap: Overlap | None, *, wait: bool) -> None:
-        """Freeze a state, and lease host memory for it.
+    def stage(self, frozen: Frozen, stager: Stager, overlap: Overlap | None, *, wait: bool) -> None:
+        """Lease host memory for a frozen state.
 
         Raises:
-            SaveError: the state cannot be saved, or exceeds the memory limit.
+            SaveError: the state exceeds the memory limit.
             BusyError: the memory is in use, and `wait` is false.
         """
-        stats = self.save.stats
-        self.snapshot = stager.stage(stager.freeze(state, stats), stats, overlap, wait=wait)
+        self.snapshot = stager.stage(frozen, self.save.stats, overlap, wait=wait)
 
     def copy_and_submit(self, state: object) -> None:
         """Copy the state to host memory and submit it; a large one is submitted before the copy.
@@ -91,6 +90,13 @@ class Job(Operation):
         self.thread = None
         self.save.stats.stall = time.perf_counter() - self._began
 
+    def submit_without_state(self) -> None:
+        """Submit a save whose target takes no snapshot."""
+        self.thread = None
+        _release(self.save)
+        self._saver.submit(self)
+        self.save.stats.stall = time.perf_counter() - self._began
+
     def fence(self) -> None:
         """Return once the state may be changed."""
         if self.snapshot is not None and self.snapshot.deferred is not None:
@@ -114,13 +120,13 @@ class Job(Operation):
     async def run(self) -> None:
         """Write the snapshot, report the result, and evict older checkpoints."""
         saver, save, snapshot = self._saver, self.save, self.snapshot
-        assert snapshot is not None  # noqa: S101 - it is staged
         try:
             try:
-                checkpoint = await self._target.write(snapshot, save.stats)
+                checkpoint = await self._target.write(snapshot, save.stats)  # type: ignore[arg-type] # or None
             finally:
-                # A write may fail during the copy; the buffer is free only after the copy.
-                await in_thread(snapshot.filled.wait_for_end)
+                if snapshot is not None:
+                    # A write may fail during the copy; the buffer is free only after the copy.
+                    await in_thread(snapshot.filled.wait_for_end)
                 saver.free(self)
         except BaseException as error:  # noqa: BLE001 - reported, whatever it is
             self.effects = {}

@@ -6,8 +6,8 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 from weakref import WeakSet
 
-from asyncckpt._saving.engine import get_engine
 from asyncckpt._ranks.group import process_group
+from asyncckpt._saving.engine import get_engine
 from asyncckpt._snapshot import fences
 from asyncckpt._snapshot.local_tensors import local_of
 from asyncckpt.errors import SaveError

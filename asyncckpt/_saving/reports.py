@@ -67,6 +67,11 @@ class Reports:
         failure.__cause__ = error
         self._keep(failure, None)
 
+    def has_failures(self) -> bool:
+        """Return whether `raise_failures` would raise."""
+        with self._lock:
+            return any(outcome is None or not outcome.retrieved for outcome, _ in self._failures)
+
     def raise_failures(self, hint: str = "") -> None:
         """Raise the failures that were neither raised nor retrieved yet, once.
 

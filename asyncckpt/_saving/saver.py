@@ -15,15 +15,17 @@ from asyncckpt._saving.engine_threads import in_callback
 from asyncckpt._saving.job import Job
 from asyncckpt._saving.reports import Reports
 from asyncckpt._saving.save import skipped
-from asyncckpt._saving.staging import Stager
+from asyncckpt._saving.staging import FileStager
 from asyncckpt._threads import Condition, handler_error, is_locked_by_caller
 from asyncckpt.errors import BusyError, SaveError
+from asyncckpt.types import SaveStats
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from asyncckpt._saving.reports import OnCommit, OnError
     from asyncckpt._saving.save import Save
+    from asyncckpt._saving.staging import Frozen, Stager
     from asyncckpt._saving.targets import Target
     from asyncckpt._snapshot.deferred import Overlap
 
@@ -108,27 +110,83 @@ class Saver:
             BusyError: called in a callback, or by a signal handler that interrupted a save, in which it would
                 wait for itself. This save was not started.
         """
-        if is_locked_by_caller():
-            raise handler_error("save()")
+        self.refuse_handler()
         self.raise_failures("; the save that raised this was not started")
+        return self.start(
+            state, target, step, began, overlap, self._stager(), skips=self._when_busy == "skip"
+        )
+
+    def start(  # noqa: PLR0913, PLR0917 - one save, and how it is taken
+        self,
+        state: object,
+        target: Target,
+        step: int | None,
+        began: float,
+        overlap: Overlap | None,
+        stager: Stager,
+        *,
+        skips: bool,
+        frozen: Frozen | None = None,
+    ) -> Save:
+        """Do what `save` does, whether an earlier save failed or not.
+
+        Args:
+            state: what `stager` freezes, or has frozen.
+            target: the destination.
+            step: the training step, if there is one.
+            began: start of the public call, by `time.perf_counter`.
+            overlap: what may be copied after the return, until its fence.
+            stager: takes the snapshot.
+            skips: whether to skip this save if there is no place or no memory for it.
+            frozen: the state, if it is frozen already.
+        """
         self.open()
         job = Job(self, target, step, began)
         try:
-            self._take(job, state, overlap)
+            self._take(job, state, frozen, overlap, stager, skips=skips)
         except BaseException:
             self._abandon(job)
             raise
         return job.save
 
-    def _take(self, job: Job, state: object, overlap: Overlap | None) -> None:
+    def follow(self, target: Target, step: int, began: float) -> Save:
+        """Queue a save of which another rank takes the snapshot."""
+        self.open()
+        job = Job(self, target, step, began)
+        try:
+            job.submit_without_state()
+        except BaseException:
+            self._abandon(job)
+            raise
+        return job.save
+
+    def refuse_handler(self) -> None:
+        """Raise BusyError in a signal handler that interrupted a save in a critical section."""
+        if is_locked_by_caller():
+            raise handler_error("save()")
+
+    def is_full(self) -> bool:
+        """Return whether a save would wait, be skipped, or replace another."""
+        return self.in_flight >= self._max_in_flight
+
+    def _take(  # noqa: PLR0913 - as `start`
+        self,
+        job: Job,
+        state: object,
+        frozen: Frozen | None,
+        overlap: Overlap | None,
+        stager: Stager,
+        *,
+        skips: bool,
+    ) -> None:
         entered = time.perf_counter()
-        if not self._admit(job):
+        if not self._admit(job, skips=skips):
             skipped(job.save, f"{self._max_in_flight} earlier saves are still being written")
             return
         job.save.stats.wait = time.perf_counter() - entered
-        skips = self._when_busy == "skip"
         try:
-            job.stage(state, self._stager(), overlap, wait=not skips and not self._is_nested(job))
+            frozen = frozen or stager.freeze(state, job.save.stats)
+            job.stage(frozen, stager, overlap, wait=not skips and not self._is_nested(job))
         except BusyError as error:
             if not skips:
                 raise
@@ -139,9 +197,14 @@ class Saver:
 
     def reserve(self, state: object) -> int:
         """Allocate host memory for the snapshots of `state`; return the size of one in bytes."""
+        stager = self._stager()
+        return self.reserve_frozen(stager.freeze(state, SaveStats())[0], stager)
+
+    def reserve_frozen(self, frozen: object, stager: Stager) -> int:
+        """Do what `reserve` does for a frozen state."""
         self.open()
         get_engine().start()
-        return self._stager().reserve(state, self._max_in_flight)
+        return stager.reserve(frozen, self._max_in_flight)
 
     def fence(self) -> None:
         """Return once the states of all saves may be changed by hand."""
@@ -184,7 +247,7 @@ class Saver:
                 self._jobs.remove(job)
         self._changed.notify_all()
 
-    def _admit(self, job: Job) -> bool:
+    def _admit(self, job: Job, *, skips: bool) -> bool:
         """Put a job in flight, waiting for or replacing others as `when_busy` says; return whether it is."""
 
         def attempt() -> bool:
@@ -195,7 +258,7 @@ class Saver:
             return job in self._in_flight
 
         try:
-            if self._changed.until(attempt, 0) or self._when_busy == "skip":
+            if self._changed.until(attempt, 0) or skips:
                 return job in self._in_flight
             self._refuse_to_wait()
             if self._when_busy == "replace":
@@ -255,12 +318,12 @@ class Saver:
             self.free(job)
             self.finished(job)
 
-    def _stager(self) -> Stager:
+    def _stager(self) -> FileStager:
         """Return the stager of the calling thread; its caches are not thread-safe."""
-        stager: Stager | None = getattr(self._stagers, "own", None)
+        stager: FileStager | None = getattr(self._stagers, "own", None)
         arena = get_engine().arena
         if stager is None or stager.arena is not arena:
-            stager = self._stagers.own = Stager(arena, self._warns)
+            stager = self._stagers.own = FileStager(arena, warns=self._warns)
         return stager
 
     def _reset(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
     from asyncckpt.layout.plan import Body, FilePlan, Format
     from asyncckpt.types import SaveStats
 
-    Frozen = tuple[FrozenState, Ranges]
+    # What the format has to know of a state, and what is to be copied of it.
+    Frozen = tuple[Any, Ranges]
 
 # Objects and numpy arrays are pickled on the training thread; from this size on a warning says so.
 INLINE_WARNING = 64 << 20
@@ -102,35 +104,37 @@ class Snapshot:
         return self.format.plan(self.frozen, self.body, description)
 
 
-@dataclass(slots=True, eq=False)
-class Stager:
-    """Take successive snapshots of one state, reusing what did not change.
+class Stager(ABC):
+    """Take snapshots in one format.
 
-    Attributes:
+    Args:
         arena: the host memory for the copies.
-        warns: whether to warn of entries that `weights_only=True` will refuse to load.
+        layout: the format; it keeps what successive states share.
     """
 
-    arena: Arena
-    warns: bool = True
-    _format: TorchZip = field(default_factory=TorchZip, init=False)
-    _freezer: Freezer = field(default_factory=Freezer, init=False)
-    _check: WeightsOnlyCheck = field(default_factory=WeightsOnlyCheck, init=False)
-    _warned: bool = field(default=False, init=False)
+    def __init__(self, arena: Arena, layout: Format[Any, Any]) -> None:
+        self.arena = arena
+        self._layout = layout
 
-    def freeze(self, state: object, stats: SaveStats) -> Frozen:
-        """Pickle everything but the tensors' bytes; return that, and the ranges to copy.
+    @abstractmethod
+    def freeze(self, state: Any, stats: SaveStats) -> Frozen:
+        """Decide everything about a snapshot but the bytes of its ranges; return that, and the ranges.
 
         Raises:
             SaveError: the state cannot be saved; the message gives the path of the entry.
         """
-        began = time.perf_counter()
-        frozen = self._freezer.freeze(state)
-        stats.freeze += time.perf_counter() - began
-        return frozen
+
+    @abstractmethod
+    def pins(self, frozen: Any) -> bool:
+        """Return whether a part of a frozen state is on a CUDA device."""
 
     def stage(
-        self, frozen: Frozen, stats: SaveStats, overlap: Overlap | None = None, *, wait: bool = True
+        self,
+        frozen: tuple[Any, Ranges],
+        stats: SaveStats,
+        overlap: Overlap | None = None,
+        *,
+        wait: bool = True,
     ) -> Snapshot:
         """Lease host memory for a frozen state; `Snapshot.copy` fills it.
 
@@ -140,21 +144,56 @@ class Stager:
         """
         began = time.perf_counter()
         state, ranges = frozen
-        body = self._format.lay_out(state)
-        self._warn(state)
+        body = self._layout.lay_out(state)
         leasing = time.perf_counter()
         stats.freeze += leasing - began
-        lease = self.arena.lease(body.nbytes, pinned=_on_cuda(state), wait=wait)
-        snapshot = Snapshot(self._format, state, body, lease, stats, ranges, overlap)
+        lease = self.arena.lease(body.nbytes, pinned=self.pins(state), wait=wait)
+        snapshot = Snapshot(self._layout, state, body, lease, stats, ranges, overlap)
         stats.wait += time.perf_counter() - leasing
         return snapshot
 
-    def reserve(self, state: object, count: int) -> int:
-        """Allocate host memory for `count` snapshots of `state`; return the size of one in bytes."""
-        frozen, _ = self._freezer.freeze(state)
-        nbytes = self._format.lay_out(frozen).nbytes
-        self.arena.reserve(nbytes, count, pinned=_on_cuda(frozen))
+    def reserve(self, frozen: Any, count: int) -> int:
+        """Allocate host memory for `count` snapshots of a frozen state; return the size of one in bytes."""
+        nbytes: int = self._layout.lay_out(frozen).nbytes
+        self.arena.reserve(nbytes, count, pinned=self.pins(frozen))
         return nbytes
+
+
+class FileStager(Stager):
+    """Take successive snapshots of one state for torch.load, reusing what did not change.
+
+    Args:
+        arena: the host memory for the copies.
+        warns: whether to warn of entries that `weights_only=True` will refuse to load.
+    """
+
+    def __init__(self, arena: Arena, *, warns: bool = True) -> None:
+        super().__init__(arena, TorchZip())
+        self._warns = warns
+        self._freezer = Freezer()
+        self._check = WeightsOnlyCheck()
+        self._warned = False
+
+    def freeze(self, state: Any, stats: SaveStats) -> tuple[FrozenState, Ranges]:
+        """Pickle everything but the tensors' bytes."""
+        began = time.perf_counter()
+        frozen = self._freezer.freeze(state)
+        stats.freeze += time.perf_counter() - began
+        return frozen
+
+    def pins(self, frozen: FrozenState) -> bool:
+        return any(location.startswith("cuda") for location in set(frozen.locations))
+
+    def stage(
+        self,
+        frozen: tuple[Any, Ranges],
+        stats: SaveStats,
+        overlap: Overlap | None = None,
+        *,
+        wait: bool = True,
+    ) -> Snapshot:
+        self._warn(frozen[0])
+        return super().stage(frozen, stats, overlap, wait=wait)
 
     def _warn(self, frozen: FrozenState) -> None:
         nbytes = len(frozen.pickled)
@@ -164,9 +203,5 @@ class Stager:
                 f"{nbytes >> 20} MiB of the state are not tensors (numpy arrays, objects) and are pickled on"
                 " the training thread at every save; make tensors of them to have them copied"
             )
-        if self.warns and (warning := self._check.warning(frozen, self._freezer.kinds)):
+        if self._warns and (warning := self._check.warning(frozen, self._freezer.kinds)):
             warn_caller(warning)
-
-
-def _on_cuda(frozen: FrozenState) -> bool:
-    return any(location.startswith("cuda") for location in set(frozen.locations))

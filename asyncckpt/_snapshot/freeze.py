@@ -233,10 +233,9 @@ def _refuse_shard(tensor: torch.Tensor) -> None:
     if ranks > 1:
         raise ShardedStateError(
             f"a {type(tensor).__name__} over {ranks} ranks, of which this process holds its shard only;"
-            " gather the whole state and save it on rank 0"
+            " save it with a Checkpointer on every rank of a process group, or gather the whole state on one"
             " (torch.distributed.checkpoint.state_dict.get_state_dict with"
-            " StateDictOptions(full_state_dict=True, cpu_offload=True)), or save it with"
-            " torch.distributed.checkpoint"
+            " StateDictOptions(full_state_dict=True, cpu_offload=True))"
         )
 
 

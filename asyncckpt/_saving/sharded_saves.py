@@ -1,0 +1,207 @@
+"""Saves that all ranks of a process group make together: they agree, plan, and take their snapshots."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from asyncckpt._ranks.round import Round
+from asyncckpt._saving.engine import get_engine
+from asyncckpt._saving.save import Save, skipped
+from asyncckpt._saving.shard_staging import ShardStager
+from asyncckpt._saving.sharded_target import ShardedTarget, SharedPlan
+from asyncckpt._sharding.planning import LocalPlan, global_plan
+from asyncckpt._sharding.states import collect_sharded, with_rank_state
+from asyncckpt.errors import RankError
+from asyncckpt.types import SaveStats
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
+    from torch.distributed.checkpoint.planner import SavePlanner
+
+    from asyncckpt._ranks.coordination import Coordination, Exchange
+    from asyncckpt._saving.saver import Saver
+    from asyncckpt._saving.sharded_save import ShardedSave
+    from asyncckpt._saving.staging import Frozen
+
+_CHANGED, _BUSY, _FAILED = "changed", "busy", "failed"
+
+
+class ShardedSaves:
+    """Makes the saves of one Checkpointer on all ranks, or on none.
+
+    Args:
+        coordination: of the ranks.
+        saver: takes the snapshots of this rank.
+        skips: whether a save is skipped on all ranks if one of them has no place for it.
+    """
+
+    def __init__(self, coordination: Coordination, saver: Saver, *, skips: bool) -> None:
+        self._coordination = coordination
+        self._saver = saver
+        self._skips = skips
+        self._plan: SharedPlan | None = None
+        self._stagers: ShardStager | None = None
+
+    def save(self, wanted: ShardedSave) -> Save:
+        """Take the snapshot of this rank, and queue its write; return once the state may be changed.
+
+        Raises:
+            RankError: another rank cannot save, or does not come; no rank has begun this save.
+            SaveError: this rank cannot save, or an earlier save failed and its error was not raised yet.
+        """
+        self._refuse_to_wait("save()")
+        stats, same = SaveStats(), f"save({wanted.step}) as {wanted.name}"
+        part, exchange = self._begin(wanted, same, stats)
+        if _FAILED in exchange.flags:
+            self._raise_failures(exchange.flags[_FAILED])
+        if _BUSY in exchange.flags:
+            save = Save(wanted.step, wanted.store.path_of(wanted.name))
+            return skipped(save, f"ranks {exchange.flags[_BUSY]} are still writing earlier saves")
+        made = Round(self._coordination, exchange.number)
+        try:
+            save = self._start(wanted, self._planned(part, exchange, made, same, stats), made)
+        except BaseException as error:
+            made.fail(f"{type(error).__name__}: {error}")
+            raise
+        save.stats.freeze += stats.freeze
+        save.stats.agreement = stats.agreement
+        return save
+
+    def reserve(self, wanted: ShardedSave) -> int:
+        """Plan a save, and allocate host memory for its snapshots; return the size of one on this rank.
+
+        Raises:
+            RankError: another rank cannot save, or does not come.
+            SaveError: this rank cannot save.
+        """
+        self._refuse_to_wait("reserve()")
+        stats, same = SaveStats(), "reserve()"
+        part, exchange = self._begin(wanted, same, stats)
+        made = Round(self._coordination, exchange.number)
+        try:
+            part = self._planned(part, exchange, made, same, stats)
+        finally:
+            made.fail("nothing is saved by reserve()")
+        frozen, _ = part.frozen
+        return self._saver.reserve_frozen(frozen, self._stager)
+
+    def _begin(self, wanted: ShardedSave, same: str, stats: SaveStats) -> tuple[_Part, Exchange]:
+        """Collect this rank's state and tell the others of it, also of an error; return what they said."""
+        error: Exception | None = None
+        flags = []
+        if self._saver.reports.has_failures():
+            flags.append(_FAILED)
+        if self._skips and self._saver.is_full():
+            flags.append(_BUSY)
+        part = _Part()
+        try:
+            if self._coordination.leads:
+                wanted.refuse()
+            self._collect(part, wanted, stats)
+            if self._plan is None or self._plan.fingerprint != part.plan.fingerprint:
+                flags.append(_CHANGED)
+            else:
+                part.frozen = self._stager.freeze((self._plan.kept, part.plan.flat), stats)
+        except Exception as found:  # noqa: BLE001 - whatever it is, the other ranks wait to be told
+            error = found
+        return part, self._agree(same, flags, error, stats)
+
+    def _collect(self, part: _Part, wanted: ShardedSave, stats: SaveStats) -> None:
+        began = time.perf_counter()
+        state, part.objects = collect_sharded(wanted.state)
+        if wanted.rank_state is not None:
+            state = with_rank_state(state, self._coordination.rank, wanted.rank_state)
+        part.planner = wanted.planner()
+        part.plan = LocalPlan(state, part.planner)
+        stats.freeze += time.perf_counter() - began
+
+    def _planned(self, part: _Part, exchange: Exchange, made: Round, same: str, stats: SaveStats) -> _Part:
+        """Plan anew on all ranks if the state has changed on one of them; return the part, frozen."""
+        if _CHANGED not in exchange.flags:
+            return part
+        plan: SharedPlan | None = None
+        self._plan, error = None, None
+        try:
+            plan = self._plan_together(part, made)
+            part.frozen = self._stager.freeze((plan.kept, part.plan.flat), stats)
+        except Exception as found:  # noqa: BLE001 - as in `_begin`
+            made.fail(f"{type(found).__name__}: {found}")
+            error = found
+        self._agree(f"the plan of {same}", (), error, stats)
+        self._plan = plan
+        return part
+
+    def _plan_together(self, part: _Part, made: Round) -> SharedPlan:
+        payloads = made.gather(part.plan.encode())
+        final = None if payloads is None else global_plan(payloads, part.planner)
+        kept = made.scatter(None if final is None else final.kept)
+        return SharedPlan(part.plan.fingerprint, part.plan.keep(kept), final)
+
+    def _start(self, wanted: ShardedSave, part: _Part, made: Round) -> Save:
+        assert self._plan is not None  # noqa: S101 - it is planned
+        target = ShardedTarget(
+            wanted.store,
+            wanted.name,
+            wanted.description,
+            made,
+            self._coordination.rank,
+            self._plan,
+            wanted.series if self._coordination.leads else None,
+            wanted.extras or {},
+        )
+        overlap, reason = wanted.overlap(part.objects)
+        save = self._saver.start(
+            part.plan.flat,
+            target,
+            wanted.step,
+            wanted.began,
+            overlap,
+            self._stager,
+            skips=False,
+            frozen=part.frozen,
+        )
+        save.stats.reason = save.stats.reason or reason
+        return save
+
+    def _agree(
+        self, same: str, flags: Collection[str], error: Exception | None, stats: SaveStats
+    ) -> Exchange:
+        began = time.perf_counter()
+        problem = None if error is None else f"{type(error).__name__}: {error}"
+        try:
+            return self._coordination.exchange(same, flags, problem)
+        except RankError:
+            if error is not None:
+                raise error from None  # of this rank, which says more
+            raise
+        finally:
+            stats.agreement += time.perf_counter() - began
+
+    def _raise_failures(self, ranks: list[int]) -> NoReturn:
+        """Raise the failure of an earlier save, of which not all ranks may have heard yet."""
+        hint = "; the save that raised this was not started"
+        self._saver.drain(self._coordination.timeout)
+        self._saver.raise_failures(hint)
+        raise RankError(f"an earlier save has failed, as ranks {ranks} know{hint} on any rank")
+
+    def _refuse_to_wait(self, what: str) -> None:
+        self._saver.refuse_handler()
+        get_engine().refuse_to_wait(f"{what} of a sharded state")
+
+    @property
+    def _stager(self) -> ShardStager:
+        arena = get_engine().arena
+        if self._stagers is None or self._stagers.arena is not arena:
+            self._stagers = ShardStager(arena)
+        return self._stagers
+
+
+class _Part:
+    """What this rank brings to a save."""
+
+    plan: LocalPlan
+    planner: SavePlanner | None
+    objects: list[Any]
+    frozen: Frozen
