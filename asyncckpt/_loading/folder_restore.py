@@ -16,8 +16,8 @@ from asyncckpt._loading.load import load_image
 from asyncckpt._loading.restore import carry_out, mismatch, raise_misfits
 from asyncckpt._loading.restore_plan import Plan
 from asyncckpt._sharding import states
-from asyncckpt._sharding.detect import is_dtensor
 from asyncckpt._sharding.resharding import local_parts
+from asyncckpt._snapshot.local_tensors import is_dtensor
 from asyncckpt._stateful import collect, is_plain
 from asyncckpt.errors import warn_caller
 

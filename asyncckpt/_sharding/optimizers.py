@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from asyncckpt._sharding.detect import is_dtensor
 from asyncckpt._sharding.flat_parameters import (
     flat_optimizer_state,
     has_flat_parameters,
     load_flat_optimizer,
 )
 from asyncckpt._sharding.modules import namer
+from asyncckpt._snapshot.local_tensors import is_dtensor
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
