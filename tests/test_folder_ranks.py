@@ -74,7 +74,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, interpreter: Interpreter) -
     return path
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+@pytest.mark.parametrize("ranks", [1, 2, pytest.param(3, marks=pytest.mark.slow), 4])
 def test_restore_gives_what_stock_load_gives(
     interpreter: Interpreter, folder: Path, tmp_path: Path, ranks: int
 ) -> None:

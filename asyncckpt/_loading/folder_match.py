@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from asyncckpt._loading.folder_index import TensorEntry
-from asyncckpt._loading.item_reader import Place
+from asyncckpt._loading.item_run import Place
 from asyncckpt._loading.restore_plan import Change
 from asyncckpt._loading.undo import hold_container
 from asyncckpt._stateful import CONTAINERS, is_stateful, remake

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from asyncckpt._loading.folder import Folder
-    from asyncckpt._loading.item_reader import Place
+    from asyncckpt._loading.item_run import Place
     from asyncckpt._loading.reader import Image
     from asyncckpt._loading.target import RestoreTarget
     from asyncckpt._sharding.resharding import LocalPart
