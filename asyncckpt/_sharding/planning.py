@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from asyncckpt._sharding.collections_paused import collections_paused
 from asyncckpt._sharding.conflicts import check_items, check_plans, check_shards, describe_duplicate
 from asyncckpt._sharding.detect import is_plain_tensor
 from asyncckpt._sharding.fingerprint import fingerprint
@@ -158,7 +159,8 @@ class GlobalPlan:
             extents: for each rank, offset and length in bytes of every item, in the order of `Kept`.
             checkpoint_id: the path of the checkpoint.
         """
-        return dump_metadata(complete(self.metadata, self._indices, names, extents, checkpoint_id))
+        with collections_paused():
+            return dump_metadata(complete(self.metadata, self._indices, names, extents, checkpoint_id))
 
 
 def global_plan(payloads: Sequence[bytes], planner: SavePlanner | None = None) -> GlobalPlan:
@@ -174,15 +176,17 @@ def global_plan(payloads: Sequence[bytes], planner: SavePlanner | None = None) -
     from asyncckpt._sharding.plan_codec import PlanDecoder  # noqa: PLC0415 - see __init__
 
     decoder = PlanDecoder()
-    plans = [decoder.decode(payload) for payload in payloads]
-    check_plans(plans)
     planner = _default_planner() if planner is None else planner
-    asked = [[item.index for item in plan.items] for plan in plans]  # torch 2.7 takes items out of the plans
-    try:
-        decided, metadata = planner.create_global_plan(plans)
-    except (ValueError, AssertionError) as error:
-        raise SaveError(f"the states of the ranks do not fit together: {error}") from error
-    return GlobalPlan(asked, decided, metadata)
+    with collections_paused():
+        plans = [decoder.decode(payload) for payload in payloads]
+        check_plans(plans)
+        # Torch 2.7 takes items out of the plans.
+        asked = [[item.index for item in plan.items] for plan in plans]
+        try:
+            decided, metadata = planner.create_global_plan(plans)
+        except (ValueError, AssertionError) as error:
+            raise SaveError(f"the states of the ranks do not fit together: {error}") from error
+        return GlobalPlan(asked, decided, metadata)
 
 
 def _default_planner() -> Any:
