@@ -1,8 +1,8 @@
 """Measure what the coordination of a save costs with many ranks: real messages, simulated ranks.
 
-A process hosts a real TCPStore. Others make the requests of all ranks, phase by phase, as fast as they can; the
-main process is rank 0. What limits it at 16,384 ranks is the one thread of the store that answers all requests:
-column "store", its processor time. `benchmarks/README.md` says what the columns mean.
+A process hosts a real TCPStore. Others make the requests of all ranks, phase by phase, as fast as they can;
+the main process is rank 0. What limits it at 16,384 ranks is the one thread of the store, which answers all
+requests: column "store" is its processor time. `benchmarks/README.md` says what the columns mean.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ LARGEST_PLAN = 1024  # ranks that are planned for here: the objects take some 2 
 
 
 def stock_plan(rank: int, total: int) -> SavePlan:
-    """Return the plan of DCP for a rank of a model that FSDP2 shards in rows, with Adam: all tensors alike."""
+    """Return the plan of DCP for a rank of a model that FSDP2 shards in rows; all tensors are alike."""
     properties = TensorProperties(dtype=torch.float32)
     items = [
         WriteItem(
@@ -33,7 +33,7 @@ def stock_plan(rank: int, total: int) -> SavePlan:
 
 
 def stock(total: int) -> dict[str, float]:
-    """Do what rank 0 does when stock DCP plans a save, without its messages; on at most `LARGEST_PLAN` ranks."""
+    """Plan a save as stock DCP does on rank 0, of at most `LARGEST_PLAN` ranks."""
     planned = min(total, LARGEST_PLAN)
     pickles = [pickle.dumps(stock_plan(rank, planned)) for rank in range(planned)]
     planner = DefaultSavePlanner()
