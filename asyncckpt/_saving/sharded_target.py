@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import struct
 import time
+from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from asyncckpt.layout.folder_mark import seal
 from asyncckpt.types import Checkpoint
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import AsyncIterator, Mapping, Sequence
 
     from asyncckpt._ranks.round import Round
     from asyncckpt._saving.series_writer import SeriesWriter
@@ -112,15 +113,25 @@ class ShardedTarget(Target):
         Raises:
             RankError: the save has failed on another rank.
         """
-        try:
+        async with self._failing():
             if self.rank == 0:
                 return await self._lead(snapshot, stats)
             return await self._follow(snapshot, stats)
+
+    @asynccontextmanager
+    async def _failing(self) -> AsyncIterator[None]:
+        """Fail the save on all ranks if this rank fails; raise what has failed first."""
+        try:
+            yield
         except RankError:
             raise
         except BaseException as error:
-            await in_thread(self.round.fail, f"{type(error).__name__}: {error}")
-            raise
+            why = f"{type(error).__name__}: {error}"
+            await in_thread(self.round.fail, why)
+            first = self.round.error
+            if first is None or not isinstance(error, Exception) or str(first).startswith(f"rank {self.rank}: "):
+                raise
+            raise first from error  # the folder may have been removed for that reason
 
     async def evict(self, committed: Checkpoint) -> None:
         if self.series is not None:
@@ -132,7 +143,8 @@ class ShardedTarget(Target):
             await self.store.prepare()
         else:
             description = await self.series.number(self.name, description)
-        async with self.store.folder_draft(self.name) as folder:
+        # The other ranks learn of a failure before the folder is removed, in which they write.
+        async with self.store.folder_draft(self.name) as folder, self._failing():
             await in_thread(self.round.begin, folder.attempt)
             for name, data in self.extras.items():
                 await _write_file(folder, name, data)
