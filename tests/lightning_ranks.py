@@ -178,15 +178,16 @@ class Run:
                 arguments[-1]["func"] = lambda: None
 
         def fail(run: Any) -> None:
-            if run.global_step:
+            if run.global_step == 3:
                 raise ArithmeticError("of the user")
 
-        every = {"every_n_train_steps": 1}
-        run = self.fit(Unpicklable(), ModelCheckpoint(self.path("refused"), **every))  # type: ignore[arg-type]
+        run = self.fit(Unpicklable(), ModelCheckpoint(self.path("refused"), every_n_train_steps=1))
         raised = run.raised
         run = self.fit(
             Doing("on_train_batch_start", fail),
-            ModelCheckpoint(self.path("raises"), "{step}", **every),  # type: ignore[arg-type]
+            ModelCheckpoint(
+                self.path("raises"), "{step}", every_n_train_steps=2, save_last=True, save_on_exception=True
+            ),
             plugins=[StoreIO(lambda store: SlowStore(store, delays={"commit_folder": 0.3}))],
         )
         return {"refused": raised, **self.listing(run)}
@@ -249,7 +250,7 @@ class Run:
         return self.listing(run) | {"wrote": self.wrote("package", "step=2.ckpt")}
 
     def plugin(self) -> Any:
-        """Use the plugin with Lightning's own callback; save before the loop."""
+        """Use the plugin with Lightning's own callback; save before the loop, and before a requeue."""
         io, path = AsyncCheckpointIO(), self.path("plugin")
         run = trainer(
             StockCheckpoint(path, "{step}", every_n_train_steps=1, save_top_k=-1),
@@ -261,11 +262,21 @@ class Run:
         found: list[bool] = []
 
         def save(run: Any) -> None:
-            run.save_checkpoint(self.path("before.ckpt"))
-            found.append(self.path("before.ckpt", "meta.pt").exists())
+            name = "hpc_ckpt_1.ckpt" if run.global_step else "before.ckpt"
+            run.save_checkpoint(self.path(name))
+            found.append(self.path(name, "meta.pt").exists())
 
-        self.fit(Doing("on_train_start", save), ModelCheckpoint(self.path("then")), num_sanity_val_steps=0)
-        return {"files": self.names("plugin"), "before": found, "wrote": self.wrote("plugin", "step=1.ckpt")}
+        slow = [StoreIO(lambda store: SlowStore(store, delays={"commit_folder": 0.3}))]
+        self.fit(
+            Doing("on_train_start", save), Doing("on_train_batch_end", save),
+            ModelCheckpoint(self.path("then")),
+            num_sanity_val_steps=0, max_steps=1, plugins=slow,
+        )  # fmt: skip
+        return {
+            "files": self.names("plugin"),
+            "complete": found,
+            "wrote": self.wrote("plugin", "step=1.ckpt"),
+        }
 
     def removal(self) -> Any:
         """Let a removal fail on the first rank, with the plugin and Lightning's own callback."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from torch.nn import Module
 from torch.optim import Optimizer
 
-from asyncckpt._sharding.detect import is_dtensor
+from asyncckpt._snapshot.local_tensors import is_dtensor
 from asyncckpt._stateful import is_stateful
 
 if TYPE_CHECKING:
