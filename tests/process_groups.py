@@ -46,7 +46,11 @@ dist.destroy_process_group()
 
 
 # What an interpreter imports beforehand for them, so that each rank begins at once.
-MODULES = ("torch.distributed.checkpoint.state_dict", "torch.distributed.fsdp", "asyncckpt._saving.sharded_saves")
+MODULES = (
+    "torch.distributed.checkpoint.state_dict",
+    "torch.distributed.fsdp",
+    "asyncckpt._saving.sharded_saves",
+)
 
 
 def on_ranks(

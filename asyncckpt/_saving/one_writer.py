@@ -10,6 +10,7 @@ from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import anyio
 import torch
@@ -30,7 +31,8 @@ if TYPE_CHECKING:
     from asyncckpt._saving.targets import FileTarget
     from asyncckpt.types import SaveStats
 
-_made: Counter[str] = Counter()  # how many of each series
+# How many of each series have been made, by store: a group that is formed again starts from 0.
+_made: WeakKeyDictionary[Any, Counter[str]] = WeakKeyDictionary()
 
 # So many results stay in the store of the group, for ranks that are behind.
 _KEPT = 64
@@ -52,9 +54,12 @@ class OneWriter:
     """
 
     def __init__(self, group: ProcessGroup, series: str, timeout: float) -> None:
-        self._group = group
-        self._prefix = f"asyncckpt/files/{series}/{_made[series]}"
-        _made[series] += 1
+        made = _made.setdefault(group.store, Counter())
+        self._rank = group.rank
+        # While a collective waits for a key of the shared one, another rank may wait for a result.
+        self._store = group.connect()
+        self._prefix = f"asyncckpt/files/{series}/{made[series]}"
+        made[series] += 1
         self._timeout = timeout
         self._number = 0  # of the next save
         self._decided: int | None = None
@@ -66,7 +71,7 @@ class OneWriter:
         """Return the rank that writes; the first one to ask does."""
         if self._decided is None:
             key = f"{self._prefix}/writer"
-            self._decided = int(self._group.store.compare_set(key, "", str(self._group.rank)))
+            self._decided = int(self._store.compare_set(key, "", str(self._rank)))
         return self._decided
 
     def save(  # noqa: PLR0913, PLR0917 - one save, and how it is started
@@ -89,7 +94,7 @@ class OneWriter:
             start: starts the save; called on the rank that writes.
         """
         number = self._next_save(state)
-        if self.writer() != self._group.rank:
+        if self.writer() != self._rank:
             saver.raise_failures("; the save that raised this was not started")
             return saver.follow(FollowedTarget(self, number, step, target, self._timeout), step, began)
         try:
@@ -105,8 +110,8 @@ class OneWriter:
         number, self._number = self._number, self._number + 1
         if self._entries is None:
             self._entries = dict(_entries(state, "state", set()))
-            if self.writer() == self._group.rank:
-                self._group.store.set(f"{self._prefix}/entries", json.dumps(self._entries))
+            if self.writer() == self._rank:
+                self._store.set(f"{self._prefix}/entries", json.dumps(self._entries))
         return number
 
     def _tell_failure(self, number: int, step: int, error: BaseException) -> None:
@@ -124,9 +129,9 @@ class OneWriter:
     def _put(self, number: int, result: dict[str, Any]) -> None:
         text = json.dumps({**result, "host": socket.gethostname()})
         with suppress(RuntimeError):  # the process that hosts the store may have ended
-            self._group.store.set(f"{self._prefix}/{number}", text)
+            self._store.set(f"{self._prefix}/{number}", text)
             if number >= _KEPT:
-                self._group.store.delete_key(f"{self._prefix}/{number - _KEPT}")
+                self._store.delete_key(f"{self._prefix}/{number - _KEPT}")
 
     def result(self, number: int, step: int) -> dict[str, Any]:
         """Wait for what the writer tells of a save; called on a worker thread.
@@ -139,14 +144,14 @@ class OneWriter:
         result: dict[str, Any] = json.loads(self._get(f"{self._prefix}/{number}", writer, step))
         if result["step"] != step:
             raise RankError(
-                f"rank {self._group.rank} saved step {step} where rank {writer}, which writes the files,"
+                f"rank {self._rank} saved step {step} where rank {writer}, which writes the files,"
                 f" saved step {result['step']}; call save on every rank with the same steps"
             )
         return result
 
     def has_result(self, number: int) -> bool:
         """Return whether the writer has told what became of a save."""
-        return bool(self._group.store.check([f"{self._prefix}/{number}"]))
+        return bool(self._store.check([f"{self._prefix}/{number}"]))
 
     def _refuse_lost_entries(self, writer: int) -> None:
         theirs = json.loads(self._get(f"{self._prefix}/entries", writer, None))
@@ -156,13 +161,13 @@ class OneWriter:
             more = f" and {len(lost) - _NAMED} more" if len(lost) > _NAMED else ""
             raise RankError(
                 f"rank {writer} writes the files of this series, and its state lacks"
-                f" {', '.join(lost[:_NAMED])}{more} of rank {self._group.rank}; save with"
+                f" {', '.join(lost[:_NAMED])}{more} of rank {self._rank}; save with"
                 " Checkpointer(sharded=True), which saves the state of every rank, or give each rank a"
                 " filename of its own"
             )
 
     def _get(self, key: str, writer: int, step: int | None) -> bytes:
-        store, began, pause = self._group.store, time.monotonic(), _SHORTEST_PAUSE
+        store, began, pause = self._store, time.monotonic(), _SHORTEST_PAUSE
         while not store.check([key]):
             if time.monotonic() - began > self._timeout:
                 what = "a first save" if step is None else f"its save of step {step}"

@@ -60,7 +60,8 @@ class Ranked:
         self._coordination: Coordination | None = None
         self._saves: ShardedSaves | None = None
         self._writer: OneWriter | None = None
-        self.writer()
+        if not sharded:
+            self.writer()
 
     @property
     def group(self) -> ProcessGroup | None:
