@@ -206,9 +206,10 @@ class ShardedTarget(Target):
         final = self.plan.final
         assert final is not None  # noqa: S101 - this is rank 0
         extents, nbytes = self.plan.note_reports(reports)
-        names = [folder.member(data_file(rank)) for rank in range(len(reports))]
+        files = [data_file(rank) for rank in range(len(reports))]
+        prefix = folder.member(files[0]).removesuffix(files[0])
         description = replace(description, nbytes=nbytes, ranks=len(reports))
-        return description, seal(final.write(names, extents, self.path), description.encode())
+        return description, seal(final.write(prefix, files, extents), description.encode())
 
 
 def data_file(rank: int) -> str:
