@@ -8,19 +8,26 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
+from lightning.fabric import Fabric
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 import asyncckpt
+from asyncckpt.lightning import AsyncCheckpointIO
+from asyncckpt.testing import Gate, SlowStore
+from sharded_lightning import OnCPU
+from trainers import QUIET, StoreIO
 
 PROGRAM = Path(__file__).with_name("lightning_ranks.py")
 FSDP, MODEL_PARALLEL = "fsdp", "model parallel"
 
 
-pytestmark = pytest.mark.timeout(500)
+pytestmark = [pytest.mark.timeout(500), *map(pytest.mark.filterwarnings, QUIET)]
 
 SCENARIOS = (
     "steps", "top", "kinds", "fails", "refused", "removal", "plugin", "others", "fabric", "overlapped",
@@ -256,3 +263,52 @@ def test_fabric_loads_what_was_saved_in_the_background(run: Run) -> None:
     assert metas[0]["rate"]["step_size"] == 2
     if run.strategy == MODEL_PARALLEL:
         assert sorted(loaded(run.path / "fabric-part")["model"]) == ["0.weight", "1.weight"]
+
+
+def attached(**arguments: Any) -> tuple[AsyncCheckpointIO, Any]:
+    """Return a plugin, attached to a strategy that trains nothing."""
+    io, strategy = AsyncCheckpointIO(), OnCPU(**arguments)
+    io.attach(SimpleNamespace(strategy=strategy))
+    return io, strategy
+
+
+def test_what_lightning_refuses_it_refuses_itself_and_a_remote_path_is_refused() -> None:
+    io, strategy = attached(state_dict_type="sharded")
+    with pytest.raises(TypeError, match=r"FSDPStrategy\.save_checkpoint.*storage_options"):
+        strategy.save_checkpoint({"state_dict": {}}, "there", storage_options={})
+    with pytest.raises(ValueError, match=r"s3://bucket/there is remote"):
+        strategy.save_checkpoint({"state_dict": {}}, "s3://bucket/there")
+    io.teardown()
+    assert not vars(strategy).keys() & {"save_checkpoint", "load_checkpoint", "teardown"}
+
+
+def test_methods_that_were_replaced_by_others_stay() -> None:
+    strategy: Any = OnCPU(state_dict_type="sharded")
+    strategy.load_checkpoint = loads = Mock()
+    io = AsyncCheckpointIO()
+    io.attach(SimpleNamespace(strategy=strategy))
+    assert strategy.load_checkpoint("there") is loads.return_value
+    strategy.save_checkpoint = saves = Mock()
+    io.teardown()
+    assert (strategy.save_checkpoint, strategy.load_checkpoint) == (saves, loads)
+
+
+def test_a_plugin_is_attached_to_fabric_until_its_block_ends(tmp_path: Path) -> None:
+    fabric = Fabric(accelerator="cpu", devices=1)
+    former = fabric.strategy.checkpoint_io
+    with StoreIO(lambda store: SlowStore(store, gates={"commit": gate})) as io:
+        gate = Gate()
+        io.attach(fabric)
+        fabric.save(tmp_path / "pending.ckpt", {"step": torch.ones(2)})
+        assert not (tmp_path / "pending.ckpt").exists()
+        gate.open()
+    assert fabric.strategy.checkpoint_io is former
+    assert torch.equal(torch.load(tmp_path / "pending.ckpt")["step"], torch.ones(2))
+
+
+@pytest.mark.parametrize(
+    ("timeout", "error"), [("300", TypeError), (0, ValueError), (float("inf"), ValueError)]
+)
+def test_a_rank_timeout_is_a_positive_number_of_seconds(timeout: Any, error: type[Exception]) -> None:
+    with pytest.raises(error, match="rank_timeout must be"):
+        AsyncCheckpointIO(rank_timeout=timeout)

@@ -17,7 +17,7 @@ from asyncckpt._loading.catalog import read_described
 from asyncckpt._loading.load import load_image
 from asyncckpt._loading.reader import read_file, read_image
 from asyncckpt._saving import operations
-from asyncckpt._saving.arguments import check_options
+from asyncckpt._saving.arguments import check_options, check_rank_timeout
 from asyncckpt._saving.engine import get_engine, wait_for_pending
 from asyncckpt._saving.overlapping import DEVICE_MEMORY, Overlapping
 from asyncckpt._saving.saver import Saver
@@ -109,6 +109,7 @@ class BackgroundIO(Base):
             checkpoint_io = checkpoint_io.checkpoint_io  # two of a kind: ours takes its place
         super().__init__(checkpoint_io)
         check_options(max_in_flight, "wait", "raise", None)
+        check_rank_timeout(rank_timeout)
         self._max_in_flight = max_in_flight
         self._preemption_timeout = preemption_timeout
         self._overlaps = overlap

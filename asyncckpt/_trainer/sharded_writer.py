@@ -31,9 +31,6 @@ class ShardedWriter:
     Args:
         saver: takes the snapshots of this rank.
         timeout: seconds that a rank waits for the others.
-
-    Raises:
-        TypeError, ValueError: the timeout is no positive number.
     """
 
     def __init__(self, saver: Saver, timeout: float) -> None:
