@@ -298,6 +298,23 @@ class Run:
         except SaveError as error:
             return {"raised": f"{type(error).__name__}: {error}", "step": run.global_step}
 
+    def killed(self) -> Any:
+        """Kill the other rank while its part is written; the program ends with this scenario."""
+
+        def kill(run: Any) -> None:
+            if run.global_step == 1 and self.rank == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        delays = {"commit": 10.0} if self.rank == 1 else {}
+        saves = ModelCheckpoint(self.path("killed"), "{step}", every_n_train_steps=1)
+        plugins = [StoreIO(lambda store: SlowStore(store, delays=delays), rank_timeout=2.0)]
+        with pytest.raises(RuntimeError) as raised:
+            self.fit(Doing("on_train_batch_start", kill), saves, plugins=plugins)
+        notes = getattr(raised.value, "__notes__", [])  # from Python 3.11 on
+        told = {"notes": notes, "files": self.names("killed"), "best": saves.best_model_path}
+        Path(self.directory, "killed-0.json").write_text(json.dumps(told))
+        os._exit(0)  # gloo waits for the other rank
+
     def wrote(self, *path: str) -> str:
         """Return who wrote a checkpoint."""
         torch.distributed.barrier()

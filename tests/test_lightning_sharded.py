@@ -44,17 +44,7 @@ def run_scenarios(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempP
     FSDP refuses a machine without a GPU unless it is told that the CPU is the device, which the program does;
     `ModelParallelStrategy` is Lightning's own.
     """
-    directory = tmp_path_factory.mktemp("ranks")
-    process = subprocess.run(
-        [sys.executable, str(PROGRAM), str(directory), request.param, *SCENARIOS],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
-    )
-    assert process.returncode == 0, process.stdout
-    return Run(directory, request.param)
+    return run_program(tmp_path_factory.mktemp("ranks"), request.param, *SCENARIOS)
 
 
 @dataclass(frozen=True)
@@ -75,6 +65,19 @@ class Run:
 
     def weights(self, state: Any) -> Any:
         return state["model" if self.strategy == FSDP else "state_dict"]
+
+
+def run_program(directory: Path, strategy: str, *scenarios: str) -> Run:
+    process = subprocess.run(
+        [sys.executable, str(PROGRAM), str(directory), strategy, *scenarios],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+    )
+    assert process.returncode == 0, process.stdout
+    return Run(directory, strategy)
 
 
 def known_to_both(told: list[Any]) -> Any:
@@ -263,6 +266,16 @@ def test_fabric_loads_what_was_saved_in_the_background(run: Run) -> None:
     assert metas[0]["rate"]["step_size"] == 2
     if run.strategy == MODEL_PARALLEL:
         assert sorted(loaded(run.path / "fabric-part")["model"]) == ["0.weight", "1.weight"]
+
+
+@pytest.mark.slow
+def test_a_killed_rank_leaves_no_directory_and_the_other_names_it(tmp_path: Path) -> None:
+    run_program(tmp_path, MODEL_PARALLEL, "killed")
+    told = json.loads((tmp_path / "killed-0.json").read_text())
+    if sys.version_info >= (3, 11):
+        (note,) = told["notes"]
+        assert "rank 1 had not written its part when rank 0 had waited 2 s" in note
+    assert (told["files"], told["best"]) == ([], "")
 
 
 def attached(**arguments: Any) -> tuple[AsyncCheckpointIO, Any]:
