@@ -22,7 +22,6 @@ class Attachment:
 
     def __init__(self, strategy: Any, io: BackgroundIO, *, replaces: bool) -> None:
         self.strategy = strategy
-        self._io = io
         self._former: Any = strategy.checkpoint_io if replaces else None
         if replaces:
             strategy.checkpoint_io = io

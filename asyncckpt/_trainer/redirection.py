@@ -86,7 +86,8 @@ class Redirection:
         if storage_options is None and self._saves_shards():
             divided = of_fabric(state, filter, fsdp=self._fsdp)
         if divided is None:
-            self._stock["save_checkpoint"](path, state, storage_options, filter)
+            options = {} if storage_options is None else {"storage_options": storage_options}
+            self._stock["save_checkpoint"](path=path, state=state, filter=filter, **options)
             return
         self._save(divided, path)
 
