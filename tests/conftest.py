@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from copier import Copier
     from object_servers import FaultyProxy, MotoServer
 
-pytest.register_assert_rewrite("asyncckpt.testing.store_contract")
+pytest.register_assert_rewrite("asyncckpt.testing.store_contract", "asyncckpt.testing.folder_contract")
 
 with suppress(ImportError):  # which a bare machine with a GPU lacks
     from hypothesis import settings

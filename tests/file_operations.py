@@ -167,10 +167,20 @@ class RecordingOps(FileOps):
         self.before("replace", target)
         super().replace(source, target)
 
+    def exchange(self, source: str, target: str) -> None:
+        """Record, then exchange."""
+        self.before("exchange", target)
+        super().exchange(source, target)
+
     def unlink(self, path: str) -> None:
         """Record, then unlink."""
         self.before("unlink", path)
         super().unlink(path)
+
+    def rmdir(self, path: str) -> None:
+        """Record, then remove an empty directory."""
+        self.before("rmdir", path)
+        super().rmdir(path)
 
     def rmtree(self, path: str) -> None:
         """Record, then remove a directory."""

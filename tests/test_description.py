@@ -24,6 +24,14 @@ def test_what_was_encoded_is_decoded() -> None:
     read = Description.decode(written.encode())
     assert (read.sequence, read.step, read.metrics, read.created) == (3, 100, {"loss": 0.5}, 1e9)
     assert read.versions.keys() == {"asyncckpt", "torch", "python"}
+    assert (read.nbytes, read.ranks) == (None, None)
+
+
+def test_what_is_said_of_a_folder_is_not_said_of_a_file() -> None:
+    of_folder = Description(3, 100, {}, 1e9, nbytes=1 << 40, ranks=16)
+    read = Description.decode(of_folder.encode())
+    assert (read.nbytes, read.ranks) == (1 << 40, 16)
+    assert not {"nbytes", "ranks"} & json.loads(Description(3, 100, {}, 1e9).encode()).keys()
 
 
 @pytest.mark.parametrize(
@@ -37,6 +45,8 @@ def test_what_was_encoded_is_decoded() -> None:
         {"metrics": [1]},
         {"versions": ["torch"]},
         {"created": "yesterday"},
+        {"ranks": "all"},
+        {"nbytes": [1]},
     ],
 )
 def test_what_makes_no_sense_is_an_error(changed: dict[str, object]) -> None:

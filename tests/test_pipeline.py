@@ -20,9 +20,9 @@ from asyncckpt.layout.description import Description
 from asyncckpt.layout.torch_zip import lay_out, plan
 from asyncckpt.layout.zip_format import STORAGES
 from asyncckpt.layout.zip_reader import read_directory
-from asyncckpt.stores.base import Draft
 from asyncckpt.stores.local import LocalStore
 from asyncckpt.types import SaveStats
+from memory_drafts import MemoryDraft, ThreadedDraft
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -30,38 +30,6 @@ if TYPE_CHECKING:
 
 DESCRIPTION = Description(3, 7, {"loss": 0.5}, 1.0).encode()
 sizes_of_storages = st.lists(st.one_of(st.integers(0, 40), st.integers(0, 3000)), max_size=12)
-
-
-class MemoryDraft(Draft):
-    """A draft in memory, with pieces of any size."""
-
-    def __init__(self, chunk: int, writers: int) -> None:
-        self.chunk = chunk
-        self.writers = writers
-        self.pieces: dict[int, bytes] = {}
-
-    async def write(self, offset: int, data: memoryview) -> None:
-        await anyio.lowlevel.checkpoint()
-        assert offset % self.chunk == 0
-        assert offset not in self.pieces
-        self.pieces[offset] = bytes(data)
-
-    async def commit(self) -> None:
-        raise NotImplementedError
-
-    def content(self) -> bytes:
-        whole = b""
-        for offset, data in sorted(self.pieces.items()):
-            assert offset == len(whole)
-            whole += data
-        return whole
-
-
-class ThreadedDraft(MemoryDraft):
-    """The same, written by blocking calls of several threads."""
-
-    def blocking_writer(self) -> Callable[[int, memoryview], None]:
-        return lambda offset, data: self.pieces.update({offset: bytes(data)})
 
 
 def payload(key: int, size: int) -> bytes:

@@ -14,7 +14,8 @@ from anyio.lowlevel import checkpoint
 from asyncckpt.errors import StoreError
 from asyncckpt.stores.local import LocalStore
 from asyncckpt.testing import FaultyStore, Gate, SlowStore
-from asyncckpt.testing.store_contract import StoreContract, get, names, put, write_all
+from asyncckpt.testing.folder_contract import FolderContract
+from asyncckpt.testing.store_contract import get, names, put, write_all
 from file_operations import Call, FaultyOps, RecordingOps
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ async def inner(tmp_path: Path) -> LocalStore:
     return store
 
 
-class TestSlowStoreContract(StoreContract):
+class TestSlowStoreContract(FolderContract):
     @pytest.fixture(autouse=True)
     def place(self, tmp_path: Path) -> None:
         self._directory = tmp_path / "runs"
@@ -65,7 +66,7 @@ class TestSlowStoreContract(StoreContract):
         )
 
 
-class TestFaultyStoreContract(StoreContract):
+class TestFaultyStoreContract(FolderContract):
     @pytest.fixture(autouse=True)
     def place(self, tmp_path: Path) -> None:
         self._directory = tmp_path / "runs"

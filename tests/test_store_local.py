@@ -17,7 +17,8 @@ from asyncckpt.errors import StoreError
 from asyncckpt.stores.local import LocalStore
 from asyncckpt.stores.local_file import PAGE, LocalFile, direct_range
 from asyncckpt.stores.temporary import host_tag, is_temporary, temporary_name
-from asyncckpt.testing.store_contract import StoreContract, content, get, names, put
+from asyncckpt.testing.folder_contract import FolderContract
+from asyncckpt.testing.store_contract import content, get, names, put
 from file_operations import Call, FaultyOps, RecordingOps
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-class TestContract(StoreContract):
+class TestContract(FolderContract):
     @pytest.fixture(autouse=True)
     def place(self, tmp_path: Path) -> None:
         self._directory = tmp_path / "runs" / "gpt"
@@ -162,14 +163,12 @@ class TestPrepare:
         ]
         for name in foreign:
             (tmp_path / name).write_bytes(b"whole")
-        directory = tmp_path / temporary_name("dir.pt")
-        directory.mkdir()
+        (tmp_path / temporary_name("folder")).mkdir()
         async with store.draft("b.pt", 1):
             living = [call.path for call in store._ops.calls if call.operation == "flock"]  # type: ignore[attr-defined]
             await LocalStore(str(tmp_path)).prepare()
             assert {str(path) for path in tmp_path.iterdir()} == {
                 *(str(tmp_path / name) for name in foreign),
-                str(directory),
                 *living,
             }
 
@@ -255,14 +254,16 @@ class TestRemove:
         ]
         assert ops.open_paths == []
 
-    async def test_a_directory_goes_with_all_that_is_in_it(
+    async def test_a_directory_goes_at_once_with_all_that_is_in_it(
         self, tmp_path: Path, store: LocalStore, ops: FaultyOps
     ) -> None:
         (tmp_path / "a.ckpt" / "shard").mkdir(parents=True)
         (tmp_path / "a.ckpt" / "shard" / "0").touch()
         await store.remove("a.ckpt")
         assert list(tmp_path.iterdir()) == []
-        assert ops.calls[-2].operation == "fsync_directory"
+        steps = called(ops, "replace", "fsync_directory", "rmtree")
+        assert [call.operation for call in steps] == ["replace", "fsync_directory", "rmtree"]
+        assert is_temporary(steps[0].path.rpartition("/")[2])
 
     async def test_a_link_to_a_directory_goes_alone(self, tmp_path: Path, store: LocalStore) -> None:
         (tmp_path / "a.ckpt").mkdir()

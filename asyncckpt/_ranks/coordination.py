@@ -1,14 +1,30 @@
-"""Let all ranks of a process group agree on a save before any of them begins it."""
+"""Let all ranks of a process group agree on a save before any of them begins it.
+
+An exchange takes two requests a rank, and those of its wait; one server answers those of all ranks.
+"""
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, field
+from threading import Lock
 from typing import TYPE_CHECKING
+
+from asyncckpt._ranks.arrivals import Arrivals, Note, Stage, State
+from asyncckpt._ranks.calls import Call, StoppedError, call
+from asyncckpt._ranks.decision import Decision, Phase
+from asyncckpt._ranks.ranges import from_ranges
+from asyncckpt._ranks.requests import Requests
+from asyncckpt._threads import handler_error
+from asyncckpt.errors import RankError
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
 
     from asyncckpt._ranks.group import ProcessGroup
+
+_GRACE = 2.0  # seconds in which ranks that wait answer a roll call
+_CLOSING = 5.0  # seconds that deleting the last keys may take
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,19 +53,19 @@ class Coordination:
     """
 
     def __init__(self, group: ProcessGroup, name: str, timeout: float) -> None:
-        self._group = group
-        self._name = name
+        self.rank, self.size = group.rank, group.size
         self.timeout = timeout
+        self.requests = Requests(group, name)
+        self._exchanging = Lock()
+        self._number = 0  # of the next exchange
+        self.rounds: set[int] = set()  # exchanges whose rounds delete their keys themselves
+        self._passed: list[tuple[int, State]] = []  # exchanges that other ranks may still look at
+        self._spent: list[tuple[int, State]] = []  # exchanges that no rank will look at again
 
     @property
-    def rank(self) -> int:
-        """The rank of this process in the group."""
-        return self._group.rank
-
-    @property
-    def size(self) -> int:
-        """The number of ranks."""
-        return self._group.size
+    def longest_pause(self) -> float:
+        """Seconds between two looks at a key, so that all ranks together leave the store idle mostly."""
+        return max(0.02, self.size * 2e-5)
 
     @property
     def leads(self) -> bool:
@@ -60,7 +76,7 @@ class Coordination:
         """Wait until all ranks have called this, and return what they said.
 
         Args:
-            same: has to be equal on all ranks ("step 100").
+            same: the call, with all that has to be equal on all ranks: "save(100)".
             flags: names of what holds on this rank ("changed", "busy").
             problem: why this rank cannot go on.
 
@@ -69,9 +85,103 @@ class Coordination:
                 interrupted, or has not called within the timeout; the message names it. A rank that comes
                 late with the same text gets the same error; with another text, it takes part in the next
                 exchange. The next exchange is a new one on all ranks. Also: the store does not answer.
+            BusyError: called by a signal handler that interrupted another call.
         """
-        raise NotImplementedError
+        note = Note(self.rank, same, sorted(flags), problem)
+        begun: list[int] = []
+
+        def work(running: Call) -> Exchange:
+            if not self._exchanging.acquire(blocking=False):
+                raise handler_error(same)
+            try:
+                return self._exchange(note, running, begun)
+            finally:
+                self._exchanging.release()
+
+        def undo() -> None:
+            self._break_off(begun[-1] if begun else self._next(), same)
+
+        return call(work, undo, self.requests, self.timeout)
 
     def close(self) -> None:
         """Delete what is left in the store once all ranks have called this; waits for nobody."""
-        raise NotImplementedError
+
+        def work(_: Call) -> None:
+            self._delete(self._spent)
+            if self.requests.add("closed", 1) == self.size:
+                self._delete(self._passed)
+                self.requests.delete("closed")
+
+        with suppress(RankError):
+            call(work, lambda: None, self.requests, min(self.timeout, _CLOSING))
+
+    def _exchange(self, note: Note, running: Call, begun: list[int]) -> Exchange:
+        while True:
+            running.restart()
+            number = self._next()
+            begun.append(number)
+            if running.stopped:
+                raise StoppedError
+            arrivals = Arrivals(self.requests, number, self.size)
+            came = arrivals.enter(note).stage is Stage.OPEN
+            self._tidy()
+            state = self._wait(arrivals, running, came=came)
+            self._passed.append((number, state))
+            if state.stage is Stage.DONE:
+                self._spent += self._passed[:-1]
+                del self._passed[:-1]
+                return Exchange(number, {flag: from_ranges(ranges) for flag, ranges in state.flags.items()})
+            if came or state.same == note.same:
+                raise RankError(state.text)
+            # The others gave up waiting for this rank at a call that it has not made.
+
+    def _wait(self, arrivals: Arrivals, running: Call, *, came: bool) -> State:
+        """Wait for the end of an exchange; a rank that did not come in time waits for what the others say."""
+        grace, calls, since = min(_GRACE, self.timeout), False, None
+        while (state := arrivals.look()).stage not in {Stage.DONE, Stage.FAILED}:
+            if running.stopped:
+                raise StoppedError
+            if state.stage is Stage.ROLL_CALL:
+                if since is None:
+                    since = running.waited()
+                    if came:
+                        arrivals.answer(self.rank)
+                # The rank that called the roll counts the answers; others only if it has died.
+                if (calls and arrivals.answered()) or running.waited() - since > grace * (1 if calls else 2):
+                    arrivals.give_up(self.timeout)
+                    continue
+            elif running.waited() > self.timeout:
+                calls = True
+                arrivals.call_roll()
+                continue
+            running.pause(self.longest_pause)
+        return state
+
+    def _break_off(self, number: int, same: str) -> None:
+        """Fail an exchange in which this rank was interrupted; its round, if it is done."""
+        text = f"rank {self.rank} was interrupted in {same}"
+        if Arrivals(self.requests, number, self.size).fail(same, text):
+            self._passed.append((number, State(Stage.FAILED, same)))
+            return
+        self.rounds.add(number)
+        decision = Decision(self.requests, number, self.size)
+        decision.fail(text, Phase.DECIDED)
+        if decision.leave() is not None:
+            decision.delete()
+
+    def _next(self) -> int:
+        self._number += 1
+        return self._number - 1
+
+    def _tidy(self) -> None:
+        """Delete the keys that no rank needs, while others are yet to come."""
+        if self.leads:
+            self._delete(self._spent)
+        self.rounds.difference_update(number for number, _ in self._spent)
+        self._spent.clear()
+
+    def _delete(self, exchanges: list[tuple[int, State]]) -> None:
+        for number, state in exchanges:
+            Arrivals(self.requests, number, self.size).delete(state)
+            if number not in self.rounds and state.stage is Stage.DONE:
+                Decision(self.requests, number, self.size).delete()

@@ -9,6 +9,7 @@ from weakref import WeakSet
 from asyncckpt._ranks.group import process_group
 from asyncckpt._saving.engine import get_engine
 from asyncckpt._snapshot import fences
+from asyncckpt._snapshot.local_tensors import local_of
 from asyncckpt.errors import SaveError
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ class Preparation:
         if group is not None and group.rank:
             return
         owned = self._owners.tensors(fences.seen())
-        storages = {key: found[0].untyped_storage() for key, found in owned.items()}
+        storages = {key: local_of(found[0]).untyped_storage() for key, found in owned.items()}
         nbytes = sum(storage.nbytes() + _PER_STORAGE for storage in storages.values())
         devices = {storage.device for storage in storages.values() if storage.device.type == "cuda"}
         engine = get_engine()

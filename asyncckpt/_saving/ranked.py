@@ -11,6 +11,8 @@ from asyncckpt._saving.one_writer import OneWriter
 from asyncckpt._sharding.detect import is_sharded
 
 if TYPE_CHECKING:
+    from collections.abc import Collection, Mapping
+
     from asyncckpt._saving.saver import Saver
     from asyncckpt._saving.sharded_saves import ShardedSaves
 
@@ -24,7 +26,8 @@ class Ranked:
         timeout: seconds that a rank waits for the others.
         series: directory and template of the Checkpointer, the same on all ranks.
         saver: takes the snapshots of this rank.
-        skips: whether saves are skipped if there is no place for them; None if they replace others.
+        when_busy: what a save does if there is no place for it.
+        alone: whether this process saves without other ranks, whatever the process group.
 
     Raises:
         TypeError, ValueError: an argument is invalid.
@@ -38,6 +41,8 @@ class Ranked:
         series: str,
         saver: Saver,
         when_busy: str,
+        *,
+        alone: bool = False,
     ) -> None:
         if sharded is not None and not isinstance(sharded, bool):
             raise TypeError(f"sharded must be True, False or None, not {sharded!r}")
@@ -51,6 +56,7 @@ class Ranked:
         self._series = series
         self._saver = saver
         self._when_busy = when_busy
+        self._alone = alone
         self._coordination: Coordination | None = None
         self._saves: ShardedSaves | None = None
         self._writer: OneWriter | None = None
@@ -59,7 +65,7 @@ class Ranked:
     @property
     def group(self) -> ProcessGroup | None:
         """The process group, if it has several ranks."""
-        return process_group(self._given)
+        return None if self._alone else process_group(self._given)
 
     def shards(self, state: Any) -> bool:
         """Return whether all ranks save, or restore, a state together."""
@@ -87,27 +93,32 @@ class Ranked:
                 ' "wait" or "skip"'
             )
         if self._saves is None:
-            self._saves = ShardedSaves(self._coordinated(), self._saver, skips=self._when_busy == "skip")
+            self._saves = ShardedSaves(self.coordination(), self._saver, skips=self._when_busy == "skip")
         return self._saves
 
-    def agree(self, about: str, problem: str | None) -> None:
+    def agree(self, what: str, flags: Collection[str], problem: str | None) -> Mapping[str, list[int]]:
         """Wait for the other ranks.
 
         Args:
-            about: what all of them do; the same on all ranks.
+            what: what all of them do; the same on all ranks.
+            flags: what holds on this rank.
             problem: why this rank cannot.
+
+        Returns:
+            Which ranks raised each flag.
 
         Raises:
             RankError: a rank does something else, has a problem, or does not come; on all ranks.
         """
-        self._coordinated().exchange(about, problem=problem)
+        return self.coordination().exchange(what, flags, problem).flags
 
     def close(self) -> None:
         """Leave nothing in the store of the group."""
         if self._coordination is not None:
             self._coordination.close()
 
-    def _coordinated(self) -> Coordination:
+    def coordination(self) -> Coordination:
+        """Return what the ranks agree through; of this process alone, if there are no others."""
         if self._coordination is None:
             self._coordination = Coordination(self.group or _alone(), self._series, self._timeout)
         return self._coordination

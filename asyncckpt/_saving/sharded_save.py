@@ -30,7 +30,7 @@ class ShardedSave:
         series: numbers and evicts; None for a single folder.
         rank_state: what is saved for each rank of its own; None for nothing.
         extras: other files of the folder, by name; those of rank 0 count.
-        planner: makes DCP's planner; None for the default one.
+        planner: makes DCP's planner; returns None for the default one.
     """
 
     step: int | None
@@ -44,4 +44,4 @@ class ShardedSave:
     series: SeriesWriter | None = None
     rank_state: Any = None
     extras: Mapping[str, bytes] | None = None
-    planner: Callable[[], SavePlanner] | None = None
+    planner: Callable[[], SavePlanner | None] = lambda: None

@@ -113,7 +113,7 @@ class ShardedSaves:
         state, part.objects = collect_sharded(wanted.state)
         if wanted.rank_state is not None:
             state = with_rank_state(state, self._coordination.rank, wanted.rank_state)
-        part.planner = None if wanted.planner is None else wanted.planner()
+        part.planner = wanted.planner()
         part.plan = LocalPlan(state, part.planner)
         stats.freeze += time.perf_counter() - began
 

@@ -34,6 +34,13 @@ def shard_ranks(tensor: Any) -> int:
     return 1
 
 
+def is_plain_tensor(tensor: Any) -> bool:
+    """Whether this rank has one item of a tensor at most: all of a plain one, its shard of a DTensor."""
+    if is_dtensor(tensor):
+        tensor = tensor._local_tensor
+    return not (is_sharded_tensor(tensor) or hasattr(tensor, "__create_write_items__"))
+
+
 def is_sharded(state: Any) -> bool:
     """Whether a state holds a DTensor or a ShardedTensor over more than one rank.
 

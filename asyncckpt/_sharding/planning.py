@@ -5,13 +5,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import torch
+
+from asyncckpt._sharding.conflicts import check_items, check_plans, check_shards, describe_duplicate
+from asyncckpt._sharding.detect import is_plain_tensor
+from asyncckpt._sharding.fingerprint import fingerprint
+from asyncckpt._sharding.metadata import complete, dump_metadata
+from asyncckpt.errors import SaveError
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    import numpy as np
-    import torch
     from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
-    from torch.distributed.checkpoint.planner import SavePlanner
+    from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+
+    from asyncckpt._sharding.fingerprint import Fingerprint
 
 
 @dataclass(slots=True)
@@ -21,18 +30,26 @@ class Kept:
     Attributes:
         indices: of each item in the metadata: key, and offset in the tensor; without hints.
         tensor_count: how many of them are tensors.
+        lookups: positions of the tensors that are to be found in what the state has under their key.
     """
 
     indices: list[MetadataIndex]
     tensor_count: int
+    lookups: list[int]
 
     def tensors(self, flat: dict[str, Any]) -> list[torch.Tensor]:
         """Return the tensors to write: plain ones, DTensors, and the local tensors of ShardedTensors."""
-        raise NotImplementedError
+        tensors = [flat[index.fqn] for index in self.indices[: self.tensor_count]]
+        if self.lookups:
+            from torch.distributed.checkpoint.utils import find_tensor_shard  # noqa: PLC0415 - see __init__
+
+            for position in self.lookups:
+                tensors[position] = find_tensor_shard(tensors[position], self.indices[position])
+        return tensors
 
     def objects(self, flat: dict[str, Any]) -> list[Any]:
         """Return the objects to write."""
-        raise NotImplementedError
+        return [flat[index.fqn] for index in self.indices[self.tensor_count :]]
 
 
 class LocalPlan:
@@ -41,6 +58,7 @@ class LocalPlan:
     Attributes:
         flat: key -> tensor or object.
         fingerprint: equal if an earlier plan, and what was made of it, still holds.
+        planner: that made it.
 
     Args:
         state: of `collect_sharded`.
@@ -50,11 +68,15 @@ class LocalPlan:
         SaveError: two entries have the same key.
     """
 
-    flat: dict[str, Any]
-    fingerprint: list[tuple[Any, ...]]
-
     def __init__(self, state: dict[str, Any], planner: SavePlanner | None = None) -> None:
-        raise NotImplementedError
+        self.planner: Any = _default_planner() if planner is None else planner
+        try:
+            self.planner.set_up_planner(state)
+        except ValueError as error:
+            raise SaveError(describe_duplicate(state) or str(error)) from error
+        self.flat: dict[str, Any] = getattr(self.planner, "state_dict", state)
+        self.fingerprint: Fingerprint = fingerprint(self.flat, getattr(self.planner, "mappings", {}))
+        self._plan: SavePlan | None = None
 
     def encode(self) -> bytes:
         """Return the plan for rank 0.
@@ -63,11 +85,32 @@ class LocalPlan:
             ShardedStateError: a shard is in an object that is pickled as a whole; the message has its path.
             SaveError: a tensor cannot be saved as it is; the message has its key.
         """
-        raise NotImplementedError
+        from asyncckpt._sharding.plan_codec import encode_plan  # noqa: PLC0415 - see __init__
+
+        return encode_plan(self._made())
 
     def keep(self, kept: bytes) -> Kept:
         """Return what this rank writes, of what rank 0 decided for it."""
-        raise NotImplementedError
+        items = [self._made().items[position] for position in np.frombuffer(kept, np.uint32).tolist()]
+        tensors = [item.index for item in items if item.tensor_data is not None]
+        objects = [item.index for item in items if item.tensor_data is None]
+        lookups = [
+            position for position, index in enumerate(tensors) if not is_plain_tensor(self.flat[index.fqn])
+        ]
+        return Kept(tensors + objects, len(tensors), lookups)
+
+    def _made(self) -> SavePlan:
+        if self._plan is None:
+            check_items(self.flat)
+            with torch.no_grad():
+                plan = self.planner.create_local_plan()
+            for item in plan.items:
+                if item.tensor_data is not None:
+                    # The field is deprecated; what is saved never requires gradients.
+                    item.tensor_data.properties.requires_grad = False
+            check_shards(self.flat, plan)
+            self._plan = plan
+        return self._plan
 
 
 class GlobalPlan:
@@ -78,8 +121,16 @@ class GlobalPlan:
         metadata: of the checkpoint, without what is known after the writes.
     """
 
-    kept: list[bytes]
-    metadata: Metadata
+    def __init__(self, plans: Sequence[SavePlan], decided: Sequence[SavePlan], metadata: Metadata) -> None:
+        self.metadata = metadata
+        self.kept: list[bytes] = []
+        self._indices: list[list[MetadataIndex]] = []
+        for plan, final in zip(plans, decided, strict=True):
+            positions = {item.index: position for position, item in enumerate(plan.items)}
+            self.kept.append(np.array([positions[item.index] for item in final.items], np.uint32).tobytes())
+            tensors = [item.index for item in final.items if item.tensor_data is not None]
+            objects = [item.index for item in final.items if item.tensor_data is None]
+            self._indices.append(tensors + objects)
 
     def write(
         self, names: Sequence[str], extents: Sequence[np.ndarray[Any, Any]], checkpoint_id: str | None = None
@@ -91,13 +142,33 @@ class GlobalPlan:
             extents: for each rank, offset and length in bytes of every item, in the order of `Kept`.
             checkpoint_id: the path of the checkpoint.
         """
-        raise NotImplementedError
+        return dump_metadata(complete(self.metadata, self._indices, names, extents, checkpoint_id))
 
 
 def global_plan(payloads: Sequence[bytes], planner: SavePlanner | None = None) -> GlobalPlan:
     """Decide which rank writes what, from the encoded plans of all ranks.
 
+    Args:
+        payloads: of `LocalPlan.encode`, in the order of the ranks.
+        planner: that of rank 0's `LocalPlan`; the default one if it is None.
+
     Raises:
         SaveError: the states of the ranks do not fit together; the message has keys and ranks.
     """
-    raise NotImplementedError
+    from asyncckpt._sharding.plan_codec import PlanDecoder  # noqa: PLC0415 - see __init__
+
+    decoder = PlanDecoder()
+    plans = [decoder.decode(payload) for payload in payloads]
+    check_plans(plans)
+    planner = _default_planner() if planner is None else planner
+    try:
+        decided, metadata = planner.create_global_plan(plans)
+    except (ValueError, AssertionError) as error:
+        raise SaveError(f"the states of the ranks do not fit together: {error}") from error
+    return GlobalPlan(plans, decided, metadata)
+
+
+def _default_planner() -> Any:
+    from torch.distributed.checkpoint.default_planner import DefaultSavePlanner  # noqa: PLC0415 - see __init__
+
+    return DefaultSavePlanner()

@@ -19,7 +19,7 @@ from asyncckpt._snapshot.copy import (
 )
 from asyncckpt._snapshot.cuda_lane import CudaLane
 from asyncckpt._snapshot.guard import Checksums, Guard, torn_error
-from asyncckpt._snapshot.owners import changes, is_covered
+from asyncckpt._snapshot.owners import Coverage, changes
 from asyncckpt._snapshot.range_copy import RangeCopy
 from asyncckpt._threads import Condition, start_threads
 from asyncckpt.errors import BusyError, SaveError, TornSnapshotError
@@ -70,10 +70,11 @@ def defer(  # noqa: PLR0913, PLR0917 - what is copied, and where to
     """
     any_large = any(size > SMALL for size in ranges.sizes)
     owned = overlap.owners.tensors() if any_large else {}
+    coverage = Coverage(owned)
     deferred = [
         index
-        for index, (source, size) in enumerate(zip(ranges.sources, ranges.sizes, strict=True))
-        if size > SMALL and _may_wait(source) and is_covered(source, owned.get(source._cdata, ()))
+        for index, (source, offset, size, _) in enumerate(zip(*ranges, strict=True))
+        if size > SMALL and _may_wait(source) and coverage.includes(source, offset, size)
     ]
     if not deferred:
         stats.reason = overlap.owners.why_none() if any_large else "all of the state is small"
@@ -87,13 +88,14 @@ def defer(  # noqa: PLR0913, PLR0917 - what is copied, and where to
         at = [starts[index] for index in rest]
         copy_ranges(ranges.select(rest), at, lease, Watermark(), overlap.budget)
         pieces = [*pieces_of(ranges, starts, deferred), *clones]
-        tensors = [tensor for source in held.sources for tensor in owned[source._cdata]]
+        storages = frozenset(source._cdata for source in held.sources)
+        tensors = [tensor for storage in storages for tensor in owned[storage]]
         stats.deferred_bytes = sum(held.sizes)
         copy = DeferredCopy(
             RangeCopy(pieces, lanes, filled.advance),
             Guard(tensors),
             checksums,
-            frozenset(source._cdata for source in held.sources),
+            storages,
             frozenset(map(id, tensors)),
             lease.view,
             filled,

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import gc
 import io
 import itertools
 import pickle
-import sys
 from dataclasses import dataclass, field
 from functools import partial
 from types import BuiltinFunctionType, FunctionType
@@ -16,8 +14,10 @@ import torch
 from torch.serialization import location_tag
 from torch.storage import TypedStorage, UntypedStorage
 
+from asyncckpt._snapshot.collector import no_collections
 from asyncckpt._snapshot.culprit import find_culprit
 from asyncckpt._snapshot.frozen import MARK, PROTOCOL, STORAGE_CLASS, DataPickler, FrozenState
+from asyncckpt._snapshot.local_tensors import is_a
 from asyncckpt._snapshot.ranges import Ranges
 from asyncckpt.errors import SaveError, ShardedStateError, UnpicklableStateError
 
@@ -81,17 +81,12 @@ class Freezer:
             ShardedStateError: names the path of a tensor of which this rank has a shard only.
             SaveError: the state has one storage under two dtypes.
         """
-        collecting = gc.isenabled()
-        # Thousands of new tuples would set off full collections in the middle of the stall.
-        gc.disable()
-        try:
-            return self._freeze(state)
-        except _NeedsStorageIdsError:
-            self._exact = True
-            return self._freeze(state)
-        finally:
-            if collecting:
-                gc.enable()
+        with no_collections():
+            try:
+                return self._freeze(state)
+            except _NeedsStorageIdsError:
+                self._exact = True
+                return self._freeze(state)
 
     def _freeze(self, state: object) -> tuple[FrozenState, Ranges]:
         out = io.BytesIO()
@@ -231,24 +226,17 @@ def _storage_id(table: _Table, obj: TypedStorage | UntypedStorage) -> tuple[str,
 def _refuse_shard(tensor: torch.Tensor) -> None:
     """Raise if this process holds a part of a tensor only."""
     ranks = 1
-    if _is_a(tensor, "torch.distributed.tensor", "DTensor"):
+    if is_a(tensor, "torch.distributed.tensor", "DTensor"):
         ranks = int(tensor.device_mesh.size())  # type: ignore[attr-defined]
-    elif _is_a(tensor, "torch.distributed._shard.sharded_tensor", "ShardedTensor"):
+    elif is_a(tensor, "torch.distributed._shard.sharded_tensor", "ShardedTensor"):
         ranks = int(tensor._process_group.size())  # type: ignore[attr-defined]
     if ranks > 1:
         raise ShardedStateError(
             f"a {type(tensor).__name__} over {ranks} ranks, of which this process holds its shard only;"
-            " gather the whole state and save it on rank 0"
+            " save it with a Checkpointer on every rank of a process group, or gather the whole state on one"
             " (torch.distributed.checkpoint.state_dict.get_state_dict with"
-            " StateDictOptions(full_state_dict=True, cpu_offload=True)), or save it with"
-            " torch.distributed.checkpoint"
+            " StateDictOptions(full_state_dict=True, cpu_offload=True))"
         )
-
-
-def _is_a(tensor: torch.Tensor, module: str, name: str) -> bool:
-    # There is no such tensor as long as nobody has imported its class, which takes a while.
-    kind: Any = getattr(sys.modules.get(module), name, None)
-    return kind is not None and isinstance(tensor, kind)
 
 
 def _probe(value: object) -> None:

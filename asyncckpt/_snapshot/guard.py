@@ -9,6 +9,7 @@ import torch
 from asyncckpt._snapshot.capture_mode import allow_captures
 from asyncckpt._snapshot.culprit import find_culprit
 from asyncckpt._snapshot.lanes import bytes_of
+from asyncckpt._snapshot.local_tensors import local_of
 from asyncckpt.errors import TornSnapshotError
 
 if TYPE_CHECKING:
@@ -31,7 +32,8 @@ _LOW = (1 << 33) - 1
 class Guard:
     """The version counters of tensors as they were at the freeze, and the addresses of their storages.
 
-    An operation of torch that changes a tensor in place raises its version when it ends.
+    An operation of torch that changes a tensor in place raises its version when it ends. That of a DTensor
+    and that of its local tensor rise apart: both are watched.
 
     Args:
         tensors: one or more for each storage.
@@ -39,7 +41,16 @@ class Guard:
 
     def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
         # Views keep the counters and the storages where a tensor gets others (`p.data = x`, swap_tensors).
-        self._views = [tensor.detach() for tensor in tensors]
+        locals_ = [local_of(tensor) for tensor in tensors]
+        views = [local.detach() for local in locals_]
+        # To detach a DTensor would take 50 us.
+        wrappers = [
+            (tensor, view)
+            for tensor, local, view in zip(tensors, locals_, views, strict=True)
+            if local is not tensor
+        ]
+        # What has the counter, and what has the memory.
+        self._watched = [*zip(views, views, strict=True), *wrappers]
         self._before = self._now()
 
     def changed(self) -> UntypedStorage | None:
@@ -47,11 +58,11 @@ class Guard:
         now = self._now()
         if now == self._before:
             return None
-        pairs = zip(self._views, self._before, now, strict=True)
-        return next(view.untyped_storage() for view, before, after in pairs if before != after)
+        pairs = zip(self._watched, self._before, now, strict=True)
+        return next(view.untyped_storage() for (_, view), before, after in pairs if before != after)
 
     def _now(self) -> list[tuple[int, int]]:
-        return [(view._version, view.untyped_storage().data_ptr()) for view in self._views]
+        return [(tensor._version, view.untyped_storage().data_ptr()) for tensor, view in self._watched]
 
 
 class Checksums:
@@ -129,7 +140,7 @@ def _probe(storage: UntypedStorage) -> Callable[[object], None]:
                 continue
             seen.add(id(item))
             if isinstance(item, torch.Tensor) and item.layout is torch.strided:
-                if item.untyped_storage()._cdata == storage._cdata:
+                if local_of(item).untyped_storage()._cdata == storage._cdata:
                     raise LookupError
             elif isinstance(item, dict):
                 pending.extend(item.values())

@@ -1,23 +1,25 @@
-"""Which storages hold still until an optimizer steps: its parameters, and its state."""
+"""Which memory holds still until an optimizer steps: its parameters, and its state."""
 
 from __future__ import annotations
 
 import weakref
+from bisect import bisect_right
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.optim.optimizer import Optimizer
 
 from asyncckpt._snapshot.fences import seen, stepping, watch_steps, why_not
+from asyncckpt._snapshot.local_tensors import PLAIN, local_of
+from asyncckpt._snapshot.ranges import is_dense
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Iterator, Sequence
+    from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
     from torch.storage import UntypedStorage
 
 # Where wrappers of Lightning, Fabric, Accelerate and torch have the optimizer that steps.
 _WRAPPED_AS = ("_optimizer", "optimizer", "optim")
-_PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
 
 
 class Owners:
@@ -57,8 +59,8 @@ class Owners:
     def tensors(self, optimizers: Iterable[Optimizer] | None = None) -> dict[int, list[torch.Tensor]]:
         """Return the parameters, and the tensors of the state, of those that are `stepping`, or given.
 
-        They are listed by the identity of their storage. Left out are tensors that are not plain, and those
-        without a version counter (inference tensors).
+        They are listed by the identity of their storage, a DTensor by that of its local tensor. Left out are
+        tensors that are not plain otherwise, and those without a version counter (inference tensors).
         """
         owned: dict[int, list[torch.Tensor]] = {}
         for optimizer in stepping() if optimizers is None else optimizers:
@@ -86,17 +88,46 @@ def hooked(optimizer: Any) -> Optimizer | None:
     return next((one for one in inner if isinstance(one, Optimizer) and hooked(one) is one), None)
 
 
-def is_covered(storage: UntypedStorage, tensors: Sequence[torch.Tensor]) -> bool:
-    """Return whether `tensors` take all bytes of their storage: nobody else has a part of it."""
-    if not tensors or any(tensor.nbytes == storage.nbytes() for tensor in tensors):
-        return bool(tensors)
-    spans = sorted((tensor.data_ptr(), tensor.nbytes) for tensor in tensors if tensor.is_contiguous())
-    end = storage.data_ptr()
-    for start, nbytes in spans:
-        if start > end:
+class Coverage:
+    """Which memory tensors take as a whole: nobody else has a part of it.
+
+    Args:
+        owned: tensors, by the identity of their storage.
+    """
+
+    def __init__(self, owned: Mapping[int, Sequence[torch.Tensor]]) -> None:
+        self._owned = owned
+        self._spans: dict[int, tuple[list[int], list[int]]] = {}
+
+    def includes(self, storage: UntypedStorage, offset: int, nbytes: int) -> bool:
+        """Return whether all of these bytes of a storage belong to its tensors."""
+        tensors = self._owned.get(storage._cdata)
+        if not tensors:
             return False
-        end = max(end, start + nbytes)
-    return end == storage.data_ptr() + storage.nbytes()
+        spans = self._spans.get(storage._cdata)
+        if spans is None:
+            spans = self._spans[storage._cdata] = _spans(tensors)
+        starts, stops = spans
+        index = bisect_right(starts, offset) - 1
+        return index >= 0 and offset + nbytes <= stops[index]
+
+
+def _spans(tensors: Iterable[torch.Tensor]) -> tuple[list[int], list[int]]:
+    """Return where tensors start and stop in their storage, those together that lie one after another."""
+    starts: list[int] = []
+    stops: list[int] = []
+    for start, nbytes in sorted(
+        (int(local.storage_offset()) * local.itemsize, local.nbytes)
+        for local in map(local_of, tensors)
+        if local.is_contiguous() or is_dense(local.shape, local.stride())
+    ):
+        stop = start + nbytes
+        if stops and start <= stops[-1]:
+            stops[-1] = max(stops[-1], stop)
+        else:
+            starts.append(start)
+            stops.append(stop)
+    return starts, stops
 
 
 def changes(optimizer: Optimizer, storages: Collection[int], tensors: Collection[int]) -> bool:
@@ -126,8 +157,9 @@ def _tensors_of(optimizer: Optimizer) -> Iterator[torch.Tensor]:
 
 
 def _storage_of(tensor: torch.Tensor) -> int | None:
-    """Return the identity of the storage of a plain tensor that has a version counter."""
-    if type(tensor) in _PLAIN and tensor.layout is torch.strided and not tensor.is_inference():
-        storage: int = tensor.untyped_storage()._cdata
+    """Return the identity of the storage of a plain tensor, or a local one, that has a version counter."""
+    local = tensor if type(tensor) in PLAIN else local_of(tensor)
+    if type(local) in PLAIN and local.layout is torch.strided and not local.is_inference():
+        storage: int = local.untyped_storage()._cdata
         return storage
     return None

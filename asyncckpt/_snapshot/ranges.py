@@ -53,3 +53,17 @@ def ranges_of(tensors: Iterable[torch.Tensor]) -> Ranges:
         ranges.sizes.append(tensor.nbytes)
         ranges.tensors.append(tensor)
     return ranges
+
+
+def is_dense(size: Sequence[int], stride: Sequence[int]) -> bool:
+    """Return whether elements of this shape and stride fill their memory, in any order, and share none."""
+    if 0 in size:
+        return True
+    expected = 1
+    for step, length in sorted(
+        (step, length) for step, length in zip(stride, size, strict=True) if length > 1
+    ):
+        if step != expected:
+            return False
+        expected *= length
+    return True

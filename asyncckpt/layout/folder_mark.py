@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 from asyncckpt._checksum import crc32
 from asyncckpt.errors import CorruptCheckpointError
-from asyncckpt.layout.description import MAX_BYTES, Description
+from asyncckpt.layout.description import Description
+from asyncckpt.layout.zip_reader import TAIL
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -44,7 +45,7 @@ def read_mark(size: int) -> Generator[Request, bytes, Description | None]:
     Raises:
         CorruptCheckpointError: the file is cut off, or damaged there.
     """
-    offset = max(size - MAX_BYTES - _TRAILER.size, 0)
+    offset = max(size - TAIL, 0)  # enough for the longest description
     end = yield offset, size - offset
     found = _description(end, size)
     return None if found is None else Description.decode(found)

@@ -12,7 +12,7 @@ import sys
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import blake2b
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -45,6 +45,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from asyncckpt.types import Offsets
+
+N = TypeVar("N", "Offsets", int)
 
 _UTF8, _DESCRIPTOR_FOLLOWS = 0x0800, 0x0008
 _FIRST_OF_1980 = 0x21
@@ -194,19 +196,19 @@ def _record(name: str, header: int, payload: bytes) -> tuple[bytes, bytes]:
     return record, _central_entry(name, header, len(payload), crc)
 
 
-def _align(offsets: Offsets) -> Offsets:
+def _align(offsets: N) -> N:
     return -(-offsets // ALIGNMENT) * ALIGNMENT
 
 
-def _extra_size(size: Offsets, big: Offsets) -> Offsets:
+def _extra_size(size: Any, big: Any) -> Any:  # of integers or arrays of them
     """Bytes that torch's writer reserves for fields in a local header, before it pads to the alignment."""
     large = size >= ZIP64
-    return EXTRA.size + np.where(large | big, EXTRA.size, 0) + np.where(large, 16, 0) + np.where(big, 8, 0)
+    return EXTRA.size + (large | big) * EXTRA.size + large * 16 + big * 8
 
 
 def _start(name: str, header: int, size: int) -> int:
-    extra = _extra_size(np.asarray(size), np.asarray(header >= ZIP64))
-    return int(_align(header + LOCAL.size + len(name.encode()) + extra))
+    extra: int = _extra_size(size, header >= ZIP64)
+    return _align(header + LOCAL.size + len(name.encode()) + extra)
 
 
 def _local_header(name: str, header: int, start: int, size: int) -> bytes:

@@ -274,6 +274,13 @@ def checked_name(name: str, *, longest: int | None = None) -> str:
     return name
 
 
+def checked_member(name: str) -> str:
+    """Return `name`, or raise StoreError if a file of a folder cannot be called so."""
+    if name == FOLDER_MARK:
+        raise StoreError(errno.EINVAL, f"{name} is written by the commit of the folder; use another name")
+    return checked_name(name)
+
+
 def checked_source(source: str, *, longest: int | None = None) -> str:
     """Return `source`, or raise StoreError if it is not a name or the relative path of a file."""
     checked_name(source if source.startswith("/") else source.rpartition("/")[2], longest=longest)

@@ -5,7 +5,7 @@ record the order of the calls, or to make one of them fail. The methods are thin
 short results and errors is decided by their callers.
 """
 
-# ruff: noqa: PTH102, PTH105, PTH108, PTH116, PTH211 - this is the place where `os` is called
+# ruff: noqa: PTH102, PTH105, PTH106, PTH108, PTH116, PTH211 - this is the place where `os` is called
 # ruff: noqa: D102 - methods without a docstring do what that of `os` or `shutil` does
 
 from __future__ import annotations
@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 _O_DIRECT: int = getattr(os, "O_DIRECT", 0)
 _STATFS_BYTES = 512  # more than the struct has on any platform
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
+_REMOVALS = 100  # how often the removal of a directory begins again that others also remove
 
 
 class FileOps:
@@ -129,10 +132,31 @@ class FileOps:
     def replace(self, source: str, target: str) -> None:
         os.replace(source, target)
 
+    def exchange(self, source: str, target: str) -> None:
+        """Exchange two names atomically; EINVAL or ENOSYS where the file system or the system cannot."""
+        call = getattr(_libc(), "renameat2", None) if sys.platform == "linux" else None
+        if call is None:
+            raise _error(errno.ENOSYS)
+        paths = os.fsencode(source), os.fsencode(target)
+        if call(_AT_FDCWD, paths[0], _AT_FDCWD, paths[1], _RENAME_EXCHANGE) != 0:
+            raise _error(ctypes.get_errno())
+
     def unlink(self, path: str) -> None:
         os.unlink(path)
 
+    def rmdir(self, path: str) -> None:
+        os.rmdir(path)
+
     def rmtree(self, path: str) -> None:
+        """Remove a directory with all that is in it; what others remove meanwhile is no error."""
+        for _ in range(_REMOVALS):
+            try:
+                shutil.rmtree(path)
+            except FileNotFoundError:
+                if not os.path.lexists(path):
+                    return
+            else:
+                return
         shutil.rmtree(path)
 
 

@@ -1,6 +1,6 @@
 """The store on a local path: one directory of files, each of them whole or not there."""
 
-# ruff: noqa: PTH100, PTH118, PTH119, PTH120 - paths stay the str that the user gave
+# ruff: noqa: PTH100, PTH118, PTH119 - paths stay the str that the user gave
 # ruff: noqa: D102 - methods without a docstring do what `Store`, `Draft` and `OpenFile` say
 
 from __future__ import annotations
@@ -18,21 +18,36 @@ from anyio import CancelScope
 
 from asyncckpt._threads import in_thread
 from asyncckpt.errors import StoreError
-from asyncckpt.stores.base import Store, checked_name, checked_source, copy_into
+from asyncckpt.stores.abandoned import remove_abandoned
+from asyncckpt.stores.base import FOLDER_MARK, Store, checked_name, checked_source, copy_into
 from asyncckpt.stores.errors import local_errors
 from asyncckpt.stores.fileops import FileOps
-from asyncckpt.stores.local_draft import ATTEMPTS, LocalDraft, removed_error, sync_directory
+from asyncckpt.stores.local_directory import (
+    is_directory,
+    list_files,
+    list_folders,
+    make_directory,
+)
+from asyncckpt.stores.local_draft import LocalDraft
 from asyncckpt.stores.local_file import LocalFile, committed_file
-from asyncckpt.stores.temporary import is_temporary, remove_abandoned, temporary_name, unlink_quietly
+from asyncckpt.stores.local_folder import JoinedFolder, LocalFolderDraft, link_files, look_for_draft
+from asyncckpt.stores.local_names import (
+    ATTEMPTS,
+    move_away,
+    put_in_place,
+    remove_quietly,
+    removed_error,
+    sync_directory,
+)
+from asyncckpt.stores.temporary import temporary_name, unlink_quietly
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Collection, Sequence
 
-    from asyncckpt.stores.base import Draft, OpenFile, StoredFile
+    from asyncckpt.stores.base import Draft, FolderDraft, OpenFile, StoredFile
 
 T = TypeVar("T")
 
-_LISTINGS = 100
 _NAME_MAX = 255
 _NO_LINK = frozenset({errno.EPERM, errno.EXDEV, errno.EMLINK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EACCES})
 # None: what is raised in Python, such as by a wrapper of os.symlink, has no number.
@@ -86,7 +101,7 @@ class LocalStore(Store):
     async def list(self) -> Sequence[StoredFile]:
         """Return the regular files of the directory that are not drafts; links are not followed."""
         with local_errors("listing it", os.path.join(self._directory, "")):
-            return await _looked_up(self._list)
+            return await _looked_up(partial(list_files, self._ops, self._directory))
 
     async def stat(self, name: str) -> StoredFile:
         """Return the file that `name` leads to, or raise FileNotFoundError."""
@@ -96,7 +111,7 @@ class LocalStore(Store):
 
     async def exists(self) -> bool:
         with local_errors("looking for it", os.path.join(self._directory, "")):
-            return await _looked_up(lambda: self._is_directory(self._directory))
+            return await _looked_up(partial(is_directory, self._ops, self._directory))
 
     @asynccontextmanager
     async def open(self, name: str) -> AsyncIterator[OpenFile]:
@@ -111,13 +126,16 @@ class LocalStore(Store):
             file.close()
 
     async def remove(self, name: str) -> None:
-        """Remove a file, a link, or a directory with all that is in it, durably; or nothing."""
+        """Remove a file, a link, or a directory with all that is in it, at once and durably; or nothing."""
         path = self._path(name)
         with local_errors(f"removing {name}", path):
             await in_thread(self._remove, path)
 
     async def copy(self, source: str, target: str) -> None:
-        """Make `target` a hard link to the file that `source` leads to, or a copy where that is refused."""
+        """Make `target` a hard link to the file that `source` leads to, or a copy where that is refused.
+
+        A folder is copied so file by file, but for its mark.
+        """
         paths = self._source(source), self._path(target)
         with local_errors(f"copying {source} to {target}", paths[1], absent_ok=True):
             await self._copy(*paths)
@@ -129,6 +147,42 @@ class LocalStore(Store):
             if not await in_thread(self._link, *paths):
                 await self._copy(*paths)
 
+    async def list_folders(self) -> Sequence[StoredFile]:
+        """Return the folders of the directory that are not drafts; links are not followed."""
+        with local_errors("listing it", os.path.join(self._directory, "")):
+            return await _looked_up(partial(list_folders, self._ops, self._directory))
+
+    def folder(self, name: str) -> LocalStore:
+        folder = LocalStore(self.path_of(checked_name(name, longest=_NAME_MAX)), self._ops)
+        folder._directory = os.path.join(self._directory, name)
+        return folder
+
+    @asynccontextmanager
+    async def folder_draft(self, name: str) -> AsyncIterator[FolderDraft]:
+        self._path(name)
+        draft = LocalFolderDraft(self._ops, self._directory, name)
+        try:
+            await in_thread(draft.open)
+            draft.store = self.folder(draft.attempt)
+            yield draft
+        finally:
+            await _to_the_end(draft.drop)
+
+    @asynccontextmanager
+    async def join_folder(self, name: str, attempt: str) -> AsyncIterator[FolderDraft]:
+        path = self._path(name)
+        with local_errors(f"joining the draft of {name}", path):
+            try:
+                await _looked_up(partial(look_for_draft, self._ops, self._directory, attempt))
+            except FileNotFoundError as error:
+                raise StoreError(
+                    errno.ENOENT,
+                    f"the draft of {name} that another process has made is not in {self._directory} here: it"
+                    " was removed, or the directory is not shared by the hosts; use one that is, or a URL",
+                    path,
+                ) from error
+        yield JoinedFolder(attempt, self.folder(attempt), path)
+
     def _path(self, name: str) -> str:
         return os.path.join(self._directory, checked_name(name, longest=_NAME_MAX))
 
@@ -136,59 +190,8 @@ class LocalStore(Store):
         return os.path.join(self._directory, checked_source(source, longest=_NAME_MAX))
 
     def _prepare(self) -> None:
-        self._make_directory(self._directory)
+        make_directory(self._ops, self._directory)
         remove_abandoned(self._ops, self._directory)
-
-    def _make_directory(self, path: str) -> None:
-        if self._is_directory(path):
-            return
-        parent = os.path.dirname(path)
-        self._make_directory(parent)
-        try:
-            self._ops.mkdir(path)
-        except FileExistsError:
-            # Made meanwhile by another process, which may die before it syncs the parent.
-            if not self._is_directory(path):
-                raise
-        sync_directory(self._ops, parent)
-
-    def _is_directory(self, path: str) -> bool:
-        try:
-            status = self._ops.stat(path)
-        except FileNotFoundError:
-            return False
-        if not modes.S_ISDIR(status.st_mode):
-            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path)
-        return True
-
-    def _list(self) -> Sequence[StoredFile]:
-        for _ in range(_LISTINGS):
-            found = self._list_once()
-            if found is not None:
-                return found
-        raise StoreError(
-            errno.EAGAIN,
-            f"files of {self._directory} were removed during each of {_LISTINGS} attempts to list it",
-            self._directory,
-        )
-
-    def _list_once(self) -> Sequence[StoredFile] | None:
-        """List the directory; None if a file vanished: its successor may have come too late to be seen."""
-        try:
-            entries = self._ops.scandir(self._directory)
-        except FileNotFoundError:
-            return []
-        found = []
-        for entry in entries:
-            if is_temporary(entry.name):
-                continue
-            try:
-                status = self._ops.lstat(entry.path)
-            except FileNotFoundError:
-                return None
-            if modes.S_ISREG(status.st_mode):
-                found.append(committed_file(entry.name, entry.path, status))
-        return found
 
     def _remove(self, path: str) -> None:
         try:
@@ -198,12 +201,18 @@ class LocalStore(Store):
         except OSError:
             if not modes.S_ISDIR(self._ops.lstat(path).st_mode):
                 raise
-            self._ops.rmtree(path)
-        sync_directory(self._ops, self._directory)
+            away = move_away(self._ops, path)
+            sync_directory(self._ops, self._directory)
+            self._ops.rmtree(away)
+        else:
+            sync_directory(self._ops, self._directory)
 
     async def _copy(self, source: str, target: str) -> None:
         # Two names of a link would be one file, so it is the file itself that gets the second name.
         source = await in_thread(os.path.realpath, source)
+        if await in_thread(os.path.isdir, source):
+            await self._copy_folder(source, target)
+            return
         if await in_thread(self._place, partial(self._ops.link, source), target, _NO_LINK):
             return
         directory, name = os.path.split(source)
@@ -211,6 +220,26 @@ class LocalStore(Store):
         async with beside.open(name) as file, self.draft(os.path.basename(target), file.file.nbytes) as draft:
             await copy_into(draft, file)
             await draft.commit()
+
+    async def _copy_folder(self, source: str, target: str) -> None:
+        origin, name = LocalStore(source, self._ops), os.path.basename(target)
+        async with origin.open(FOLDER_MARK) as file:
+            mark = bytearray(file.file.nbytes)
+            await file.read(0, memoryview(mark))
+        if os.path.join(await in_thread(os.path.realpath, self._directory), name) == source:
+            return
+        async with self.folder_draft(name) as folder:
+            place = os.path.join(self._directory, folder.attempt)
+            for member in await in_thread(link_files, self._ops, source, place, _NO_LINK):
+                async with (
+                    origin.open(member) as member_file,
+                    folder.store.draft(member, member_file.file.nbytes) as draft,
+                ):
+                    await copy_into(draft, member_file)
+                    await draft.commit()
+            if (await origin.stat(FOLDER_MARK)).version != file.file.version:
+                raise FileNotFoundError(errno.ENOENT, "replaced while it was copied", source)
+            await folder.commit(bytes(mark))
 
     def _link(self, source: str, target: str) -> bool:
         """Make `target` a symbolic link; False where that is refused."""
@@ -235,24 +264,21 @@ class LocalStore(Store):
                 if error.errno in refusals:
                     return False
                 raise
+            former = ""
             try:
-                self._replace(temporary, target)
+                former = put_in_place(self._ops, temporary, target)
             except FileNotFoundError:
                 # A starting writer removed it: there is no lock on it.
                 continue
             finally:
                 # Replacing one name of a file by another name of it leaves both.
-                unlink_quietly(self._ops, temporary)
+                if former != temporary:
+                    unlink_quietly(self._ops, temporary)
             sync_directory(self._ops, self._directory)
+            if former:
+                remove_quietly(self._ops, former)
             return True
         raise removed_error(target)
-
-    def _replace(self, temporary: str, target: str) -> None:
-        try:
-            self._ops.replace(temporary, target)
-        except IsADirectoryError:
-            self._ops.rmtree(target)
-            self._ops.replace(temporary, target)
 
 
 async def _looked_up(look: Callable[[], T]) -> T:

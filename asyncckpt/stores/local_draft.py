@@ -1,6 +1,6 @@
 """One file in the making: a locked temporary file, written in pieces, then put in its place or dropped."""
 
-# ruff: noqa: PTH112, PTH115, PTH118, PTH208 - paths stay the str that the user gave
+# ruff: noqa: PTH118 - paths stay the str that the user gave
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import threading
 import time
 from contextlib import suppress
 from typing import TYPE_CHECKING
-from weakref import WeakSet
 
 from anyio import CancelScope
 
@@ -28,6 +27,8 @@ from asyncckpt.stores.local_file import (
     open_direct,
     write_at,
 )
+from asyncckpt.stores.local_forks import disown_in_children
+from asyncckpt.stores.local_names import ATTEMPTS, removed_error, sync_opened
 from asyncckpt.stores.temporary import close_quietly, hold, temporary_name, unlink_quietly
 
 if TYPE_CHECKING:
@@ -35,13 +36,7 @@ if TYPE_CHECKING:
 
     from asyncckpt.stores.fileops import FileOps
 
-ATTEMPTS = 16
-"""How often a temporary file is made again that others remove."""
-
 _NO_FALLOCATE = frozenset({errno.EOPNOTSUPP, errno.ENOSYS})
-# Under which name each descriptor of this process was opened, on Linux; what follows that of a removed file.
-_DESCRIPTORS = "/proc/self/fd"
-_REMOVED = " (deleted)"
 
 
 class LocalDraft(Draft):
@@ -75,7 +70,7 @@ class LocalDraft(Draft):
         # children close it.
         self._fds: list[int] = []
         self._direct_fd: int | None = None
-        _drafts.add(self)
+        disown_in_children(self)
 
     def open(self) -> None:
         """Make, lock and reserve the temporary file; blocks."""
@@ -205,7 +200,7 @@ class LocalDraft(Draft):
                 f"syncing the directory (the new {self._name} is in place, but may not outlive a power loss)"
             )
             with local_errors(doing, self._target):
-                _sync_opened(ops, directory)
+                sync_opened(ops, directory)
         finally:
             close_quietly(ops, directory)
 
@@ -234,51 +229,3 @@ class LocalDraft(Draft):
             with suppress(OSError):
                 os.close(fd)
         return temporary
-
-
-def sync_directory(ops: FileOps, path: str) -> None:
-    """Make the entries of a directory durable."""
-    fd = ops.open_directory(path)
-    try:
-        _sync_opened(ops, fd)
-    finally:
-        close_quietly(ops, fd)
-
-
-def removed_error(target: str) -> StoreError:
-    """Return the error for a directory whose temporary files others lock or remove at once."""
-    directory, name = os.path.split(target)
-    return StoreError(
-        errno.EAGAIN,
-        f"every temporary file made in {directory} for {name} was locked or removed at once by another"
-        " program; keep other programs out of it",
-        target,
-    )
-
-
-def _sync_opened(ops: FileOps, directory: int) -> None:
-    try:
-        ops.fsync_directory(directory)
-    except OSError as error:
-        # What some network and FUSE mounts answer: their directories have no sync.
-        if error.errno != errno.EINVAL:
-            raise
-
-
-def _disown_in_child() -> None:
-    """Close every descriptor of a draft in a forked child, where only this thread runs.
-
-    Those that another thread of the parent had just opened, or was about to close, are found by name: the
-    objects hold no number of them.
-    """
-    names = {draft.disown() for draft in list(_drafts)} - {""}
-    for number in os.listdir(_DESCRIPTORS) if names and os.path.isdir(_DESCRIPTORS) else []:
-        # The descriptor of the listing itself is gone.
-        with suppress(FileNotFoundError):
-            link = os.readlink(f"{_DESCRIPTORS}/{number}")
-            if link.rpartition("/")[2].removesuffix(_REMOVED) in names:
-                os.close(int(number))
-
-
-_drafts: WeakSet[LocalDraft] = WeakSet()
-os.register_at_fork(after_in_child=_disown_in_child)

@@ -1,4 +1,4 @@
-"""Temporary files: their names, their locks, and the removal of those that crashed writers left."""
+"""Temporary files and folders: their names and their locks."""
 
 from __future__ import annotations
 
@@ -11,24 +11,18 @@ import socket
 from functools import cache
 from hashlib import blake2b
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from asyncckpt.stores.fileops import FileOps
 
 logger = logging.getLogger(__name__)
 
-# The group is the tag of the host.
-_PATTERN = re.compile(r"\..*\.([0-9a-f]{8})\.[0-9a-f]{16}\.asyncckpt-tmp", re.DOTALL)
+# The groups are what is kept of the name, the tag of the host, the digits and the kind.
+_PATTERN = re.compile(r"\.(.*)\.([0-9a-f]{8})\.([0-9a-f]{16})\.asyncckpt-(tmp|old|folder)", re.DOTALL)
 
 # What a temporary name keeps of the name it is for: enough for a person, short enough for any file system.
 _KEPT_BYTES = 80
-
-# Types of file systems, by statfs(2), that cannot be mounted by several kernels at once: ext2 to ext4, XFS,
-# btrfs; tmpfs, ramfs, overlayfs; ZFS, F2FS, bcachefs.
-_ONE_KERNEL = {0xEF53, 0x58465342, 0x9123683E} | {0x01021994, 0x858458F6, 0x794C7630}
-_ONE_KERNEL |= {0x2FC12FC1, 0xF2F52010, 0xCA451A4E}
-_OLD_SECONDS = 24 * 3600
 
 _CANNOT_LOCK = frozenset({errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP})
 
@@ -48,13 +42,48 @@ def host_tag() -> str:
 
 
 def temporary_name(name: str) -> str:
-    """Return a name, not used before, for a file that is to become `name`."""
-    kept = os.fsencode(name)[:_KEPT_BYTES].decode(errors="ignore")
-    return f".{kept}.{host_tag()}.{secrets.token_hex(8)}.asyncckpt-tmp"
+    """Return a name, not used before, for a file or folder that is to become `name`."""
+    return _new_name(os.fsencode(name)[:_KEPT_BYTES].decode(errors="ignore"), "tmp")
+
+
+def name_aside(name: str) -> str:
+    """Return a name, not used before, for what is moved from `name` while that is replaced."""
+    return _new_name(name, "old")
+
+
+def intent_name(name: str) -> str:
+    """Return a name, not used before, for the record of what is done to a folder of a remote directory."""
+    return _new_name(os.fsencode(name)[:_KEPT_BYTES].decode(errors="ignore"), "folder")
+
+
+def _new_name(kept: str, kind: str) -> str:
+    return f".{kept}.{host_tag()}.{secrets.token_hex(8)}.asyncckpt-{kind}"
+
+
+class TemporaryName(NamedTuple):
+    """What a temporary name tells.
+
+    Attributes:
+        kept: the first bytes of the name it is for; of what was moved aside, all of them.
+        host: the tag of the machine that made it.
+        digits: what tells it from others of that name and machine.
+        kind: "tmp" for a draft, "old" for what was moved aside, "folder" for the record of an intent.
+    """
+
+    kept: str
+    host: str
+    digits: str
+    kind: str
+
+
+def parse_temporary(name: str) -> TemporaryName | None:
+    """Take a temporary name apart, on whatever machine it was made; None for any other name."""
+    match = _PATTERN.fullmatch(name)
+    return TemporaryName(*match.groups()) if match else None
 
 
 def is_temporary(name: str) -> bool:
-    """Return whether a name is one of a temporary file, on whatever machine it was made."""
+    """Return whether a name is a temporary one, on whatever machine it was made."""
     return _PATTERN.fullmatch(name) is not None
 
 
@@ -75,79 +104,6 @@ def hold(ops: FileOps, fd: int, path: str) -> bool:
     except FileNotFoundError:
         return False
     return True
-
-
-def remove_abandoned(ops: FileOps, directory: str) -> None:
-    """Remove the temporary files of crashed writers.
-
-    A writer locks its file as long as it runs. A lock that can be taken proves that the writer is gone
-
-    - on ext2, ext3, ext4, XFS, btrfs, tmpfs, ramfs, overlayfs, ZFS, F2FS and bcachefs: always, as all
-      writers run under one kernel. The POSIX lock is tried as well, which is how a server of NFS or SMB
-      holds the locks of its clients;
-    - on NFS, SMB, Lustre, GPFS, Ceph, FUSE, any other file system, and on macOS: if the writer had the
-      host tag of this machine. The file of another one is removed if it also was last modified 24 hours
-      ago or earlier, by the clock that stamps a file made now in the directory.
-
-    Symbolic links cannot be locked. One of this host tag is removed at once, one of another after 24 hours.
-
-    What cannot be locked or removed stays, and is logged. Nothing else in the directory is touched.
-    """
-    for entry in ops.scandir(directory):
-        match = _PATTERN.fullmatch(entry.name)
-        if match is None:
-            continue
-        same_host = match[1] == host_tag()
-        try:
-            if entry.is_symlink():
-                # It exists for microseconds, until it is moved to its place; its writer begins again if it is
-                # removed meanwhile.
-                if same_host or _is_old(ops, directory, ops.lstat(entry.path)):
-                    ops.unlink(entry.path)
-            elif entry.is_file(follow_symlinks=False):
-                _remove_unlocked(ops, directory, entry.path, same_host=same_host)
-        except FileNotFoundError:
-            continue
-        except OSError as error:
-            logger.warning("could not remove the abandoned file %s: %s", entry.path, error)
-
-
-def _remove_unlocked(ops: FileOps, directory: str, path: str, *, same_host: bool) -> None:
-    fd = ops.open(path, os.O_RDWR | os.O_NOFOLLOW)
-    try:
-        ops.flock(fd)
-        if _has_one_kernel(ops, fd):
-            ops.lockf(fd)
-        elif not (same_host or _is_old(ops, directory, ops.fstat(fd))):
-            logger.info("left %s for 24 hours: its writer may run on another machine", path)
-            return
-        # Should its writer have put the file in its place just now, then this path is gone: names
-        # are never used twice.
-        ops.unlink(path)
-        logger.info("removed %s, which a crashed writer left", path)
-    except BlockingIOError:
-        pass
-    finally:
-        ops.close(fd)
-
-
-def _has_one_kernel(ops: FileOps, fd: int) -> bool:
-    try:
-        return ops.fstatfs(fd) in _ONE_KERNEL
-    except OSError:
-        return False
-
-
-def _is_old(ops: FileOps, directory: str, status: os.stat_result) -> bool:
-    """Return whether a file was last modified at least 24 hours before one that is made now beside it."""
-    path = os.path.join(directory, temporary_name("clock"))  # noqa: PTH118 - paths stay the str that was given
-    fd = ops.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
-    try:
-        now = ops.fstat(fd).st_mtime
-    finally:
-        close_quietly(ops, fd)
-        unlink_quietly(ops, path)
-    return now - status.st_mtime >= _OLD_SECONDS
 
 
 def close_quietly(ops: FileOps, fd: int) -> None:

@@ -2,11 +2,13 @@
 
 Give a `SlowStore` or `FaultyStore` to `Checkpointer(store=...)` to see what a program does when its disk is
 slow or fails. Inherit `asyncckpt.testing.store_contract.StoreContract` to see whether a store keeps what the
-interface promises; it is not imported here because it needs pytest.
+interface promises, or `asyncckpt.testing.folder_contract.FolderContract` if it has folders; these are not
+imported here because they need pytest.
 """
 
 from __future__ import annotations
 
-from asyncckpt.testing.doubles import FaultyStore, Gate, SlowStore, WrapperStore
+from asyncckpt.testing.doubles import FaultyStore, SlowStore, WrapperStore
+from asyncckpt.testing.gate import Gate
 
 __all__ = ["FaultyStore", "Gate", "SlowStore", "WrapperStore"]

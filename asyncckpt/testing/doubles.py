@@ -4,85 +4,21 @@
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 import math
-import threading
 from abc import abstractmethod
 from collections import Counter
-from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 import anyio
-from anyio import to_thread
 
-from asyncckpt.stores import Draft, OpenFile, Store
+from asyncckpt.stores import Draft, FolderDraft, OpenFile, Store
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 
-
-class Gate:
-    """A gate that operations wait at until a test opens it.
-
-    It may be used from every thread and event loop: a test holds work back that runs in the background, and
-    waits until that work has arrived, without ever sleeping. The operations that wait at it run on asyncio.
-    """
-
-    def __init__(self, *, opened: bool = False) -> None:
-        self._changed = threading.Condition()
-        self._opened = opened
-        self._arrived = 0
-        self._waiting: list[Future[None]] = []
-
-    def __repr__(self) -> str:
-        state = "open" if self._opened else "closed"
-        return f"<{type(self).__name__} {state}, {self._arrived} arrived, {len(self._waiting)} waiting>"
-
-    @property
-    def arrived(self) -> int:
-        """How many operations have come to the gate so far, whether they had to wait or not."""
-        return self._arrived
-
-    def open(self) -> None:
-        """Let all operations through, those that wait and those to come."""
-        with self._changed:
-            self._opened = True
-            waiting, self._waiting = self._waiting, []
-        for future in waiting:
-            if future.set_running_or_notify_cancel():
-                future.set_result(None)
-
-    def close(self) -> None:
-        """Hold back the operations to come."""
-        with self._changed:
-            self._opened = False
-
-    def wait_for_arrival(self, count: int = 1, *, timeout: float = 30.0) -> None:
-        """Block until `count` operations in all have come to the gate.
-
-        Raises:
-            TimeoutError: fewer came within `timeout` seconds.
-        """
-        with self._changed:
-            if not self._changed.wait_for(lambda: self._arrived >= count, timeout):
-                raise TimeoutError(f"{self._arrived} of {count} operations came to the gate in {timeout} s")
-
-    async def arrival(self, count: int = 1, *, timeout: float = 30.0) -> None:  # noqa: ASYNC109 - of the thread
-        """Wait as `wait_for_arrival` does, without blocking the event loop."""
-        await to_thread.run_sync(lambda: self.wait_for_arrival(count, timeout=timeout))
-
-    async def passing(self) -> None:
-        """Come to the gate, and wait until it is open."""
-        future: Future[None] = Future()
-        with self._changed:
-            self._arrived += 1
-            self._changed.notify_all()
-            if self._opened:
-                return
-            self._waiting.append(future)
-        await asyncio.wrap_future(future)
+    from asyncckpt.testing.gate import Gate
 
 
 def _wrapped(operation: str) -> Any:
@@ -99,8 +35,10 @@ class WrapperStore(Store):
     """A store that does something before each operation of another one.
 
     Operations are named by their methods: `prepare`, `draft`, `write`, `commit`, `list`, `stat`,
-    `open`, `read`, `remove`, `copy` and `link`. Their subject is the name of the file; for `copy` and `link`
-    that of the target, for `prepare` and `list` an empty string.
+    `open`, `read`, `remove`, `copy`, `link`, `list_folders`, `folder_draft` and `join_folder`; the commit of
+    a folder is `commit_folder`. Their subject is the name of the file or folder; for `copy` and `link` that
+    of the target, for `prepare`, `list` and `list_folders` an empty string. A file in a folder is
+    "folder/file".
 
     Attributes:
         inner: the store that does the work.
@@ -123,6 +61,7 @@ class WrapperStore(Store):
     remove = _wrapped("remove")
     copy = _wrapped("copy")
     link = _wrapped("link")
+    list_folders = _wrapped("list_folders")
 
     def path_of(self, name: str) -> str:
         return self.inner.path_of(name)
@@ -141,6 +80,46 @@ class WrapperStore(Store):
         await self.before("open", name)
         async with self.inner.open(name) as file:
             yield _WrapperFile(self, file)
+
+    def folder(self, name: str) -> Store:
+        return _WrapperFolder(self, self.inner.folder(name), name)
+
+    @asynccontextmanager
+    async def folder_draft(self, name: str) -> AsyncIterator[FolderDraft]:
+        await self.before("folder_draft", name)
+        async with self.inner.folder_draft(name) as draft:
+            yield _WrapperFolderDraft(self, draft, name)
+
+    @asynccontextmanager
+    async def join_folder(self, name: str, attempt: str) -> AsyncIterator[FolderDraft]:
+        await self.before("join_folder", name)
+        async with self.inner.join_folder(name, attempt) as draft:
+            yield _WrapperFolderDraft(self, draft, name)
+
+
+class _WrapperFolder(WrapperStore):
+    """The files of a folder, whose operations the wrapper of the directory is told of."""
+
+    def __init__(self, outer: WrapperStore, inner: Store, name: str) -> None:
+        super().__init__(inner)
+        self._outer, self._name = outer, name
+
+    async def before(self, operation: str, subject: str) -> None:
+        await self._outer.before(operation, f"{self._name}/{subject}")
+
+
+class _WrapperFolderDraft(FolderDraft):
+    def __init__(self, store: WrapperStore, inner: FolderDraft, name: str) -> None:
+        self.attempt = inner.attempt
+        self.store = _WrapperFolder(store, inner.store, name)
+        self._store, self._inner, self._name = store, inner, name
+
+    def member(self, name: str) -> str:
+        return self._inner.member(name)
+
+    async def commit(self, mark: bytes) -> None:
+        await self._store.before("commit_folder", self._name)
+        await self._inner.commit(mark)
 
 
 class _WrapperFile(OpenFile):

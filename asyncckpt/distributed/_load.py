@@ -1,0 +1,1 @@
+"""Load checkpoints of many ranks as DCP does, every checksum compared."""

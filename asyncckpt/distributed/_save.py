@@ -1,0 +1,202 @@
+"""Save states of many ranks as DCP does, in the background."""
+
+from __future__ import annotations
+
+import os
+import time
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+
+from asyncckpt._finder import locate
+from asyncckpt._saving.ranked import Ranked
+from asyncckpt._saving.saver import Saver
+from asyncckpt._saving.sharded_save import ShardedSave
+from asyncckpt.layout.description import Description
+from asyncckpt.stores import open_store
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from concurrent.futures import Future
+
+    from torch.distributed import ProcessGroup
+    from torch.distributed.checkpoint.planner import SavePlanner
+
+    from asyncckpt._saving.save import Save
+    from asyncckpt.types import Checkpoint
+
+# Two in flight: a second save does not wait until the first one is written.
+_saver = Saver(max_in_flight=2, keeps=False)
+_TIMEOUT = 300.0
+
+
+def async_save(  # noqa: PLR0913 - the arguments are those of DCP
+    state_dict: dict[str, Any],
+    *,
+    checkpoint_id: str | os.PathLike[str] | None = None,
+    storage_writer: Any = None,
+    planner: SavePlanner | None = None,
+    process_group: ProcessGroup | None = None,
+    async_checkpointer_type: Any = None,
+    async_stager: Any = None,
+    no_dist: bool = False,
+    use_collectives: bool = True,
+    storage_options: Mapping[str, Any] | None = None,
+) -> Any:
+    """Save a state in the background, as `torch.distributed.checkpoint.async_save`; call it on every rank.
+
+    The state may be changed once this has returned. The checkpoint gets its name when all ranks have written
+    it durably, and replaces an existing one then.
+
+    Args:
+        state_dict: as DCP takes it.
+        checkpoint_id: path or URL of the folder.
+        storage_writer: a `FileSystemWriter`, of which only the path is used.
+        planner: DCP's; not one with a plan cache of its own, as plans are kept here.
+        process_group: of the ranks; None for the default group.
+        async_checkpointer_type: of no effect: there is one way.
+        async_stager: of no effect on the copy; with one that stages asynchronously, the result is an
+            `AsyncSaveResponse`.
+        no_dist: save what this process has, alone.
+        use_collectives: must be True.
+        storage_options: options of the file system of a URL, as fsspec takes them.
+
+    Returns:
+        A future of the `asyncckpt.Checkpoint`, or DCP's `AsyncSaveResponse`.
+
+    Raises:
+        RankError: another rank cannot save, or does not come.
+        SaveError: this rank cannot save, or an earlier save failed and its error was not raised yet.
+        TypeError, ValueError: an argument is not supported.
+    """
+    del async_checkpointer_type
+    save = _start(
+        state_dict,
+        _path(checkpoint_id, storage_writer),
+        planner,
+        process_group,
+        no_dist=no_dist,
+        use_collectives=use_collectives,
+        storage_options=storage_options,
+    )
+    return _response(save, async_stager)
+
+
+def save(  # noqa: PLR0913 - the arguments are those of DCP
+    state_dict: dict[str, Any],
+    *,
+    checkpoint_id: str | os.PathLike[str] | None = None,
+    storage_writer: Any = None,
+    planner: SavePlanner | None = None,
+    process_group: ProcessGroup | None = None,
+    no_dist: bool = False,
+    use_collectives: bool = True,
+    storage_options: Mapping[str, Any] | None = None,
+) -> Checkpoint:
+    """Save a state, and wait until the checkpoint is durable; see `async_save`."""
+    started = _start(
+        state_dict,
+        _path(checkpoint_id, storage_writer),
+        planner,
+        process_group,
+        no_dist=no_dist,
+        use_collectives=use_collectives,
+        storage_options=storage_options,
+    )
+    return started.committed.result()
+
+
+def wait(timeout: float | None = None) -> None:
+    """Wait until everything given to `async_save` is durable.
+
+    Raises:
+        SaveError: for failures that were not raised before.
+        BusyError: saves are still pending after `timeout` seconds; they continue.
+    """
+    _saver.drain(timeout)
+    _saver.raise_failures()
+
+
+def _start(  # noqa: PLR0913 - as `save`
+    state_dict: dict[str, Any],
+    path: str,
+    planner: SavePlanner | None,
+    process_group: ProcessGroup | None,
+    *,
+    no_dist: bool,
+    use_collectives: bool,
+    storage_options: Mapping[str, Any] | None,
+) -> Save:
+    began = time.perf_counter()
+    if not use_collectives:
+        raise ValueError(
+            "use_collectives=False writes another format, without a common .metadata; leave it out"
+        )
+    store, name = locate(path, open_store("."), storage_options)
+    description = Description(0, None, {}, time.time())
+    wanted = ShardedSave(
+        None,
+        state_dict,
+        store,
+        name,
+        description,
+        began,
+        refuse=lambda: None,
+        overlap=lambda _: (None, ""),
+        planner=partial(_fresh, planner),
+    )
+    return _ranked(process_group, no_dist=no_dist).saves().save(wanted)
+
+
+def _ranked(process_group: ProcessGroup | None, *, no_dist: bool) -> Ranked:
+    """Return what coordinates the saves of a group; the plans of the last one are kept in it."""
+    key = None if no_dist else process_group
+    found = _groups.get((key, no_dist))
+    if found is None:
+        series = "asyncckpt.distributed"
+        found = Ranked(True, key, _TIMEOUT, series, _saver, "wait", alone=no_dist)  # noqa: FBT003 - sharded
+        _groups[key, no_dist] = found
+    return found
+
+
+def _path(checkpoint_id: str | os.PathLike[str] | None, storage_writer: Any) -> str:
+    """Return the path of the folder, without slashes at its end."""
+    if storage_writer is not None:
+        if type(storage_writer) is not FileSystemWriter:
+            raise TypeError(
+                f"storage_writer must be a plain FileSystemWriter, not a {type(storage_writer).__name__}:"
+                " asyncckpt writes the files itself; give checkpoint_id instead"
+            )
+        checkpoint_id = checkpoint_id or storage_writer.path
+    if checkpoint_id is None:
+        raise ValueError("checkpoint_id is needed: the path or URL of the folder to save to")
+    path = os.fspath(checkpoint_id).rstrip("/")
+    if not path:
+        raise ValueError(f"checkpoint_id {checkpoint_id!r} does not name a folder")
+    return path
+
+
+def _fresh(planner: SavePlanner | None) -> SavePlanner | None:
+    """Return a planner that keeps no plans of its own: the default one, if it is like that."""
+    if type(planner) is not DefaultSavePlanner:
+        return planner
+    return DefaultSavePlanner(
+        planner.flatten_state_dict,
+        planner.flatten_sharded_tensors,
+        dedup_save_to_lowest_rank=planner.dedup_save_to_lowest_rank,
+    )
+
+
+def _response(save: Save, stager: Any) -> Future[Checkpoint] | Any:
+    """Return what DCP would: a future, or with asynchronous staging two of them."""
+    stages_later = getattr(getattr(stager, "_config", None), "use_async_staging", False)
+    if not stages_later:
+        return save.committed
+    from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse  # noqa: PLC0415 - torch 2.9
+
+    return AsyncSaveResponse(save.snapshotted, save.committed)  # type: ignore[arg-type]
+
+
+_groups: dict[tuple[Any, bool], Ranked] = {}
