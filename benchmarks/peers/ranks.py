@@ -16,27 +16,46 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
 
-class AppState:
-    """A model and its optimizer as one stateful object, as the tutorial of DCP has it.
+class ModelState:
+    """A model as DCP saves it: its state dict under fully qualified names.
 
     Args:
-        model, optimizer: the live objects.
+        model: the live one.
     """
 
-    def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
-        self._objects = model, optimizer
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
         self._functions = import_module("torch.distributed.checkpoint.state_dict")
 
     def state_dict(self) -> dict[str, Any]:
-        """Return both state dicts, under fully qualified names."""
-        model, optimizer = self._functions.get_state_dict(*self._objects)
-        return {"model": model, "optimizer": optimizer}
+        """Return the state dict."""
+        found: dict[str, Any] = self._functions.get_model_state_dict(self._model)
+        return found
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Give both their state."""
-        self._functions.set_state_dict(
-            *self._objects, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
-        )
+        """Give the model its state."""
+        self._functions.set_model_state_dict(self._model, state)
+
+
+class OptimizerState(ModelState):
+    """An optimizer as DCP saves it: with the names of the parameters.
+
+    Args:
+        model, optimizer: the live ones.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
+        super().__init__(model)
+        self._optimizer = optimizer
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state dict."""
+        found: dict[str, Any] = self._functions.get_optimizer_state_dict(self._model, self._optimizer)
+        return found
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Give the optimizer its state."""
+        self._functions.set_optimizer_state_dict(self._model, self._optimizer, state)
 
 
 class BlockingSaver(ThreadSaver):
@@ -130,4 +149,4 @@ def state_for(peer: Peer, model: nn.Module, optimizer: Optimizer) -> dict[str, A
     """Return the state of a training in the form that a peer saves and loads."""
     if isinstance(peer, Ours):
         return {"model": model, "optimizer": optimizer}
-    return {"app": AppState(model, optimizer)}
+    return {"model": ModelState(model), "optimizer": OptimizerState(model, optimizer)}
