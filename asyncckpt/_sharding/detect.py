@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +13,7 @@ from asyncckpt._stateful import CONTAINERS
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-_PASSED = (str, bytes, int, float, type(None))  # most of what is not a tensor
+_OPENED = (*CONTAINERS, torch.nn.Module, torch.optim.Optimizer)
 
 
 def is_dtensor(value: object) -> bool:
@@ -51,24 +52,24 @@ def is_sharded(state: Any) -> bool:
     pending: list[Any] = [state]
     seen: set[int] = set()
     while pending:
-        item = pending.pop()
-        if isinstance(item, torch.Tensor):
-            if shard_ranks(item) > 1:
-                return True
-        elif not isinstance(item, _PASSED) and id(item) not in seen:
-            seen.add(id(item))
-            pending.extend(_parts(item))
+        for item in _parts(pending.pop()):
+            if isinstance(item, torch.Tensor):
+                if shard_ranks(item) > 1:
+                    return True
+            elif isinstance(item, _OPENED) and id(item) not in seen:
+                seen.add(id(item))
+                pending.append(item)
     return False
 
 
 def _parts(item: Any) -> Iterable[Any]:
     if isinstance(item, torch.nn.Module):
-        return [*item.parameters(), *item.buffers()]
+        return chain(item.parameters(), item.buffers())
     if isinstance(item, torch.optim.Optimizer):
-        return [item.param_groups, item.state]
+        return chain.from_iterable(group["params"] for group in item.param_groups)
     if isinstance(item, CONTAINERS):
         return item.values() if isinstance(item, dict) else item
-    return ()
+    return (item,)
 
 
 def _has_sharded_kinds() -> bool:
