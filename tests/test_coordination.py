@@ -12,7 +12,7 @@ import pytest
 from asyncckpt._ranks.coordination import Coordination, Exchange
 from asyncckpt._ranks.group import ProcessGroup
 from asyncckpt._ranks.ranges import named
-from asyncckpt.errors import BusyError, RankError
+from asyncckpt.errors import RankError
 from interrupts import wait_until
 from rank_threads import KINDS, Stores, failures, hash_store, tcp_store, together
 
@@ -148,17 +148,36 @@ def test_a_store_whose_host_has_ended_is_named() -> None:
     ranks.close()
 
 
-def test_a_nested_exchange_of_one_rank_is_refused() -> None:
+def test_an_exchange_beside_another_of_the_same_rank_waits_for_it() -> None:
     store = hash_store()
-    ranks = Coordination(ProcessGroup(store, 0, 2), "test", 0.5)
-    waiting = threading.Thread(target=lambda: together([ranks], lambda ranks: ranks.exchange("save(1)")))
-    waiting.start()
-    wait_until(lambda: store.num_keys() > 0, "the rank does not come")
-    with pytest.raises(BusyError, match=r"save\(2\) was called by a signal handler"):
-        ranks.exchange("save(2)")
-    waiting.join(30)
-    with pytest.raises(RankError, match="rank 1 did not take part"):
-        ranks.exchange("save(3)")
+    ranks = Coordination(ProcessGroup(store, 0, 2), "test", 60)
+    other = Coordination(ProcessGroup(store, 1, 2), "test", 60)
+
+    def save(ranks: Coordination | None) -> Exchange:
+        if ranks is not None:
+            return ranks.exchange("save")
+        wait_until(lambda: store.num_keys() > 0, "the rank does not come")
+        other.exchange("save")
+        return other.exchange("save")
+
+    assert together([ranks, ranks, None], save)[2] == Exchange(1)
+
+
+def test_an_exchange_is_refused_if_another_of_the_same_rank_does_not_end() -> None:
+    store = hash_store()
+    ranks = Coordination(ProcessGroup(store, 0, 2), "test", 60)
+
+    def save(first: bool) -> Exchange:  # noqa: FBT001 - given by place
+        if first:
+            return ranks.exchange("save(1)")
+        wait_until(lambda: store.num_keys() > 0, "the rank does not come")
+        ranks.timeout = 0.3
+        return ranks.exchange("save(2)")
+
+    texts = failures(together([True, False], save))
+    assert any(
+        "save(2) cannot begin: an earlier call of rank 0 still waits for others" in text for text in texts
+    )
 
 
 def test_a_store_that_does_not_answer_is_given_up() -> None:

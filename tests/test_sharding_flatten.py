@@ -19,7 +19,8 @@ from asyncckpt.errors import SaveError
 
 _TENSOR = torch.ones(2)
 _KEYS = st.sampled_from(["a", "b", "a.b", "0", 0, 1, None])
-_LEAVES = st.sampled_from([_TENSOR, 1, "x", None, np.ones(1), (1, _TENSOR), ({},), {1}, torch.Size([1]), b""])
+_VALUES: list[Any] = [_TENSOR, 1, "x", None, np.ones(1), (1, _TENSOR), ({},), {1}, torch.Size([1]), b""]
+_LEAVES = st.sampled_from(_VALUES)
 
 
 def _containers(parts: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:

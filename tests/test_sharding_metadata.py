@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
@@ -23,12 +22,16 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from asyncckpt._sharding.metadata import dump_metadata, load_metadata
 from asyncckpt._sharding.planning import LocalPlan, global_plan
 from asyncckpt.errors import CorruptCheckpointError, UnsafeStateError
 
-pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is")
+pytestmark = [  # of stock DCP
+    pytest.mark.filterwarnings("ignore:torch.distributed is"),
+    pytest.mark.filterwarnings("ignore:TypedStorage is deprecated"),
+]
 
 STATE = {
     "model": {"weight": torch.ones(3, 4, dtype=torch.bfloat16), "count": torch.tensor(1)},
@@ -39,7 +42,7 @@ STATE = {
 
 @pytest.fixture
 def stock(tmp_path: Path) -> bytes:
-    dcp.save(STATE, checkpoint_id=tmp_path / "stock", no_dist=True)
+    save(STATE, checkpoint_id=tmp_path / "stock", no_dist=True)
     return (tmp_path / "stock" / ".metadata").read_bytes()
 
 

@@ -155,7 +155,10 @@ odd["shards"] = init_from_local_shards(shards, 12, 2)
 compare("odd", odd)
 
 flat = FullyShardedDataParallel(net(), device_id=torch.device("cpu"))
-check("fsdp1", flat)
+if torch.__version__.startswith("2.7"):  # it needs a GPU there
+    told.append("left out")
+else:
+    check("fsdp1", flat)
 """,
         ranks=4,
     )

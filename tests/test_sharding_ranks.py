@@ -6,6 +6,7 @@ import json
 from typing import TYPE_CHECKING
 
 import pytest
+import torch
 
 from process_groups import on_ranks
 from programs import Interpreter
@@ -201,3 +202,47 @@ opt.step()
         loading,
     )
     assert all(values == first[0] for values in first + second)
+
+
+@pytest.mark.skipif(torch.__version__.startswith("2.7"), reason="it needs a GPU there")
+def test_flat_parameters_are_saved_and_restored(interpreter: Interpreter, tmp_path: Path) -> None:
+    told = on_ranks(
+        interpreter,
+        tmp_path,
+        PLANS
+        + """
+from torch.distributed.fsdp import FullyShardedDataParallel
+from asyncckpt._sharding.states import apply, fit_optimizers, misfits
+
+def made(seed):
+    torch.manual_seed(seed)
+    model = FullyShardedDataParallel(net(), device_id=torch.device("cpu"), use_orig_params=True)
+    return {"model": model, "opt": torch.optim.AdamW(model.parameters(), lr=0.01)}
+
+def shards(state):
+    flat = LocalPlan(collect_sharded(state)[0]).flat
+    tensors = {key: value for key, value in flat.items() if isinstance(value, torch.Tensor)}
+    return {
+        key: [part.tensor.tolist() for part in value.local_shards()] if hasattr(value, "local_shards")
+        else value.tolist()
+        for key, value in tensors.items()
+    }
+
+first = made(1)
+collected, _ = collect_sharded(first)
+assert not first["opt"].state and collected["opt"]["state"] == {}
+first["model"](torch.ones(4, 6)).sum().backward()
+first["opt"].step()
+dcp.save(collect_sharded(first)[0], checkpoint_id=directory)
+second = made(2)
+collected, _ = collect_sharded(second)
+with open(directory + "/.metadata", "rb") as file:
+    assert fit_optimizers(second, collected, pickle.load(file)) == []
+dcp.load(collected, checkpoint_id=directory)
+assert misfits(second, collected) == []
+apply(second, collected)
+assert shards(second) == shards(first)
+told.append(len(shards(first)))
+""",
+    )
+    assert told == [[5 * 4], [5 * 4]]

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from asyncckpt._sharding.states import apply, collect_sharded, fit_optimizers, misfits, with_rank_state
 from asyncckpt.errors import SaveError
@@ -17,7 +18,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is")
+pytestmark = [  # of stock DCP
+    pytest.mark.filterwarnings("ignore:torch.distributed is"),
+    pytest.mark.filterwarnings("ignore:TypedStorage is deprecated"),
+]
 
 
 def net() -> nn.Sequential:
@@ -44,7 +48,7 @@ def values(value: Any) -> Any:
 
 def save(state: Any, path: Path) -> Any:
     """Save a state as stock DCP does; return its metadata."""
-    dcp.save(collect_sharded(state)[0], checkpoint_id=path, no_dist=True)
+    dcp_save(collect_sharded(state)[0], checkpoint_id=path, no_dist=True)
     return pickle.loads((path / ".metadata").read_bytes())
 
 
@@ -53,7 +57,7 @@ def restore(state: Any, path: Path) -> None:
     collected, _ = collect_sharded(state)
     metadata = pickle.loads((path / ".metadata").read_bytes())
     assert fit_optimizers(state, collected, metadata) == []
-    dcp.load(collected, checkpoint_id=path, no_dist=True)
+    dcp_load(collected, checkpoint_id=path, no_dist=True)
     assert misfits(state, collected) == []
     apply(state, collected)
 
@@ -68,7 +72,10 @@ def test_tensors_are_the_live_ones_and_the_objects_are_returned() -> None:
     assert objects == [model, optimizer, scheduler]
     assert collected["m"]["0.weight"] is model[0].weight
     assert collected["m"]["1.running_mean"] is model[1].running_mean
-    assert collected["o"][0]["state"]["2.bias"]["exp_avg"] is optimizer.state[model[2].bias]["exp_avg"]
+    assert (
+        collected["o"][0]["state"]["2.bias"]["exp_avg"]
+        is optimizer.state[list(model.parameters())[-1]]["exp_avg"]
+    )
     assert collected["o"][0]["param_groups"][0]["params"] == [name for name, _ in model.named_parameters()]
     assert collected["o"][1] == scheduler.state_dict()
     assert collected["loose"] is loose
@@ -96,10 +103,10 @@ def test_an_optimizer_that_has_not_stepped_is_only_looked_at() -> None:
     assert train(collect_sharded) == train(lambda _: None)
 
 
-def optimizers_of(model: nn.Sequential) -> list[torch.optim.Optimizer]:
+def optimizers_of(model: Any) -> list[torch.optim.Optimizer]:
     """Return optimizers with groups, a tensor as learning rate, momentum, and frozen parameters."""
-    model[2].bias.requires_grad_(requires_grad=False)
-    groups = [
+    model[2].bias.requires_grad = False
+    groups: list[dict[str, Any]] = [
         {"params": [model[0].bias, model[0].weight], "lr": torch.tensor(0.2)},
         {"params": [model[2].bias]},
     ]
@@ -165,7 +172,7 @@ def test_groups_with_other_parameters_are_told(tmp_path: Path) -> None:
     save({"m": model, "o": torch.optim.SGD(groups, lr=1.0)}, tmp_path / "saved")
     state = {"m": model, "o": torch.optim.SGD(list(reversed(groups)), lr=1.0)}
     collected, _ = collect_sharded(state)
-    dcp.load(collected, checkpoint_id=tmp_path / "saved", no_dist=True)
+    dcp_load(collected, checkpoint_id=tmp_path / "saved", no_dist=True)
     first, second = misfits(state, collected)
     assert first == (
         "o.param_groups.0: other parameters are in this group: only in the state 2.bias, 2.weight, only in"
@@ -222,8 +229,9 @@ class Odd(nn.Module):
         self.inner = nn.Linear(2, 2)
         self.extra = {"a": 1}
         self.register_buffer("scratch", torch.ones(1), persistent=False)
-        self.register_state_dict_post_hook(lambda _, state, prefix, __: state.update({f"{prefix}of.hook": 3}))
-        self.register_load_state_dict_pre_hook(lambda _, state, prefix, *__: state.pop(f"{prefix}of.hook"))
+        hooked: Any = self
+        hooked.register_state_dict_post_hook(lambda _, state, key, __: state.update({f"{key}of.hook": 3}))
+        hooked.register_load_state_dict_pre_hook(lambda _, state, key, *__: state.pop(f"{key}of.hook"))
 
     def get_extra_state(self) -> Any:
         return self.extra

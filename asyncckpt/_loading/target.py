@@ -17,7 +17,7 @@ from asyncckpt.errors import CheckpointNotFoundError, warn_caller
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from asyncckpt._loading.item_reader import Place
+    from asyncckpt._loading.item_run import Place
     from asyncckpt._loading.reader import Image
     from asyncckpt.stores.base import Store
     from asyncckpt.types import Checkpoint

@@ -15,8 +15,7 @@ from asyncckpt._ranks.calls import Call, StoppedError, call
 from asyncckpt._ranks.decision import Decision, Phase
 from asyncckpt._ranks.ranges import from_ranges
 from asyncckpt._ranks.requests import Requests
-from asyncckpt._threads import handler_error
-from asyncckpt.errors import RankError
+from asyncckpt.errors import BusyError, RankError
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
@@ -85,14 +84,16 @@ class Coordination:
                 interrupted, or has not called within the timeout; the message names it. A rank that comes
                 late with the same text gets the same error; with another text, it takes part in the next
                 exchange. The next exchange is a new one on all ranks. Also: the store does not answer.
-            BusyError: called by a signal handler that interrupted another call.
+            BusyError: another call of this rank has not ended within the timeout.
         """
         note = Note(self.rank, same, sorted(flags), problem)
         begun: list[int] = []
 
         def work(running: Call) -> Exchange:
-            if not self._exchanging.acquire(blocking=False):
-                raise handler_error(same)
+            if not self._exchanging.acquire(timeout=self.timeout):
+                raise BusyError(
+                    f"{same} cannot begin: an earlier call of rank {self.rank} still waits for others"
+                )
             try:
                 return self._exchange(note, running, begun)
             finally:
@@ -147,8 +148,8 @@ class Coordination:
             state = self._wait(arrivals, running, came=came)
             self._passed.append((number, state))
             if state.stage is Stage.DONE:
-                self._spent += self._passed[:-1]
-                del self._passed[:-1]
+                self._spent += [passed for passed in self._passed if passed[0] < number]
+                self._passed = [passed for passed in self._passed if passed[0] >= number]
                 return Exchange(number, {flag: from_ranges(ranges) for flag, ranges in state.flags.items()})
             if came or state.same == note.same:
                 raise RankError(state.text)

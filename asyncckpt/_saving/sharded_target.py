@@ -152,9 +152,8 @@ class ShardedTarget(Target):
         attempt = await in_thread(self.round.begun)
         async with self.store.join_folder(self.name, attempt) as folder:
             report = await self._write_part(folder, snapshot, stats)
-            await in_thread(self.round.report, report)
-            # The draft is left open until then: the folder may be committed at any time.
-            outcome = json.loads(await in_thread(self.round.outcome))
+        await in_thread(self.round.report, report)
+        outcome = json.loads(await in_thread(self.round.outcome))
         self.plan.told = True
         return Checkpoint(**outcome | {"path": self.path})
 

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from asyncckpt._sharding.detect import is_dtensor, is_plain_tensor, shard_ranks
+from asyncckpt._sharding.detect import is_plain_tensor
 from asyncckpt._snapshot.culprit import find_culprit, subscript
+from asyncckpt._snapshot.local_tensors import is_dtensor, shard_ranks
 from asyncckpt._stateful import CONTAINERS
 from asyncckpt.errors import SaveError, ShardedStateError
 

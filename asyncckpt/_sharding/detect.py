@@ -8,31 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from asyncckpt._snapshot.local_tensors import is_dtensor, is_sharded_tensor, shard_ranks
 from asyncckpt._stateful import CONTAINERS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
 _OPENED = (*CONTAINERS, torch.nn.Module, torch.optim.Optimizer)
-
-
-def is_dtensor(value: object) -> bool:
-    """Whether `value` is a DTensor."""
-    return _is_a(value, "torch.distributed.tensor", "DTensor")
-
-
-def is_sharded_tensor(value: object) -> bool:
-    """Whether `value` is a ShardedTensor."""
-    return _is_a(value, "torch.distributed._shard.sharded_tensor", "ShardedTensor")
-
-
-def shard_ranks(tensor: Any) -> int:
-    """Return over how many ranks a tensor is distributed; 1 for one that is not."""
-    if is_dtensor(tensor):
-        return int(tensor.device_mesh.size())
-    if is_sharded_tensor(tensor):
-        return int(tensor._process_group.size())
-    return 1
 
 
 def is_plain_tensor(tensor: Any) -> bool:
@@ -77,9 +59,3 @@ def _has_sharded_kinds() -> bool:
     return (
         "torch.distributed.tensor" in sys.modules or "torch.distributed._shard.sharded_tensor" in sys.modules
     )
-
-
-def _is_a(value: object, module: str, name: str) -> bool:
-    # There is no such tensor as long as nobody has imported its class, which takes a while.
-    kind: Any = getattr(sys.modules.get(module), name, None)
-    return kind is not None and isinstance(value, kind)

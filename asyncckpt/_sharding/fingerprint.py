@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from asyncckpt._sharding.detect import is_dtensor, is_plain_tensor, is_sharded_tensor
+from asyncckpt._sharding.detect import is_plain_tensor
+from asyncckpt._snapshot.local_tensors import is_dtensor, is_sharded_tensor
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

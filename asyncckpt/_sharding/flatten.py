@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from asyncckpt._sharding.detect import is_sharded_tensor
+from asyncckpt._snapshot.local_tensors import is_sharded_tensor
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
