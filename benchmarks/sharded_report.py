@@ -142,8 +142,9 @@ def draw(data: Mapping[str, Any]) -> str:
     """Return all that is shown of a run, whose data are those that go into the JSON."""
     found = Found(data["samples"])
     lines = [*heading(data), "", *rows.table(data["rows"]), ""]
-    for part, table in (("saves", _saves), ("loads", _loads), ("ddp", _ddp)):
-        if part in data["samples"]:
+    tables = {"saves": _saves, "steps": _steps, "memory": _memory, "loads": _loads, "ddp": _ddp}
+    for part, table in tables.items():
+        if any(name.startswith(part) for name in data["samples"]):
             lines += [*table(found), ""]
     lines += [f"{part} failed: {error}" for part, error in data["errors"].items()]
     lines.append(
@@ -157,7 +158,6 @@ def draw(data: Mapping[str, Any]) -> str:
 
 
 def _saves(found: Found) -> Iterator[str]:
-    nbytes = found.total("saves", "bytes")
     copy, write = found.each("saves", "copy_s"), found.slowest("saves", "write_s")
     columns = (
         "FSDP2",
@@ -166,41 +166,43 @@ def _saves(found: Found) -> Iterator[str]:
         "÷ copy",
         "durable after",
         "÷ direct writes",
-        "lost per save",
-        "step while writing ÷ alone",
-        "longest step",
-        "peak memory over the live states",
     )
-
-    def beside(key: str) -> list[str]:
-        lost, longest = found.each("steps", f"{key}_lost_s"), found.slowest("steps", f"{key}_longest_s")
-        if not lost:
-            return [""] * 3
-        step, alone = (median(found.each("steps", f"{key}_{what}_s")) for what in ("step", "alone"))
-        return [_ms(lost), f"{step / alone:.2f}", _ms(longest)]
-
-    def row(key: str, peer: type[Peer]) -> list[str]:
-        stalls, together = found.each("saves", f"{key}_stall_s"), found.together("saves", key)
-        peaks = found.of_rank_0(f"memory_{key}", "peak_bytes")
-        peak = f"{size(median(peaks))} ({median(peaks) / nbytes:.2f} of the state)" if peaks else ""
-        return [
-            _name(key, peer),
-            _ms(found.slowest("saves", f"{key}_first_s")),
-            f"{_ms(stalls)} / {_ms(found.slowest('saves', f'{key}_stall_s'))}",
-            f"{median(stalls) / median(copy):.1f}",
-            _ms(together),
-            f"{median(together) / median(write):.1f}",
-            *beside(key),
-            peak,
-        ]
-
     slowest = _ms(found.slowest("saves", "copy_s"))
-    limits = [
-        ["*limit: copy of the rank's bytes*", "", f"{_ms(copy)} / {slowest}", "1", *[""] * 6],
-        ["*limit: direct writes of all ranks*", *[""] * 3, _ms(write), "1", *beside("bare"), ""],
+    lines = [
+        ["*limit: copy of the rank's bytes*", "", f"{_ms(copy)} / {slowest}", "1", "", ""],
+        ["*limit: direct writes of all ranks*", *[""] * 3, _ms(write), "1"],
     ]
-    measured = {key: peer for key, peer in PEERS.items() if found.each("saves", f"{key}_stall_s")}
-    yield from markdown(columns, limits + [row(key, peer) for key, peer in measured.items()])
+    for key, peer in PEERS.items():
+        if stalls := found.each("saves", f"{key}_stall_s"):
+            first, slowest = (_ms(found.slowest("saves", f"{key}_{what}_s")) for what in ("first", "stall"))
+            together = found.together("saves", key)
+            over = f"{median(stalls) / median(copy):.1f}", f"{median(together) / median(write):.1f}"
+            lines.append(
+                [_name(key, peer), first, f"{_ms(stalls)} / {slowest}", over[0], _ms(together), over[1]]
+            )
+    yield from markdown(columns, lines)
+
+
+def _steps(found: Found) -> Iterator[str]:
+    names = {"bare": "*limit: direct writes of all ranks*"}
+    names |= {key: _name(key, peer) for key, peer in PEERS.items()}
+    lines = []
+    for key, name in names.items():
+        if lost := found.each("steps", f"{key}_lost_s"):
+            step, alone = (median(found.each("steps", f"{key}_{what}_s")) for what in ("step", "alone"))
+            longest = _ms(found.slowest("steps", f"{key}_longest_s"))
+            lines.append([name, _ms(lost), f"{step / alone:.2f}", longest])
+    columns = ("FSDP2, beside training steps", "lost per save", "step while writing ÷ alone", "longest step")
+    yield from markdown(columns, lines)
+
+
+def _memory(found: Found) -> Iterator[str]:
+    lines = []
+    for key, peer in PEERS.items():
+        if peaks := found.of_rank_0(f"memory_{key}", "peak_bytes"):
+            share = median(peaks) / found.total(f"memory_{key}", "bytes")
+            lines.append([_name(key, peer), size(median(peaks)), f"{share:.2f}"])
+    yield from markdown(("FSDP2", "peak memory of all ranks over the live state", "÷ state"), lines)
 
 
 def _loads(found: Found) -> Iterator[str]:
