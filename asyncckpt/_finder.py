@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import errno
 import os
+from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, Union
+from hashlib import blake2b
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, Union
 
+from asyncckpt._loading.agreement import ALONE, Ranks
 from asyncckpt._loading.catalog import Catalog, Series
-from asyncckpt._loading.load import load_image
-from asyncckpt._loading.reader import ATTEMPTS, read_image, verify_file
-from asyncckpt._loading.restore import restore
+from asyncckpt._loading.folder import FolderReplacedError, replaced_error
+from asyncckpt._loading.reader import ATTEMPTS
+from asyncckpt._loading.source import load_checkpoint, read_checkpoint, verify_checkpoint
+from asyncckpt._loading.target import RestoreTarget
 from asyncckpt._naming import NameTemplate
 from asyncckpt._saving.engine import get_engine, wait_for_pending
 from asyncckpt.errors import CheckpointNotFoundError, CorruptCheckpointError, StoreError, warn_caller
@@ -25,7 +29,14 @@ if TYPE_CHECKING:
     from asyncckpt._loading.unpickle import MapLocation
     from asyncckpt.types import Checkpoint
 
-    Load = Callable[[Store, str], Loaded]
+    class Found(Protocol):
+        """What was loaded of a checkpoint."""
+
+        @property
+        def checkpoint(self) -> Checkpoint:
+            """Which one it is."""
+
+    F = TypeVar("F", bound=Found)
 
 Which = Union[int, str, "os.PathLike[str]"]
 
@@ -49,6 +60,7 @@ class Finder:
             raise TypeError(
                 f"keep must be a policy such as LastN(3), or an object with a method keep(); it is {keep!r}"
             )
+        self._ranks = ALONE
         # Not a bound method, so that its holders do not keep this object alive.
         self._list = partial(_series, Catalog(self._store, self._names), self.directory, self._names)
 
@@ -91,7 +103,12 @@ class Finder:
             UnsafeStateError: `weights_only=True` refuses some entries; the message names them.
             UnloadableStateError: its objects cannot be built here, for example because a class is missing.
         """
-        return self._load(which, map_location, weights_only=weights_only, fallback=fallback).state
+
+        def load(store: Store, name: str) -> Loaded:
+            image = get_engine().call(read_checkpoint, store, name)
+            return load_checkpoint(image, map_location, weights_only=weights_only)
+
+        return self._first(which, load, fallback=fallback).state
 
     def restore(  # noqa: PLR0913 - each is one decision of the user's
         self,
@@ -103,10 +120,12 @@ class Finder:
         weights_only: bool = True,
         strict: bool = True,
         map_keys: Callable[[str], str] | None = None,
+        rank_state: Any = None,
     ) -> Checkpoint | None:
         """Restore a checkpoint into `state`, completely or not at all.
 
-        Stateful objects get `load_state_dict`, tensors are changed in place, other values are replaced.
+        Stateful objects get `load_state_dict`, tensors are changed in place, other values are replaced. A
+        checkpoint of many ranks can be restored on another number of them, and on one: each gets its part.
 
         Args:
             state: a state as given to `save`.
@@ -119,6 +138,8 @@ class Finder:
                 and a warning lists them.
             map_keys: maps each key of saved module state dicts and dicts of tensors before they are matched:
                 `lambda key: key.replace("_orig_mod.", "")`.
+            rank_state: a state of this rank alone, as given to `save`. With another number of ranks than at
+                the save it is left as it is, with a warning.
 
         Raises:
             CheckpointNotFoundError: there is no such checkpoint.
@@ -129,16 +150,18 @@ class Finder:
             PartialRestoreError: undoing a failed restore failed; the message lists the inconsistent entries.
         """
         self._note_state(state)
+        call = get_engine().call
+        target = RestoreTarget(state, call, rank_state, self._ranks, weights_only, strict, map_keys)
         try:
-            loaded = self._load(which, "cpu", weights_only=weights_only, fallback=fallback)
+            found = self._first(which, target.prepare, fallback=fallback, ranks=self._ranks)
         except CheckpointNotFoundError as error:
             if not missing_ok:
                 raise
             if self._look().others:
                 warn_caller(f"nothing is restored: {error}")
             return None
-        restore(state, loaded.state, loaded.checkpoint.path, strict=strict, map_keys=map_keys)
-        return loaded.checkpoint
+        found.finish()
+        return found.checkpoint
 
     def _note_state(self, state: Any) -> None:
         """Take notice of a live state that is restored, and will be saved."""
@@ -156,24 +179,32 @@ class Finder:
             store, name = locate(os.fspath(which), self._store)  # type: ignore[arg-type] # it is a path
         else:
             store, name = self._store, self._look().find(wanted)[0].file.name
-        get_engine().call(verify_file, store, name)
+        get_engine().call(verify_checkpoint, store, name)
 
     def _look(self) -> Series:
         return get_engine().call(self._list)
 
-    def _load(self, which: Which, map_location: MapLocation, *, weights_only: bool, fallback: bool) -> Loaded:
-        def load(store: Store, name: str) -> Loaded:
-            image = get_engine().call(read_image, store, name)
-            return load_image(image, map_location, weights_only=weights_only)
-
+    def _first(
+        self,
+        which: Which,
+        load: Callable[[Store, str], F],
+        *,
+        fallback: bool,
+        ranks: Ranks = ALONE,
+    ) -> F:
+        """Return what `load` returns for the first whole checkpoint that answers to `which`."""
         wait_for_pending()
         wanted = self._wanted(which)
         if fallback and (wanted is None or isinstance(wanted, int)):
             raise ValueError(f'fallback=True goes with "latest" and "best", not with {which!r}')
         if wanted is None:
-            return load(*locate(os.fspath(which), self._store))  # type: ignore[arg-type] # it is a path
+            store, name = locate(os.fspath(which), self._store)  # type: ignore[arg-type] # it is a path
+            for _ in range(ATTEMPTS):
+                with suppress(FolderReplacedError):
+                    return load(store, name)
+            raise replaced_error(store.path_of(name))
         for _ in range(ATTEMPTS):
-            found = self._look().find(wanted)
+            found = ranks.find(lambda: self._look().find(wanted), _names_of)
             loaded = self._load_first(found, load, fallback=fallback, latest=wanted == "latest")
             if loaded is not None:
                 return loaded
@@ -181,9 +212,9 @@ class Finder:
         raise StoreError(errno.EAGAIN, msg, self.directory)
 
     def _load_first(
-        self, found: Sequence[Entry], load: Load, *, fallback: bool, latest: bool
-    ) -> Loaded | None:
-        """Load the first whole file; return None if the directory has to be listed again."""
+        self, found: Sequence[Entry], load: Callable[[Store, str], F], *, fallback: bool, latest: bool
+    ) -> F | None:
+        """Load the first whole checkpoint; return None if the directory has to be listed again."""
         errors: list[CorruptCheckpointError | StoreError] = []
         for entry in found:
             if errors and not fallback:
@@ -240,6 +271,13 @@ class Finder:
         if mode is None:
             mode = policy.mode if policy is not None and policy.metric == metric else "min"
         return metric, mode
+
+
+def _names_of(found: Sequence[Entry]) -> str:
+    """Return which checkpoints these are, as a text of limited length."""
+    texts = [f"{e.file.name} ({e.checkpoint.sequence if e.checkpoint else 'damaged'})" for e in found]
+    rest = blake2b("\0".join(texts).encode(), digest_size=8).hexdigest() if len(texts) > 1 else ""
+    return f"{texts[0]} or, if it is damaged, another one ({rest})" if rest else texts[0]
 
 
 async def _series(catalog: Catalog, directory: str, names: NameTemplate) -> Series:

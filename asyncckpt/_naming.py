@@ -43,6 +43,9 @@ class NameTemplate:
             msg = f"filename={template!r} must be the name of one visible file"
             raise ValueError(f"{msg}; a folder belongs into the directory")
         self.template = template
+        ending = self.pieces[-1][0] if self.pieces[-1][1] is None else ""
+        # What is left out of the name of a folder, as nothing opens it by its suffix.
+        self._suffix = next((suffix for suffix in sorted(SUFFIXES) if ending.endswith(suffix)), "")
         pattern = ""
         for text, field, spec, _ in self.pieces:
             pattern += re.escape(text)
@@ -50,6 +53,9 @@ class NameTemplate:
                 pattern += r"-?\d+" if "(?P<step>" in pattern else r"(?P<step>-?\d+)"
             elif field is not None:
                 pattern += ".+"
+        if self._suffix:
+            end = re.escape(self._suffix)
+            pattern = f"{pattern.removesuffix(end)}(?:{end})?"
         self._pattern = re.compile(pattern, re.DOTALL)
 
     def name(self, step: int, metrics: Mapping[str, float]) -> str:
@@ -76,6 +82,14 @@ class NameTemplate:
         path = PurePosixPath(name)
         return path.stem if path.suffix in SUFFIXES else name
 
+    def folder_name(self, step: int, metrics: Mapping[str, float]) -> str:
+        """Return the name of a checkpoint of many ranks: without the suffix, if it is one of SUFFIXES.
+
+        Raises:
+            ValueError: as `name` does.
+        """
+        return self.name(step, metrics).removesuffix(self._suffix)
+
     def owns(self, checkpoint: Checkpoint) -> bool:
         """Return whether a checkpoint belongs to the series of this template.
 
@@ -88,14 +102,14 @@ class NameTemplate:
             name = self.name(checkpoint.step, checkpoint.metrics)
         except ValueError:
             return False
-        return name == checkpoint.path.rpartition("/")[2]
+        return checkpoint.path.rpartition("/")[2] in {name, name.removesuffix(self._suffix)}
 
     def matches(self, name: str) -> bool:
-        """Return whether this template may have made `name`: all that is known of a damaged file."""
+        """Return whether `name` may be of this template: all that is known of a damaged checkpoint."""
         return self._pattern.fullmatch(name) is not None
 
     def step_of(self, name: str) -> int | None:
-        """Return the step in a file name, if this template may have made it and shows the step."""
+        """Return the step in a name, if this template may have made it and shows the step."""
         found = self._pattern.fullmatch(name)
         return int(found["step"]) if found and "step" in self._pattern.groupindex else None
 

@@ -7,8 +7,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from asyncckpt._finder import locate
-from asyncckpt._loading.load import load_image
-from asyncckpt._loading.reader import read_image
+from asyncckpt._loading.source import load_checkpoint, read_checkpoint
 from asyncckpt._ranks.claims import claim
 from asyncckpt._saving.engine import get_engine, wait_for_pending
 from asyncckpt._saving.saver import Saver
@@ -67,7 +66,8 @@ def load(
 ) -> Any:
     """Load a file of asyncckpt or torch.save, as torch.load would, in parallel, with every checksum compared.
 
-    Waits for pending saves of this process first.
+    A folder of asyncckpt or torch.distributed.checkpoint is loaded as one state of whole tensors. Pending
+    saves of this process are waited for.
 
     Args:
         path: a local path, or a URL of any fsspec file system.
@@ -83,8 +83,8 @@ def load(
     """
     wait_for_pending()
     store, name = locate(_checked(path), open_store("."), storage_options)
-    image = get_engine().call(read_image, store, name)
-    return load_image(image, map_location, weights_only=weights_only).state
+    image = get_engine().call(read_checkpoint, store, name)
+    return load_checkpoint(image, map_location, weights_only=weights_only).state
 
 
 def wait(timeout: float | None = None) -> None:

@@ -11,10 +11,14 @@ from torch.distributed.fsdp import fully_shard
 from asyncckpt._sharding.planning import LocalPlan, global_plan
 from asyncckpt._sharding.states import collect_sharded
 
-def stepped(model, *parameters, kind=torch.optim.AdamW, **options):
+def stepped(model, *parameters, kind=torch.optim.AdamW, forward=True, **options):
     # An optimizer that has made a step.
     opt = kind(parameters or model.parameters(), lr=0.01, **options)
-    model(torch.ones(4, 6)).sum().backward()
+    if forward:
+        model(torch.ones(4, 6)).sum().backward()
+    else:
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
     opt.step()
     opt.zero_grad()
     return opt

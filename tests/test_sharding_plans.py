@@ -99,3 +99,64 @@ compare(
     )
     assert told[0] == told[-1]
     assert len(told[0]) == 8
+
+
+def test_plans_of_meshes_are_those_of_stock_dcp(interpreter: Interpreter, tmp_path: Path) -> None:
+    told = on_ranks(
+        interpreter,
+        tmp_path,
+        PLANS
+        + """
+from torch.distributed._shard.sharded_tensor import Shard, ShardMetadata, init_from_local_shards
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.tensor import Replicate, distribute_tensor
+from torch.distributed.tensor import Shard as Split
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+line, grid = init_device_mesh("cpu", (4,)), init_device_mesh("cpu", (2, 2), mesh_dim_names=("outer", "inner"))
+
+def mlp():
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 6))
+
+def check(name, model, **options):
+    opt = stepped(model, **options)
+    state = {"model": get_model_state_dict(model), "opt": get_optimizer_state_dict(model, opt)}
+    compare(name, {"model": model, "opt": opt}, state)
+
+split = {"0": ColwiseParallel(), "1": RowwiseParallel()}
+check("tp", parallelize_module(mlp(), line, split))
+both = parallelize_module(mlp(), grid["inner"], split)
+for layer in both:
+    fully_shard(layer, mesh=grid["outer"])
+check("fsdp-tp", both)
+hybrid = net()
+fully_shard(hybrid, mesh=grid)
+check("hsdp", hybrid, forward=False)  # gloo does not average in torch 2.7
+
+whole = torch.arange(30.0).reshape(5, 6)
+odd = {
+    "rows": distribute_tensor(whole, line, [Split(0)]),
+    "columns": distribute_tensor(whole, line, [Split(1)]),
+    "copies": distribute_tensor(whole, line, [Replicate()]),
+    "blocks": distribute_tensor(whole, grid, [Split(0), Split(1)]),
+    "scalar": distribute_tensor(torch.ones(()), line, [Replicate()]),
+}
+few = DeviceMesh("cpu", [0, 1])
+if rank < 2:
+    odd["few"] = distribute_tensor(whole, few, [Split(0)])
+shards = [
+    Shard(torch.full((size, 2), float(rank)), ShardMetadata([start, 0], [size, 2], f"rank:{rank}/cpu"))
+    for start, size in ((3 * rank, 1), (3 * rank + 1, 2))
+]
+odd["shards"] = init_from_local_shards(shards, 12, 2)
+compare("odd", odd)
+
+flat = FullyShardedDataParallel(net(), device_id=torch.device("cpu"))
+check("fsdp1", flat)
+""",
+        ranks=4,
+    )
+    assert told[0] == told[-1]
+    assert len(told[0]) == 5

@@ -12,7 +12,8 @@ from asyncckpt.errors import StoreError
 from asyncckpt.stores import open_store
 from asyncckpt.stores.remote import RemoteStore
 from asyncckpt.stores.s3 import S3Draft, S3Store
-from asyncckpt.testing.store_contract import StoreContract, names, put
+from asyncckpt.testing.folder_contract import FolderContract
+from asyncckpt.testing.store_contract import names, put
 
 if TYPE_CHECKING:
     from asyncckpt.stores.base import Store
@@ -21,12 +22,12 @@ if TYPE_CHECKING:
 count = itertools.count()
 
 
-class TestMemory(StoreContract):
+class TestMemory(FolderContract):
     def make_store(self) -> Store:
         return open_store(f"memory://store-{next(count)}/run")
 
 
-class TestS3(StoreContract):
+class TestS3(FolderContract):
     @pytest.fixture(autouse=True)
     def options(self, moto: MotoServer) -> None:
         self._options = {"key": "k", "secret": "s", "endpoint_url": moto.url}

@@ -72,7 +72,8 @@ async def survey(store: Store, parser: NameParser) -> Survey:
             seen.found.append(replace(read, path=path, nbytes=file.nbytes, created=file.modified))
 
     entries = await Catalog(store).entries()
-    await for_each(look, sorted(entries, key=lambda entry: entry.file.name), READERS)
+    files = [entry for entry in entries if not entry.is_folder]
+    await for_each(look, sorted(files, key=lambda entry: entry.file.name), READERS)
     seen.found.sort(key=lambda checkpoint: (checkpoint.step, checkpoint.created, checkpoint.path))
     for names in (seen.described, seen.misnamed, seen.others):
         names.sort()

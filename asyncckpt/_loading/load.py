@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
     from asyncckpt._loading.reader import Image
     from asyncckpt._loading.unpickle import MapLocation
-    from asyncckpt._snapshot.memory import Mapping
 
 # Smaller storages are given back only with the whole file; pages of their own would cost more than they do.
 _OWN_PAGES = 64 << 10
@@ -45,8 +44,8 @@ def load_image(image: Image, map_location: MapLocation = "cpu", *, weights_only:
     if record is not None:
         checkpoint = checkpoint_of(image.path, Description.decode(record), image.nbytes)
     ranges = [(start, stop) for _, start, stop in image.directory.storages() if stop > start]
-    payloads = {start: _storage(image.mapping, start, stop) for start, stop in ranges}
-    view = image.mapping.view
+    payloads = {start: storage_of(image, start, stop) for start, stop in ranges}
+    view = image.mapping.view[image.begin : image.begin + image.nbytes]
     file = PayloadFile(image.nbytes, lambda at, length: bytes(view[at : at + length]), payloads)
     try:
         return Loaded(load_file(file, map_location, weights_only=weights_only), checkpoint)
@@ -60,12 +59,13 @@ def load_image(image: Image, map_location: MapLocation = "cpu", *, weights_only:
         raise failure from error
 
 
-def _storage(mapping: Mapping, start: int, stop: int) -> UntypedStorage:
-    """Return a storage of the bytes [start, stop) that gives its pages back when it dies.
+def storage_of(image: Image, start: int, stop: int) -> UntypedStorage:
+    """Return a storage of the bytes [start, stop) of a file that gives its pages back when it dies.
 
-    All of the mapping is given back when nothing refers to it any more.
+    All of the memory is given back when nothing refers to it any more.
     """
-    array = (ctypes.c_ubyte * (stop - start)).from_buffer(mapping.view, start)
-    if stop - start >= _OWN_PAGES:
-        weakref.finalize(array, mapping.discard, start, stop).atexit = False
+    begin, end = image.begin + start, image.begin + stop
+    array = (ctypes.c_ubyte * (end - begin)).from_buffer(image.mapping.view, begin)
+    if end - begin >= _OWN_PAGES:
+        weakref.finalize(array, image.mapping.discard, begin, end).atexit = False
     return torch.frombuffer(array, dtype=torch.uint8).untyped_storage()

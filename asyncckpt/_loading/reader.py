@@ -57,26 +57,31 @@ async def read_file(read: Callable[[OpenFile], Awaitable[R]], store: Store, name
 
 @dataclass(slots=True, eq=False)
 class Image:
-    """A whole file in memory, every record of it checked.
+    """A whole file in memory, every record of it checked; or an item, which is a file within another one.
 
     Attributes:
-        path: path or URL of the file.
-        mapping: the memory; the file begins at its first byte.
+        path: path or URL of the file, for errors.
+        mapping: the memory.
         nbytes: size of the file.
         directory: its records, the payload ranges as the local headers give them.
+        begin: where in the memory the file begins.
     """
 
     path: str
     mapping: Mapping
     nbytes: int
     directory: Directory
+    begin: int = 0
 
     def record(self, name: str) -> bytes | None:
         """Return the payload of a record, whatever its folder is called; None if there is no such record."""
         row = self.directory.row(name)
         if row is None:
             return None
-        return bytes(self.mapping.view[int(self.directory.starts[row]) : int(self.directory.stops[row])])
+        start, stop = (
+            self.begin + int(place[row]) for place in (self.directory.starts, self.directory.stops)
+        )
+        return bytes(self.mapping.view[start:stop])
 
 
 async def read_image(store: Store, name: str) -> Image:

@@ -36,11 +36,30 @@ def restore(
         StateMismatchError: lists what does not fit, or what an object's loading raised; nothing was changed.
         PartialRestoreError: lists what could not be put back.
     """
-    if map_keys is not None and not callable(map_keys):
-        raise TypeError(f"map_keys must be a function of a key, not {map_keys!r}")
-    plan = Plan(live, saved, strict=strict, map_keys=map_keys)
-    if misfits := plan.misfits():
-        raise _mismatch(plan, where, misfits)
+    carry_out(Plan(live, saved, strict=strict, map_keys=map_keys), where, strict=strict)
+
+
+def carry_out(
+    plan: Plan,
+    where: str,
+    *,
+    strict: bool,
+    before_copies: Callable[[], object] = lambda: None,
+    after_copies: Callable[[], object] = lambda: None,
+) -> None:
+    """Change what a plan changes, completely or not at all.
+
+    Args:
+        plan: what to change.
+        where: path of the checkpoint.
+        strict: whether the plan requires the same entries on both sides.
+        before_copies: called when all else is changed; if it raises, that is put back.
+        after_copies: called at the end, without interruption by signal handlers.
+
+    Raises:
+        StateMismatchError, PartialRestoreError: as `restore` does.
+    """
+    raise_misfits(plan, where)
     held: list[tuple[str, list[Step]]] = []
     grad = torch.is_grad_enabled()
     with DeferredSignals() as signals:
@@ -51,9 +70,10 @@ def restore(
                     apply()
                 except Exception as error:
                     line = f"{path}: {type(error).__name__}: {error}"
-                    raise _mismatch(plan, where, [line]) from error
+                    raise mismatch(plan, where, [line]) from error
             if not strict:
                 _warn_of_what_is_left_out(plan, where)
+            before_copies()
             signals.defer()
         except BaseException as error:
             signals.defer()
@@ -63,10 +83,19 @@ def restore(
         copied: list[str] = []
         try:
             copy_tensors(plan.copies, copied)
-        except BaseException as error:  # the device failed, or a mode of torch's took part
+            after_copies()
+        except (
+            BaseException
+        ) as error:  # the device failed, a mode of torch's took part, or code of the user's
             lines = [f"{path}: holds content of the checkpoint" for path in copied]
             _raise_what_is_left([*lines, *put_back(held)], error, where)
             raise
+
+
+def raise_misfits(plan: Plan, where: str) -> None:
+    """Raise StateMismatchError with a line for each entry that does not fit, if there are any."""
+    if misfits := plan.misfits():
+        raise mismatch(plan, where, misfits)
 
 
 def _warn_of_what_is_left_out(plan: Plan, where: str) -> None:
@@ -74,7 +103,7 @@ def _warn_of_what_is_left_out(plan: Plan, where: str) -> None:
     if not plan.missing and not plan.unexpected:
         return
     if not plan.overlaps:
-        raise _mismatch(plan, where, [*plan.missing.values(), *plan.unexpected.values()])
+        raise mismatch(plan, where, [*plan.missing.values(), *plan.unexpected.values()])
     lines = [f"{where} is restored in part:"]
     if plan.missing:
         lines.append(f"not in the checkpoint, left as they are: {some(plan.missing)}")
@@ -83,7 +112,8 @@ def _warn_of_what_is_left_out(plan: Plan, where: str) -> None:
     warn_caller("\n  ".join([*lines, *plan.hints]))
 
 
-def _mismatch(plan: Plan, where: str, lines: list[str]) -> StateMismatchError:
+def mismatch(plan: Plan, where: str, lines: list[str]) -> StateMismatchError:
+    """Return the error with a line for each entry that does not fit, and with the hints of the plan."""
     listing = "\n  ".join([f"{where} does not fit the state, of which nothing was changed:", *lines])
     return StateMismatchError("\n".join([listing, *plan.hints]))
 

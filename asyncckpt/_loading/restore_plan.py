@@ -63,6 +63,8 @@ class Plan:
     def __init__(
         self, live: Any, saved: Any, *, strict: bool = True, map_keys: Callable[[str], str] | None = None
     ) -> None:
+        if map_keys is not None and not callable(map_keys):
+            raise TypeError(f"map_keys must be a function of a key, not {map_keys!r}")
         self.changes: list[Change] = []
         self.copies: list[Copy] = []
         self.problems: list[str] = []

@@ -7,6 +7,8 @@ import uuid
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from asyncckpt.errors import CorruptCheckpointError, UnsafeStateError
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -63,4 +65,14 @@ def load_metadata(data: bytes, path: str) -> Metadata:
         CorruptCheckpointError: it is damaged, or is no such metadata.
         UnsafeStateError: it names classes or functions that no metadata of DCP has; none of it was run.
     """
-    raise NotImplementedError
+    from asyncckpt._sharding.metadata_reader import UnknownNamesError, read_metadata  # noqa: PLC0415 - see __init__
+
+    try:
+        return read_metadata(data)
+    except UnknownNamesError as error:
+        raise UnsafeStateError(
+            f"{path}: its .metadata names what no checkpoint of torch.distributed.checkpoint has, and was not"
+            f" loaded: {error}"
+        ) from error
+    except ValueError as error:
+        raise CorruptCheckpointError(f"{path}: its .metadata is damaged: {error}") from error

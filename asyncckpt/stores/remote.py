@@ -11,27 +11,46 @@ import logging
 import posixpath
 import time
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from fsspec.spec import AbstractFileSystem
+from anyio import CancelScope
 
-from asyncckpt._threads import in_thread
+from asyncckpt._threads import for_each, in_thread
 from asyncckpt.errors import AsyncCkptError, StoreError
-from asyncckpt.stores.base import Draft, OpenFile, Store, StoredFile, checked_name, checked_source
+from asyncckpt.stores.base import (
+    FOLDER_MARK,
+    OpenFile,
+    Store,
+    StoredFile,
+    checked_name,
+    checked_source,
+)
 from asyncckpt.stores.errors import remote_errors
-from asyncckpt.stores.temporary import is_temporary, temporary_name
+from asyncckpt.stores.remote_draft import StreamDraft, rename
+from asyncckpt.stores.remote_file import RemoteFile, modified, stored_file
+from asyncckpt.stores.remote_folder import (
+    REQUESTS,
+    JoinedRemoteFolder,
+    RemoteFolderDraft,
+    copy_folder,
+    remove_folder,
+    undo,
+)
+from asyncckpt.stores.temporary import is_temporary, parse_temporary, temporary_name
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Sequence
+    from collections.abc import AsyncIterator, Iterable, Sequence
+
+    from fsspec.spec import AbstractFileSystem
+
+    from asyncckpt.stores.base import Draft, FolderDraft
 
 logger = logging.getLogger("asyncckpt")
 
 # Temporary objects have no lock that shows whether their writer still runs: younger ones are not removed.
 ABANDONED_AFTER = 24 * 60 * 60.0
-# What tells one content of a name from the next, by what file systems call it.
-_TIMES = ("mtime", "LastModified", "last_modified", "updated", "created")
-_VERSIONS = ("ETag", "etag", "md5Hash", "content_md5", *_TIMES)
 # Object stores, where a file appears whole when it is closed, or not at all if it is discarded.
 _WHOLE = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az"}
 
@@ -87,20 +106,20 @@ class RemoteStore(Store):
         with remote_errors("listing it", self._given):
             self._fs.invalidate_cache()
             try:
-                entries = await self._call("ls", self._root, detail=True)
+                entries = await self.call_fs("ls", self._root, detail=True)
             except FileNotFoundError:
                 return []
-        files = [_stored(entry) for entry in entries if entry["type"] == "file"]
+        files = [stored_file(entry) for entry in entries if entry["type"] == "file"]
         return [file for file in files if file.name and not is_temporary(file.name)]
 
     async def stat(self, name: str) -> StoredFile:
         path = self._path(name)
         with remote_errors(f"looking at {name}", self._given, absent_ok=True):
             self._fs.invalidate_cache()
-            entry = await self._call("info", path)
+            entry = await self.call_fs("info", path)
         if entry["type"] != "file" or is_temporary(name):
             raise FileNotFoundError(errno.ENOENT, "not a committed file", self.path_of(name))
-        return _stored(entry)
+        return stored_file(entry)
 
     @asynccontextmanager
     async def open(self, name: str) -> AsyncIterator[OpenFile]:
@@ -125,7 +144,7 @@ class RemoteStore(Store):
         if not target:
             return
         with remote_errors(f"reading {name}", self._given, absent_ok=True):
-            data = await self._call("cat_file", path, start=offset, end=offset + len(target))
+            data = await self.call_fs("cat_file", path, start=offset, end=offset + len(target))
         if len(data) != len(target):
             raise StoreError(
                 errno.ENODATA,
@@ -138,25 +157,113 @@ class RemoteStore(Store):
         """Remove a file, or a directory with all that is in it; or nothing."""
         path = self._path(name)
         with remote_errors(f"removing {name}", self._given), contextlib.suppress(FileNotFoundError):
-            entry = await self._call("info", path)
+            entry = await self.call_fs("info", path)
             if entry["type"] == "directory":
-                await self._call("rm", path, recursive=True)
+                await remove_folder(self, name)
             else:
-                await self._call("rm_file", path)
+                await self.call_fs("rm_file", path)
             self.changed()
 
     async def copy(self, source: str, target: str) -> None:
         """Make `target` a copy of `source`, in the store."""
         original, path = posixpath.normpath(f"{self._root}/{checked_source(source)}"), self._path(target)
         with remote_errors(f"copying {source} to {target}", self._given, absent_ok=True):
+            if (await self.call_fs("info", original))["type"] == "directory":
+                await copy_folder(type(self)(self._fs, self.path_of(source), original), self, target)
+                return
             if original == path:
-                await self._call("info", path)
                 return
             copied = path if self._whole else self._beside(target)
-            await self._call("cp_file", original, copied)
+            await self.call_fs("cp_file", original, copied)
             if copied != path:
-                await in_thread(_rename, self._fs, copied, path)
+                await in_thread(rename, self._fs, copied, path)
             self.changed()
+
+    async def list_folders(self) -> Sequence[StoredFile]:
+        """Return the directories that have a mark; there is a request for each directory."""
+        with remote_errors("listing it", self._given):
+            self._fs.invalidate_cache()
+            try:
+                entries = await self.call_fs("ls", self._root, detail=True)
+            except FileNotFoundError:
+                return []
+            paths = [entry["name"].rstrip("/") for entry in entries if entry["type"] == "directory"]
+            found: list[StoredFile] = []
+
+            async def look(name: str) -> None:
+                with contextlib.suppress(FileNotFoundError):
+                    found.append(replace(await self.folder(name).stat(FOLDER_MARK), name=name))
+
+            await for_each(look, map(posixpath.basename, paths), REQUESTS)
+        return found
+
+    def folder(self, name: str) -> RemoteStore:
+        return type(self)(self._fs, self.path_of(checked_name(name)), self._path(name))
+
+    @asynccontextmanager
+    async def folder_draft(self, name: str) -> AsyncIterator[FolderDraft]:
+        draft = RemoteFolderDraft(self, name)
+        try:
+            with remote_errors(f"making the folder {name}", self._given):
+                await draft.open()
+            yield draft
+        finally:
+            with CancelScope(shield=True):
+                await draft.drop()
+
+    @asynccontextmanager
+    async def join_folder(self, name: str, attempt: str) -> AsyncIterator[FolderDraft]:
+        joined = JoinedRemoteFolder(self, name, attempt)
+        with remote_errors(f"joining the draft of {name}", self._given):
+            await joined.look()
+        try:
+            yield joined
+        finally:
+            with CancelScope(shield=True):
+                await joined.leave()
+
+    async def make_folder(self, name: str) -> None:
+        """Make the directory of a folder, where directories have to be made."""
+        if not self._whole:
+            await self.call_fs("makedirs", self._path(name), exist_ok=True)
+
+    async def remove_empty(self, name: str) -> None:
+        """Remove the directory of a folder if it is empty, where directories have to be made."""
+        if not self._whole:
+            with contextlib.suppress(OSError):
+                await self.call_fs("rmdir", self._path(name))
+
+    async def remove_files(self, names: Iterable[str]) -> None:
+        """Remove files, many at once; those that do not exist are no error."""
+
+        async def remove(name: str) -> None:
+            with contextlib.suppress(FileNotFoundError):
+                await self.call_fs("rm_file", self._path(name))
+
+        await for_each(remove, names, REQUESTS)
+        self.changed()
+
+    async def remove_directory(self, name: str) -> None:
+        """Remove a directory with all that is in it."""
+        await self.call_fs("rm", self._path(name), recursive=True)
+
+    async def remove_file_beside(self, folder: str) -> None:
+        """Remove the file that has the name of a folder, where both can be."""
+        if self._whole:
+            await self.remove_files([folder])
+
+    async def read_all(self, name: str) -> bytes:
+        """Return what a file holds; nothing if there is none."""
+        with remote_errors(f"reading {name}", self._given):
+            try:
+                data: bytes = await self.call_fs("cat_file", self._path(name))
+            except FileNotFoundError:
+                return b""
+        return data
+
+    async def copy_to(self, other: RemoteStore, name: str) -> None:
+        """Copy a file to another directory of the file system, not atomically."""
+        await self.call_fs("cp_file", self._path(name), other._path(name))
 
     def changed(self) -> None:
         """Let every instance of the file system in this process list anew: each keeps its listings."""
@@ -164,15 +271,28 @@ class RemoteStore(Store):
             fs.invalidate_cache()
 
     async def _prepare(self) -> None:
-        await self._call("makedirs", self._root, exist_ok=True)
-        for entry in await self._call("ls", self._root, detail=True):
-            name = posixpath.basename(entry["name"])
-            written = _modified(entry)
-            if is_temporary(name) and written and time.time() - written > ABANDONED_AFTER:
-                logger.info("removing %s, which a crashed writer left", entry["name"])
-                await self._call("rm_file", entry["name"])
+        await self.call_fs("makedirs", self._root, exist_ok=True)
+        await self._remove_abandoned()
 
-    async def _call(self, method: str, *args: Any, **kwargs: Any) -> Any:
+    async def _remove_abandoned(self) -> None:
+        """Remove the temporary files of crashed writers, and the files of folders that these tell of."""
+        try:
+            entries = await self.call_fs("ls", self._root, detail=True)
+        except FileNotFoundError:
+            return
+        for entry in entries:
+            name, written = posixpath.basename(entry["name"]), modified(entry)
+            temporary = parse_temporary(name)
+            if temporary is None or not written or time.time() - written <= ABANDONED_AFTER:
+                continue
+            logger.info("removing %s, which a crashed writer left", entry["name"])
+            try:
+                with remote_errors(f"removing {name}", self._given):
+                    await (undo(self, name) if temporary.kind == "folder" else self.remove_files([name]))
+            except StoreError as error:
+                logger.warning("what a crashed writer left is still there: %s", error)
+
+    async def call_fs(self, method: str, *args: Any, **kwargs: Any) -> Any:
         """Call a method of the file system: on its own event loop if it has one, else on a thread."""
         if self._fs.async_impl:
             coroutine = getattr(self._fs, f"_{method}")(*args, **kwargs)
@@ -184,108 +304,3 @@ class RemoteStore(Store):
 
     def _beside(self, name: str) -> str:
         return f"{self._root}/{temporary_name(name)}"
-
-
-class RemoteFile(OpenFile):
-    """An open file of a remote directory."""
-
-    def __init__(self, store: RemoteStore, file: StoredFile) -> None:
-        self.file = file
-        self.path = store.path_of(file.name)
-        self._store = store
-
-    async def read(self, offset: int, into: memoryview) -> None:
-        await self._store.read(self.file.name, offset, into)
-
-
-class StreamDraft(Draft):
-    """A stream into a file that becomes the target at the commit.
-
-    Args:
-        fs: the file system.
-        path: what is written. It is the target itself where a file appears only when it is closed; anywhere
-            else it is a temporary name, since leaving a file open by an error would publish a piece of it.
-        target: what it is to become.
-    """
-
-    def __init__(self, fs: AbstractFileSystem, path: str, target: str) -> None:
-        self._fs = fs
-        self._path = path
-        self._target = target
-        self._file: Any = None
-        self._written = 0
-        self._committed = False
-
-    def open(self) -> None:
-        """Open the stream."""
-        self._file = self._fs.open(self._path, "wb")
-
-    async def write(self, offset: int, data: memoryview) -> None:
-        if offset != self._written:
-            raise StoreError(errno.ESPIPE, f"byte {offset} cannot be written before byte {self._written}")
-        self._written += len(data)
-        with remote_errors(f"writing from byte {offset}", self._target):
-            await in_thread(self._write, data)
-
-    async def commit(self) -> None:
-        """Close the stream, see that all has arrived, and give it its name."""
-        began = time.perf_counter()
-        with remote_errors("committing it", self._target):
-            await in_thread(self._commit)
-        self.sync_seconds = time.perf_counter() - began
-
-    def drop(self) -> None:
-        """Leave nothing behind of what is not committed."""
-        if self._committed or self._file is None:
-            return
-        file, self._file = self._file, None
-        if self._path == self._target:
-            file.discard()
-            file.closed = True  # closing it, as its finalizer does, would publish it
-            return
-        with contextlib.suppress(Exception):
-            file.close()
-        with contextlib.suppress(FileNotFoundError):
-            self._fs.rm_file(self._path)
-
-    def _write(self, data: memoryview) -> None:
-        while data:
-            data = data[self._file.write(data) or len(data) :]
-
-    def _commit(self) -> None:
-        self._file.close()
-        self._fs.invalidate_cache()
-        arrived = self._fs.info(self._path)["size"]
-        if arrived != self._written:
-            raise StoreError(
-                errno.EIO, f"{arrived} of {self._written} bytes have arrived at {self._path}; save again"
-            )
-        if self._path != self._target:
-            _rename(self._fs, self._path, self._target)
-        self._committed = True
-
-
-def _rename(fs: AbstractFileSystem, source: str, target: str) -> None:
-    """Move a file over another: by the file system's own rename, or by a copy, which names no patterns."""
-    if type(fs).mv is not AbstractFileSystem.mv:
-        fs.mv(source, target)
-        return
-    fs.cp_file(source, target)
-    fs.rm_file(source)
-
-
-def _stored(entry: dict[str, Any]) -> StoredFile:
-    marks = [str(_number(entry[key])) for key in _VERSIONS if entry.get(key) is not None]
-    version = "-".join((f"{entry['size']:x}", *marks))
-    return StoredFile(posixpath.basename(entry["name"]), entry["size"], version, _modified(entry))
-
-
-def _modified(entry: dict[str, Any]) -> float:
-    """Return when a file was written, in seconds since the epoch; 0.0 if its file system does not say."""
-    times = (_number(entry.get(key)) for key in _TIMES)
-    return next((float(time) for time in times if isinstance(time, (int, float))), 0.0)
-
-
-def _number(mark: Any) -> Any:
-    """Return times as numbers: backends return datetimes or floats."""
-    return mark.timestamp() if hasattr(mark, "timestamp") else mark

@@ -23,7 +23,7 @@ from asyncckpt.stores.errors import remote_errors
 from asyncckpt.stores.remote import ABANDONED_AFTER, RemoteStore
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Iterable
 
 logger = logging.getLogger("asyncckpt")
 
@@ -32,6 +32,7 @@ ATTEMPTS = 6
 _PART = 5 << 20  # the least that a part may have: what is under way is in memory a second time, and a third
 _PARTS = 10_000  # the most that an upload may have
 _PAGE = 4096
+_REMOVED_AT_ONCE = 1000  # the most that a request may name
 _CUT_SHORT = frozenset({"ClientPayloadError", "IncompleteRead", "ServerDisconnectedError", "ClientOSError"})
 # Seconds for a part: no timeout of the client's covers a server that stops reading.
 _DEADLINE = 300.0
@@ -87,6 +88,17 @@ class S3Store(RemoteStore):
             else:
                 return
 
+    async def remove_files(self, names: Iterable[str]) -> None:
+        """Remove objects, a thousand with a request; those that do not exist are no error."""
+        keys = [self._path(name).partition("/")[2] for name in names]
+        for start in range(0, len(keys), _REMOVED_AT_ONCE):
+            objects = [{"Key": key} for key in keys[start : start + _REMOVED_AT_ONCE]]
+            answer = await self.call("delete_objects", Delete={"Objects": objects, "Quiet": True})
+            for error in answer.get("Errors") or []:
+                message = f"{error['Key']} was not removed: {error.get('Message') or error.get('Code')}"
+                raise StoreError(errno.EIO, message, self._given)
+        self.changed()
+
     async def _prepare(self) -> None:
         _, _, prefix = self._root.partition("/")
         try:
@@ -101,8 +113,9 @@ class S3Store(RemoteStore):
         await self.call("abort_multipart_upload", probe, UploadId=upload["UploadId"])
         try:
             await self._abort_abandoned(f"{prefix}/".lstrip("/"))
+            await self._remove_abandoned()
         except PermissionError as error:
-            logger.warning("%s: uploads of crashed runs cannot be listed: %s", self._given, error)
+            logger.warning("%s: what crashed runs left cannot be listed: %s", self._given, error)
 
     async def _abort_abandoned(self, prefix: str) -> None:
         """Abort multipart uploads of crashed runs: they are billed, and not listed anywhere else."""

@@ -18,6 +18,8 @@ from asyncckpt.stores import Draft, FolderDraft, OpenFile, Store
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 
+    from asyncckpt.testing.gate import Gate
+
 
 def _wrapped(operation: str) -> Any:
     """Return the method of a wrapper that calls `before`, then the same method of the inner store."""

@@ -1,0 +1,104 @@
+"""Match the entries of a folder with a live state: DCP keeps their keys as strings, and no empty dicts."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from asyncckpt._loading.folder_index import TensorEntry
+from asyncckpt._loading.item_reader import Place
+from asyncckpt._stateful import is_plain
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    Value = Callable[[TensorEntry | Place], Any]
+
+
+class Nothing:
+    """Stands for an entry of the checkpoint that the state does not have, and that is not read."""
+
+
+NOTHING = Nothing()
+
+
+def matched(live: Any, node: Any, value: Value) -> Any:
+    """Return what a folder has for a live entry, with the keys that the live containers have.
+
+    Args:
+        live: an entry of the state.
+        node: what the folder has in its place, of `nested`: a TensorEntry, a Place, or a container of them.
+        value: returns what is in an entry that is not read into a live tensor.
+
+    Returns:
+        Values, a TensorEntry in place of a live tensor, and containers of those.
+    """
+    if isinstance(node, TensorEntry):
+        return node if isinstance(live, torch.Tensor) else value(node)
+    if isinstance(node, Place):
+        return value(node)
+    if is_plain(live):
+        return _whole(live, node, value)
+    if isinstance(live, dict):
+        return _matched_dict(live, node, value)
+    if isinstance(live, list) and isinstance(node, list):
+        return _matched_list(live, node, value)
+    return {}  # of another kind, as the plan will say
+
+
+def _matched_dict(live: dict[Any, Any], node: Any, value: Value) -> dict[Any, Any]:
+    keys = _by_text(live)
+    found: dict[Any, Any] = {}
+    for key, item in _entries(node):
+        if key in keys:
+            found[keys[key]] = matched(live[keys[key]], item, value)
+        else:
+            found[key] = item if isinstance(item, TensorEntry) else NOTHING
+    return found | {key: one for key, one in live.items() if key not in found and _is_hollow(one)}
+
+
+def _matched_list(live: list[Any], node: list[Any], value: Value) -> list[Any]:
+    found: list[Any] = []
+    for at, one in enumerate(live):
+        item = node[at] if at < len(node) else None
+        if item is None and _is_hollow(one):
+            found.append(one)
+        elif at < len(node):
+            found.append({} if item is None else matched(one, item, value))
+        else:
+            break
+    return found + [NOTHING] * (len(node) - len(live))
+
+
+def _whole(live: Any, node: Any, value: Value) -> Any:
+    """Return everything in a node; its keys are those of `live` where that has them."""
+    if node is None:
+        return {}
+    if isinstance(node, (TensorEntry, Place)):
+        return value(node)
+    if isinstance(node, list):
+        items = live if isinstance(live, list) else []
+        return [_whole(items[at] if at < len(items) else None, item, value) for at, item in enumerate(node)]
+    lives = live if isinstance(live, dict) else {}
+    keys = _by_text(lives)
+    found = [(keys.get(text, text), item) for text, item in _entries(node)]
+    return {key: _whole(lives.get(key), item, value) for key, item in found}
+
+
+def _by_text(live: dict[Any, Any]) -> dict[str, Any]:
+    return {str(key): key for key in live}
+
+
+def _entries(node: Any) -> Iterable[tuple[str, Any]]:
+    """Yield the entries of a container by the texts of their keys; whole numbers make a list of a dict."""
+    if isinstance(node, list):
+        return [(str(at), item) for at, item in enumerate(node) if item is not None]
+    return [(str(key), item) for key, item in node.items()]
+
+
+def _is_hollow(live: Any) -> bool:
+    """Whether there is nothing in it that DCP would save: empty dicts only."""
+    if isinstance(live, dict):
+        return all(map(_is_hollow, live.values()))
+    return isinstance(live, list) and bool(live) and all(map(_is_hollow, live))

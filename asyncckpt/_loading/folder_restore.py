@@ -1,0 +1,243 @@
+"""Restore a folder into the live state of this rank: on all ranks, or on none."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from asyncckpt._loading.copies import Copy
+from asyncckpt._loading.fitting import misfit
+from asyncckpt._loading.folder_index import TensorEntry, nested
+from asyncckpt._loading.folder_load import whole_tensor
+from asyncckpt._loading.folder_match import NOTHING, matched
+from asyncckpt._loading.item_tensor import ItemTensors
+from asyncckpt._loading.load import load_image
+from asyncckpt._loading.restore import carry_out, mismatch, raise_misfits
+from asyncckpt._loading.restore_plan import Plan
+from asyncckpt._sharding import states
+from asyncckpt._sharding.detect import is_dtensor
+from asyncckpt._sharding.resharding import local_parts
+from asyncckpt._stateful import collect
+from asyncckpt.errors import warn_caller
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    from asyncckpt._loading.folder import Folder
+    from asyncckpt._loading.item_reader import Place
+    from asyncckpt._loading.reader import Image
+    from asyncckpt._loading.target import RestoreTarget
+    from asyncckpt._sharding.resharding import LocalPart
+    from asyncckpt.types import Checkpoint
+
+    Read = Callable[[Sequence[Place]], dict[Place, Image]]
+
+
+class FolderRestore:
+    """A restore of a folder, in three steps. If one of the first two fails, nothing was changed.
+
+    Args:
+        folder: what to restore.
+        read: reads items; `Folder.read`, called from this thread.
+        target: the live state, and how it is restored.
+    """
+
+    def __init__(self, folder: Folder, read: Read, target: RestoreTarget) -> None:
+        self._folder = folder
+        self._read = read
+        self._target = target
+        self._makes = ItemTensors()
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """What is restored."""
+        return self._folder.checkpoint
+
+    def plan(self) -> None:
+        """Compare the state with the metadata, and read the entries that are no tensors.
+
+        Raises:
+            StateMismatchError: lists each entry that does not fit.
+            CorruptCheckpointError: an item is damaged.
+            UnsafeStateError: `weights_only` does not allow an entry.
+            UnloadableStateError: the objects of an entry cannot be rebuilt here.
+        """
+        index = self._folder.index
+        self._collected, _ = states.collect_sharded(self._target.state)
+        problems = states.fit_optimizers(self._target.state, self._collected, index.metadata)
+        tree = nested({**index.tensors, **index.objects}, index.paths)
+        tree = self._own_entries(tree)
+        needed: list[TensorEntry | Place] = []
+        matched(self._live, tree, needed.append)
+        values = self._values(needed)
+        saved = matched(self._live, tree, lambda entry: values[id(entry)])
+        self._plan = FolderPlan(
+            self._live,
+            saved,
+            self._folder,
+            problems,
+            strict=self._target.strict,
+            map_keys=self._target.map_keys,
+        )
+        raise_misfits(self._plan, self._folder.path)
+
+    def read(self) -> None:
+        """Read the tensors that this rank needs, every byte of them checked.
+
+        Raises:
+            CorruptCheckpointError: an item is damaged.
+        """
+        plan = self._plan
+        images = self._read([part.place for part in plan.parts])
+        tensors: dict[Place, torch.Tensor] = {}
+        for part in plan.parts:
+            if part.place not in tensors:
+                tensors[part.place] = self._makes.tensor(images[part.place], part.entry.dtype, part.sizes)
+            source = tensors[part.place][part.local.region]
+            plan.copies.append(Copy(part.path, part.local.target, source))
+
+    def finish(self) -> None:
+        """Put everything into the live state, on all ranks or on none.
+
+        Raises:
+            StateMismatchError: lists what an object refuses; nothing was changed.
+            PartialRestoreError: an object has failed, or another could not be put back.
+            SaveError: another rank cannot take the checkpoint; nothing was changed. `Ranks.agree` raises it.
+        """
+        where = self._folder.path
+
+        def check() -> None:
+            lines = states.misfits(self._target.state, self._collected)
+            if self._rank_collected is not None:
+                lines += states.misfits(self._target.rank_state, self._rank_collected)
+            if lines:
+                raise mismatch(self._plan, where, lines)
+
+        def apply() -> None:
+            self._plan.note_changes()
+            states.apply(self._target.state, self._collected)
+            if self._rank_collected is not None:
+                states.apply(self._target.rank_state, self._rank_collected)
+
+        carry_out(
+            self._plan,
+            where,
+            strict=self._target.strict,
+            before_copies=lambda: self._target.ranks.together(f"restore {where}: copy", check),
+            after_copies=apply,
+        )
+
+    def _own_entries(self, tree: dict[Any, Any]) -> dict[Any, Any]:
+        """Add what is saved for this rank to the live state; take that of other ranks out of the tree."""
+        self._live, self._rank_collected = self._collected, None
+        saved = tree.get(states.RANK_STATE)
+        if states.RANK_STATE in self._collected or not isinstance(saved, dict):
+            return tree
+        others = {key: node for key, node in tree.items() if key != states.RANK_STATE}
+        rank, size = self._target.ranks.rank, self._target.ranks.size
+        if self._target.rank_state is None:
+            return others
+        if len(saved) != size or str(rank) not in saved:
+            warn_caller(
+                f"{self._folder.path} has a rank_state for each of {len(saved)} ranks, and is restored on"
+                f" {size}; the rank_state is left as it is"
+            )
+            return others
+        self._rank_collected = collect(self._target.rank_state)
+        self._live = states.with_rank_state(dict(self._collected), rank, self._rank_collected)
+        return {**others, states.RANK_STATE: {str(rank): saved[str(rank)]}}
+
+    def _values(self, needed: Iterable[TensorEntry | Place]) -> dict[int, Any]:
+        """Read entries, and return what is in them by the identity of the entry."""
+        needed = list(needed)
+        places = [
+            place
+            for entry in needed
+            for place in (entry.places if isinstance(entry, TensorEntry) else [entry])
+        ]
+        images = self._read(places)
+        return {
+            id(entry): whole_tensor(entry, images, self._makes)
+            if isinstance(entry, TensorEntry)
+            else load_image(images[entry], "cpu", weights_only=self._target.weights_only).state
+            for entry in needed
+        }
+
+
+class _Part(NamedTuple):
+    """A part of a live tensor that is to be read.
+
+    Attributes:
+        path: of the entry in the state.
+        entry: the saved tensor.
+        place: where the chunk lies that it is a part of.
+        sizes: shape of the chunk.
+        local: which part, and where it belongs.
+    """
+
+    path: str
+    entry: TensorEntry
+    place: Place
+    sizes: tuple[int, ...]
+    local: LocalPart
+
+
+class FolderPlan(Plan):
+    """A plan in which tensors of the checkpoint are not read yet.
+
+    Args:
+        live: the collected state.
+        saved: of `matched`.
+        folder: whose entries are in it.
+        problems: what else does not fit.
+        strict, map_keys: as `Plan` takes them.
+
+    Attributes:
+        parts: what is to be read and copied.
+    """
+
+    def __init__(  # noqa: PLR0913 - what `Plan` takes, and what is in the folder
+        self,
+        live: Any,
+        saved: Any,
+        folder: Folder,
+        problems: Sequence[str],
+        *,
+        strict: bool,
+        map_keys: Callable[[str], str] | None,
+    ) -> None:
+        self.parts: list[_Part] = []
+        self._sharded: list[torch.Tensor] = []
+        self._metadata = folder.index.metadata.state_dict_metadata
+        super().__init__(live, saved, strict=strict, map_keys=map_keys)
+        self.problems += problems
+
+    def note_changes(self) -> None:
+        """Raise the version counters of DTensors: a copy raises those of their local tensors alone."""
+        torch.autograd.graph.increment_version(self._sharded)
+
+    def _tensor(self, live: torch.Tensor, saved: Any, path: str) -> None:
+        if not isinstance(saved, TensorEntry):
+            super()._tensor(live, "" if saved is NOTHING else saved, path)
+            return
+        stand_in = torch.empty((), dtype=saved.dtype).expand(saved.size)
+        problem = misfit(live, stand_in) or _conversion_problem(live.dtype, saved.dtype)
+        if problem is not None:
+            self.problems.append(f"{path}: {problem}")
+            return
+        self.overlaps = True
+        for part in local_parts(saved.key, live, self._metadata[saved.key]):  # type: ignore[arg-type]
+            sizes, place = saved.chunks[part.chunk]
+            self.parts.append(_Part(path, saved, place, sizes, part))
+        if is_dtensor(live):
+            self._sharded.append(live)
+
+
+def _conversion_problem(live: torch.dtype, saved: torch.dtype) -> str | None:
+    """Return why values of one dtype cannot become those of another; None if they can."""
+    try:
+        torch.empty(1, dtype=live).copy_(torch.empty(1, dtype=saved))
+    except (RuntimeError, NotImplementedError):
+        return f"{saved} in the checkpoint, {live} in the state"
+    return None

@@ -1,0 +1,74 @@
+"""Read a checkpoint that is a file or a folder, whichever has the name."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from asyncckpt._loading.folder import Folder, with_folder
+from asyncckpt._loading.folder_load import FolderImage, load_folder, read_folder_image
+from asyncckpt._loading.load import load_image
+from asyncckpt._loading.reader import read_image, verify_file
+from asyncckpt.errors import CheckpointNotFoundError, StoreError
+from asyncckpt.stores.base import FOLDER_MARK
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from asyncckpt._loading.load import Loaded
+    from asyncckpt._loading.reader import Image
+    from asyncckpt._loading.unpickle import MapLocation
+    from asyncckpt.stores.base import Store
+
+
+async def read_checkpoint(store: Store, name: str) -> Image | FolderImage:
+    """Read a whole checkpoint into memory, every byte checked.
+
+    Raises:
+        CheckpointNotFoundError: there is neither a file nor a folder of this name.
+        CorruptCheckpointError: it is damaged.
+        StoreError: it could not be read, or was replaced again and again.
+    """
+    try:
+        return await read_image(store, name)
+    except CheckpointNotFoundError:
+        if not await has_folder(store, name):
+            raise
+    return await with_folder(read_folder_image, store, name)
+
+
+async def verify_checkpoint(store: Store, name: str, progress: Callable[[int], None] | None = None) -> None:
+    """Read every byte of a checkpoint and compare every checksum; raises what `read_checkpoint` does.
+
+    Args:
+        store: where it is.
+        name: which file or folder.
+        progress: called with how many more bytes were checked, on any thread.
+    """
+    try:
+        await verify_file(store, name, progress)
+    except CheckpointNotFoundError:
+        if not await has_folder(store, name):
+            raise
+
+        async def verify(folder: Folder) -> None:
+            await folder.verify(progress)
+
+        await with_folder(verify, store, name)
+
+
+def load_checkpoint(
+    image: Image | FolderImage, map_location: MapLocation = "cpu", *, weights_only: bool | None
+) -> Loaded:
+    """Build the state of a checkpoint in memory; see `load_image` and `load_folder`."""
+    if isinstance(image, FolderImage):
+        return load_folder(image, map_location, weights_only=weights_only)
+    return load_image(image, map_location, weights_only=weights_only)
+
+
+async def has_folder(store: Store, name: str) -> bool:
+    """Return whether there is a committed folder of this name."""
+    try:
+        await store.folder(name).stat(FOLDER_MARK)
+    except (FileNotFoundError, StoreError):  # a store without folders has none
+        return False
+    return True
