@@ -60,7 +60,6 @@ class Finder:
             raise TypeError(
                 f"keep must be a policy such as LastN(3), or an object with a method keep(); it is {keep!r}"
             )
-        self._ranks = ALONE
         # Not a bound method, so that its holders do not keep this object alive.
         self._list = partial(_series, Catalog(self._store, self._names), self.directory, self._names)
 
@@ -151,9 +150,10 @@ class Finder:
         """
         self._note_state(state)
         call = get_engine().call
-        target = RestoreTarget(state, call, rank_state, self._ranks, weights_only, strict, map_keys)
+        ranks = self._ranks_of(state)
+        target = RestoreTarget(state, call, rank_state, ranks, weights_only, strict, map_keys)
         try:
-            found = self._first(which, target.prepare, fallback=fallback, ranks=self._ranks)
+            found = self._first(which, target.prepare, fallback=fallback, ranks=ranks)
         except CheckpointNotFoundError as error:
             if not missing_ok:
                 raise
@@ -162,6 +162,10 @@ class Finder:
             return None
         found.finish()
         return found.checkpoint
+
+    def _ranks_of(self, state: Any) -> Ranks:  # noqa: ARG002 - of Checkpointers of many ranks
+        """Return the ranks that restore a state together."""
+        return ALONE
 
     def _note_state(self, state: Any) -> None:
         """Take notice of a live state that is restored, and will be saved."""

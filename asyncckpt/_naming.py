@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from itertools import count
-from pathlib import PurePosixPath
 from string import Formatter
 from typing import TYPE_CHECKING
 
@@ -75,12 +74,6 @@ class NameTemplate:
         except (ValueError, IndexError, AttributeError) as error:
             raise ValueError(f"filename={self.template!r}: {error}") from error
         return name.replace("/", "_")
-
-    @staticmethod
-    def folder(name: str) -> str:
-        """Return the name of a folder in place of a file: without the suffix of a file."""
-        path = PurePosixPath(name)
-        return path.stem if path.suffix in SUFFIXES else name
 
     def folder_name(self, step: int, metrics: Mapping[str, float]) -> str:
         """Return the name of a checkpoint of many ranks: without the suffix, if it is one of SUFFIXES.

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from anyio import CancelScope, to_thread
 
 from asyncckpt._finder import Finder
+from asyncckpt._loading.agreement import ALONE, Ranks
 from asyncckpt._saving.arguments import checked_metrics, checked_step
 from asyncckpt._saving.due import Due
 from asyncckpt._saving.engine import get_engine
@@ -226,7 +227,7 @@ class Checkpointer(Finder):
             raise ValueError(f"the metrics take more than {MAX_BYTES} bytes; put them into the state instead")
         chosen = partial(self._overlapping.of, overlap)
         if self._ranked.shards(state):
-            name = self._names.folder(name)
+            name = self._names.folder_name(step, numbers)
             wanted = self._sharded(step, state, name, description, began, chosen, rank_state)
             save = self._ranked.saves().save(wanted)
         elif rank_state is not None:
@@ -302,6 +303,12 @@ class Checkpointer(Finder):
         GPU, later operations of the current stream wait, and the host does not.
         """
         self._saver.fence()
+
+    def _ranks_of(self, state: Any) -> Ranks:
+        if not self._ranked.shards(state):
+            return ALONE
+        ranks = self._ranked.coordination()
+        return Ranks(self._ranked.agree, ranks.rank, ranks.size)
 
     def _note_state(self, state: Any) -> None:
         self._overlapping.attach_found(stateful_objects(state))

@@ -97,3 +97,27 @@ assert ckpt.load()["w"].tolist() == [0.0] * 3
 """,
     )
     assert told == [[[1, 1, True], [2, 2, True]]] * 2
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_another_number_of_ranks_restores(interpreter: Interpreter, tmp_path: Path, ranks: int) -> None:
+    program = (
+        TRAIN
+        + """
+import pathlib
+model, opt = trained(seed=ranks)
+state = {"model": model, "opt": opt, "step": ranks}
+place = f"{directory}-shared"
+with asyncckpt.Checkpointer(place, sharded=True) as ckpt:
+    if ranks == 2:
+        ckpt.save(7, state)
+    else:
+        assert ckpt.restore(state).step == 7
+        assert state["step"] == 2
+told.append(whole(model, opt))
+"""
+    )
+    saved, *_ = on_ranks(interpreter, tmp_path, program, 2)
+    (tmp_path / "run-group").unlink()
+    restored, *_ = on_ranks(interpreter, tmp_path, program, ranks)
+    assert restored == saved

@@ -121,8 +121,8 @@ def _place(key: str, offset: tuple[int, ...] | None, info: Any) -> Place:
     if getattr(info, "transform_descriptors", None):
         by = ", ".join(map(str, info.transform_descriptors))
         raise CorruptCheckpointError(
-            f"{key} is stored transformed by {by}, which only the extension that wrote it can read; load it with"
-            " torch.distributed.checkpoint"
+            f"{key} is stored transformed by {by}, which only the extension that wrote it can read; load it"
+            " with torch.distributed.checkpoint"
         )
     return Place(name, start, length, f"{key} at {list(offset)}" if offset and any(offset) else key)
 

@@ -11,6 +11,8 @@ from asyncckpt._saving.one_writer import OneWriter
 from asyncckpt._sharding.detect import is_sharded
 
 if TYPE_CHECKING:
+    from collections.abc import Collection, Mapping
+
     from asyncckpt._saving.saver import Saver
     from asyncckpt._saving.sharded_saves import ShardedSaves
 
@@ -91,27 +93,32 @@ class Ranked:
                 ' "wait" or "skip"'
             )
         if self._saves is None:
-            self._saves = ShardedSaves(self._coordinated(), self._saver, skips=self._when_busy == "skip")
+            self._saves = ShardedSaves(self.coordination(), self._saver, skips=self._when_busy == "skip")
         return self._saves
 
-    def agree(self, about: str, problem: str | None) -> None:
+    def agree(self, what: str, flags: Collection[str], problem: str | None) -> Mapping[str, list[int]]:
         """Wait for the other ranks.
 
         Args:
-            about: what all of them do; the same on all ranks.
+            what: what all of them do; the same on all ranks.
+            flags: what holds on this rank.
             problem: why this rank cannot.
+
+        Returns:
+            Which ranks raised each flag.
 
         Raises:
             RankError: a rank does something else, has a problem, or does not come; on all ranks.
         """
-        self._coordinated().exchange(about, problem=problem)
+        return self.coordination().exchange(what, flags, problem).flags
 
     def close(self) -> None:
         """Leave nothing in the store of the group."""
         if self._coordination is not None:
             self._coordination.close()
 
-    def _coordinated(self) -> Coordination:
+    def coordination(self) -> Coordination:
+        """Return what the ranks agree through; of this process alone, if there are no others."""
         if self._coordination is None:
             self._coordination = Coordination(self.group or _alone(), self._series, self._timeout)
         return self._coordination

@@ -65,12 +65,13 @@ class ShardStager(Stager):
         began = time.perf_counter()
         kept, flat = state
         names = [index.fqn for index in kept.indices]
-        shards = self._last = shards_of(kept.tensors(flat), names[: kept.tensor_count], self._last)
+        shards, ranges = shards_of(kept.tensors(flat), names[: kept.tensor_count], self._last)
+        self._last = shards
         objects = zip(names[kept.tensor_count :], kept.objects(flat), strict=True)
         blobs = [_blob(name, value) for name, value in objects]
-        on_cuda = any(device.type == "cuda" for device in {source.device for source in shards.ranges.sources})
+        on_cuda = any(device.type == "cuda" for device in {source.device for source in ranges.sources})
         stats.freeze += time.perf_counter() - began
-        return FrozenItems(shards.pickles, shards.sizes, blobs, on_cuda), shards.ranges
+        return FrozenItems(shards.pickles, shards.sizes, blobs, on_cuda), ranges
 
     def pins(self, frozen: FrozenItems) -> bool:
         return frozen.on_cuda

@@ -1,6 +1,5 @@
 """Counterparts of `torch.distributed.checkpoint.async_save`, `save` and `load`: change the import."""
 
-
 from asyncckpt.distributed._save import async_save, save, wait
 
 __all__ = ["async_save", "save", "wait"]

@@ -14,7 +14,6 @@ from asyncckpt._finder import locate
 from asyncckpt._saving.ranked import Ranked
 from asyncckpt._saving.saver import Saver
 from asyncckpt._saving.sharded_save import ShardedSave
-from asyncckpt._sharding import states
 from asyncckpt.layout.description import Description
 from asyncckpt.stores import open_store
 
@@ -132,7 +131,9 @@ def _start(  # noqa: PLR0913 - as `save`
 ) -> Save:
     began = time.perf_counter()
     if not use_collectives:
-        raise ValueError("use_collectives=False writes another format, without a common .metadata; leave it out")
+        raise ValueError(
+            "use_collectives=False writes another format, without a common .metadata; leave it out"
+        )
     store, name = locate(path, open_store("."), storage_options)
     description = Description(0, None, {}, time.time())
     wanted = ShardedSave(
@@ -154,7 +155,8 @@ def _ranked(process_group: ProcessGroup | None, *, no_dist: bool) -> Ranked:
     key = None if no_dist else process_group
     found = _groups.get((key, no_dist))
     if found is None:
-        found = Ranked(True, key, _TIMEOUT, "asyncckpt.distributed", _saver, "wait", alone=no_dist)
+        series = "asyncckpt.distributed"
+        found = Ranked(True, key, _TIMEOUT, series, _saver, "wait", alone=no_dist)  # noqa: FBT003 - sharded
         _groups[key, no_dist] = found
     return found
 
