@@ -8,10 +8,12 @@ import torch
 
 from asyncckpt._loading.folder_index import TensorEntry
 from asyncckpt._loading.item_reader import Place
-from asyncckpt._stateful import is_plain
+from asyncckpt._loading.restore_plan import Change
+from asyncckpt._loading.undo import hold_container
+from asyncckpt._stateful import CONTAINERS, is_plain, is_stateful, remake
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator
 
     Value = Callable[[TensorEntry | Place], Any]
 
@@ -102,3 +104,45 @@ def _is_hollow(live: Any) -> bool:
     if isinstance(live, dict):
         return all(map(_is_hollow, live.values()))
     return isinstance(live, list) and bool(live) and all(map(_is_hollow, live))
+
+
+def carry_over(live: Any, collected: Any) -> Change:
+    """Return the change that puts values into live containers of which the collected state has copies.
+
+    Args:
+        live: the state with its objects.
+        collected: the state with state dicts in their places, into which values will have been put.
+    """
+    containers = [container for container in _copied(live, collected) if not isinstance(container, tuple)]
+    return Change(
+        "state",
+        lambda: [step for container in containers for step in hold_container(container)],
+        lambda: _carried_over(live, collected),
+    )
+
+
+def _copied(live: Any, collected: Any) -> Iterator[Any]:
+    """Yield the containers of the state that were copied, as they hold objects."""
+    if live is not collected and isinstance(live, CONTAINERS) and not is_stateful(live):
+        yield live
+        for key, item in _items(live):
+            yield from _copied(item, collected[key])
+
+
+def _carried_over(live: Any, collected: Any) -> Any:
+    """Put values into live containers; returns what an entry becomes."""
+    if live is collected or is_stateful(live) or isinstance(live, torch.Tensor):
+        return live
+    if not isinstance(live, CONTAINERS):
+        return collected
+    new = {key: _carried_over(item, collected[key]) for key, item in _items(live)}
+    changed = {key: item for key, item in _items(live) if new[key] is not item}
+    if changed and isinstance(live, tuple):
+        return remake(live, new.values())
+    for key in changed:
+        live[key] = new[key]
+    return live
+
+
+def _items(container: Any) -> list[tuple[Any, Any]]:
+    return list(container.items() if isinstance(container, dict) else enumerate(container))

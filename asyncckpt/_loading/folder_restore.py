@@ -10,7 +10,7 @@ from asyncckpt._loading.copies import Copy
 from asyncckpt._loading.fitting import misfit
 from asyncckpt._loading.folder_index import TensorEntry, nested
 from asyncckpt._loading.folder_load import whole_tensor
-from asyncckpt._loading.folder_match import NOTHING, matched
+from asyncckpt._loading.folder_match import NOTHING, carry_over, matched
 from asyncckpt._loading.item_tensor import ItemTensors
 from asyncckpt._loading.load import load_image
 from asyncckpt._loading.restore import carry_out, mismatch, raise_misfits
@@ -80,6 +80,9 @@ class FolderRestore:
             strict=self._target.strict,
             map_keys=self._target.map_keys,
         )
+        self._plan.changes.append(carry_over(self._target.state, self._collected))
+        if self._rank_collected is not None:
+            self._plan.changes.append(carry_over(self._target.rank_state, self._rank_collected))
         raise_misfits(self._plan, self._folder.path)
 
     def read(self) -> None:
