@@ -21,14 +21,20 @@ async def check_folder_structure(store: Store, name: str) -> None:
             is not there.
         StoreError: it could not be read.
     """
-    await with_folder(_check, store, name)
+    await with_folder(check_files, store, name)
 
 
-async def _check(folder: Folder) -> None:
+async def check_files(folder: Folder) -> None:
+    """Compare the metadata of a folder with the sizes of its files; raises as `check_folder_structure` does."""
     sizes = {file.name: file.nbytes for file in await folder.store.list()}
     for place in folder.index.items:
         size = sizes.get(place.file)
-        if size is None or place.end > size:
+        if size is None or place.offset < 0 or place.length <= 0 or place.end > size:
             await folder.refuse_replaced()
-            problem = "is missing" if size is None else f"has {size:,} bytes; it was cut off"
+            problem = (
+                "is missing"
+                if size is None
+                else f"has {size:,} bytes, and the item {place.entry} is said to lie at {place.offset:,} to"
+                f" {place.end:,}; it was cut off, or is of another checkpoint"
+            )
             raise CorruptCheckpointError(f"{folder.path}: its file {place.file} {problem}")
