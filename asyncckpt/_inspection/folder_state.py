@@ -34,7 +34,7 @@ def folder_state(entries: Iterable[Sequence[Any]], values: Iterable[Any]) -> dic
         for key in path[:-1]:
             node = node.setdefault(key, _Node())
             if not isinstance(node, _Node):
-                raise ValueError(f"the entry {path} lies within another one")
+                raise ValueError(f"the entry {path} lies within another one")  # noqa: TRY004 - of a damaged file
         if path[-1] in node:
             raise ValueError(f"the entry {path} is there twice")
         node[path[-1]] = _tensor(*tensor) if tensor else next(rest)

@@ -40,7 +40,8 @@ def look_at(
     Args:
         task: which one.
         pickles: the path of the file and the bytes of each.
-        states: for `differences`, the entries of each state as `folder_state` takes them; None for one pickle.
+        states: for `differences`, the entries of each state as `folder_state` takes them; None for one that
+            is one pickle.
 
     Raises:
         CorruptCheckpointError: a pickle is damaged, or takes more than that.

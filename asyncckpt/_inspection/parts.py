@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from asyncckpt._inspection.tensor_values import Side, ValueDifference, compare_values
-from asyncckpt._inspection.inert import Tensor
+from asyncckpt._inspection.tensor_values import ValueDifference, compare_values
 from asyncckpt.stores.base import OpenFile, StoredFile
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+
+    from asyncckpt._inspection.inert import Tensor
+    from asyncckpt._inspection.tensor_values import Side
 
 
 class Part(NamedTuple):
@@ -40,7 +42,7 @@ class Part(NamedTuple):
 class MappedItem(OpenFile):
     """A file within a larger one that is mapped.
 
-    Args:
+    Attributes:
         path: for messages.
         data: its bytes.
     """
@@ -48,11 +50,11 @@ class MappedItem(OpenFile):
     def __init__(self, path: str, data: memoryview) -> None:
         self.path = path
         self.file = StoredFile("", len(data), "")
-        self._data = data
+        self.data = data
 
     async def read(self, offset: int, into: memoryview) -> None:
         """Fill `into` with the bytes from `offset` on."""
-        into[:] = self._data[offset : offset + len(into)]
+        into[:] = self.data[offset : offset + len(into)]
 
 
 def compare_parts(a: Sequence[Part], b: Sequence[Part]) -> ValueDifference | None:

@@ -25,7 +25,7 @@ async def check_folder_structure(store: Store, name: str) -> None:
 
 
 async def check_files(folder: Folder) -> None:
-    """Compare the metadata of a folder with the sizes of its files; raises as `check_folder_structure` does."""
+    """Compare metadata with the sizes of files; raises what `check_folder_structure` does."""
     sizes = {file.name: file.nbytes for file in await folder.store.list()}
     for place in folder.index.items:
         size = sizes.get(place.file)

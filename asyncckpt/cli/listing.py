@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from asyncckpt._inspection.texts import clean
 from asyncckpt.cli import output
 from asyncckpt.cli.formats import DCP, INCOMPLETE, has_data_files, is_data_file, looks_like_checkpoint
 from asyncckpt.cli.locations import (

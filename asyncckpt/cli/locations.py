@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 from contextlib import suppress
 from dataclasses import replace
 from itertools import islice
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypeVar
 
 import typer
@@ -120,7 +119,7 @@ def _split(path: str) -> tuple[str, str]:
         directory, _, name = local.rpartition("/")
         return f"{protocol}://{directory}", name
     if local.rpartition("/")[2] in _DOTS:
-        local = os.path.abspath(local)
+        local = str(Path(local).resolve())
     directory, slash, name = local.rpartition("/")
     return directory or slash, name
 
@@ -155,14 +154,13 @@ def stores_at(
 
 def nested_hint(path: str, options: Sequence[str] | None) -> str:
     """Return the directories below that hold checkpoints, as the end of a message; empty if none does."""
-    found = []
+    found: list[str] = []
     with suppress(OSError):
         for directory, names in _walk(path, options, _DEPTH):
             is_folder = FOLDER_MARK in names
-            if directory == path or not (is_folder or any(PurePosixPath(n).suffix in SUFFIXES for n in names)):
-                continue
             place = directory.rpartition("/")[0] if is_folder else directory
-            if place not in {path, *found}:
+            is_checkpoint = is_folder or any(PurePosixPath(name).suffix in SUFFIXES for name in names)
+            if directory != path and is_checkpoint and place not in {path, *found}:
                 found.append(place)
     if not found:
         return ""

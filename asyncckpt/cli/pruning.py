@@ -20,7 +20,7 @@ from asyncckpt.retention import AnyOf, BestK, EveryN, LastN, evict
 from asyncckpt.stores.local import LocalStore
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence, Set
+    from collections.abc import Collection, Mapping, Sequence
 
     from asyncckpt._loading.catalog import Entry
     from asyncckpt.retention import Policy
@@ -219,7 +219,7 @@ def _decide(
     policies: Mapping[str, Policy],
     found: Mapping[str | None, Sequence[Checkpoint]],
     links: Mapping[str, Sequence[str]],
-    folders: Set[str],
+    folders: Collection[str],
 ) -> list[_Decision]:
     decisions = []
     for series, checkpoints in found.items():

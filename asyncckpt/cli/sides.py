@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from abc import ABC, abstractmethod
+from collections import defaultdict
+from typing import TYPE_CHECKING, Any
 
 from asyncckpt._inspection.contents import decoded_tensor, read_records
 from asyncckpt._inspection.inert import dtype_name
@@ -16,19 +16,18 @@ from asyncckpt._loading.folder_structure import check_files
 from asyncckpt.errors import CorruptCheckpointError
 
 if TYPE_CHECKING:
-    import mmap
     from collections.abc import Callable, Mapping, Sequence
 
     from asyncckpt._inspection.inert import Tensor
     from asyncckpt._loading.folder import Folder
-    from asyncckpt._loading.folder_index import TensorEntry
+    from asyncckpt._loading.folder_index import Index
     from asyncckpt._loading.item_reader import Place
     from asyncckpt.stores.base import Store
 
     Progress = Callable[[int], None]
 
 
-class Compared(Protocol):
+class Compared(ABC):
     """One of two checkpoints that are compared.
 
     Attributes:
@@ -39,57 +38,65 @@ class Compared(Protocol):
 
     path: str
     pickles: Sequence[tuple[str, bytes]]
-    entries: Sequence[Any] | None
+    entries: Sequence[Any] | None = None
 
-    def parts(self, tensor: Tensor) -> Sequence[Part]:
-        """Return the parts of one of its tensors."""
+    @abstractmethod
+    def parts(self, tensor: Tensor) -> list[Part]:
+        """Return the parts of one of its tensors.
+
+        Raises:
+            CorruptCheckpointError: an item of a folder does not hold what the metadata says.
+        """
 
 
-class ComparedFile:
-    """A file that is compared."""
+class ComparedFile(Compared):
+    """A file that is compared.
 
-    entries = None
+    Args:
+        side: the file.
+    """
 
     def __init__(self, side: Side) -> None:
-        self._side = side
         self.path = side.records.path
         self.pickles = [(self.path, side.records.pickle)]
+        self._side = side
 
     def parts(self, tensor: Tensor) -> list[Part]:
         """Return the only part."""
         return [_whole(tensor, self._side)]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class ComparedFolder:
+class ComparedFolder(Compared):
     """A folder that is compared.
 
-    Attributes:
-        tensors: its tensors, in order.
-        objects: the items of its other entries, in order.
-        items: each item with a part of a tensor, and that part.
+    Args:
+        folder: the folder.
+        sides: each of its items.
     """
 
-    path: str
-    pickles: Sequence[tuple[str, bytes]]
-    entries: Sequence[Any]
-    tensors: Sequence[TensorEntry]
-    objects: Sequence[Side]
-    items: Mapping[Place, tuple[Tensor, Side]]
+    def __init__(self, folder: Folder, sides: Mapping[Place, Side]) -> None:
+        self.path = folder.path
+        index = folder.index
+        self._tensors = list(index.tensors.values())
+        self._objects = [sides[place] for place in index.objects.values()]
+        self.pickles = [(side.records.path, side.records.pickle) for side in self._objects]
+        self.entries = [
+            *([_path(index, t.key), str(n), str(t.dtype), t.size] for n, t in enumerate(self._tensors)),
+            *([_path(index, key)] for key in index.objects),
+        ]
+        places = [place for entry in self._tensors for place in entry.places]
+        self._items = _tensors_in({place: sides[place] for place in places})
 
     def parts(self, tensor: Tensor) -> list[Part]:
-        """Return the parts that the ranks wrote.
-
-        Raises:
-            CorruptCheckpointError: an item does not hold what the metadata says.
-        """
+        """Return the parts that the ranks wrote."""
         owner, slash, key = tensor.storage.key.partition("/")
-        if slash:  # of an object
-            return [_whole(tensor._replace(storage=tensor.storage._replace(key=key)), self.objects[int(owner)])]
-        entry = self.tensors[int(owner)]
+        if slash:  # of an entry that is an object
+            own = tensor._replace(storage=tensor.storage._replace(key=key))
+            return [_whole(own, self._objects[int(owner)])]
+        entry = self._tensors[int(owner)]
         parts = []
         for offsets, (sizes, place) in entry.chunks.items():
-            part, side = self.items[place]
+            part, side = self._items[place]
             dtype = str(entry.dtype).removeprefix("torch.")
             if part.shape != sizes or dtype_name(part) != dtype:
                 raise CorruptCheckpointError(
@@ -108,48 +115,45 @@ async def open_compared(store: Store, name: str, progress: Progress, *, is_folde
         CorruptCheckpointError: it is damaged or another format.
         StoreError: it could not be read.
     """
-    if is_folder:
-        return await with_folder(partial(_open_folder, progress), store, name)
-    return ComparedFile(await open_side(store, name, progress))
+    if not is_folder:
+        return ComparedFile(await open_side(store, name, progress))
+
+    async def open_it(folder: Folder) -> ComparedFolder:
+        return ComparedFolder(folder, await _sides_of(folder, progress))
+
+    return await with_folder(open_it, store, name)
 
 
-async def _open_folder(progress: Progress, folder: Folder) -> ComparedFolder:
+async def _sides_of(folder: Folder, progress: Progress) -> dict[Place, Side]:
+    """Map the files of a folder, and return each item in them."""
     await check_files(folder)
-    maps: dict[str, mmap.mmap] = {}
-    for name in {place.file for place in folder.index.items}:
+    sides: dict[Place, Side] = {}
+    by_file: defaultdict[str, list[Place]] = defaultdict(list)
+    for place in folder.index.places:
+        by_file[place.file].append(place)
+    for name, places in by_file.items():
         try:
             async with folder.store.open(name) as file:
-                maps[name] = await map_file(folder.store, file, progress)
+                data = memoryview(await map_file(folder.store, file, progress))
         except FileNotFoundError:
             await folder.refuse_replaced()
             raise
+        for place in places:
+            item = MappedItem(f"{file.path}, item {place.entry}", data[place.offset : place.end])
+            sides[place] = Side(await read_records(item), item.data)
     await folder.refuse_replaced()
+    return sides
 
-    async def side_of(place: Place) -> Side:
-        path = f"{folder.store.path_of(place.file)}, item {place.entry}"
-        data = memoryview(maps[place.file])[place.offset : place.end]
-        return Side(await read_records(MappedItem(path, data)), data)
 
-    index = folder.index
-    entries: list[Any] = []
-    tensors: list[TensorEntry] = []
-    objects: list[Side] = []
-    for key in index.metadata.state_dict_metadata:
-        path = list(index.paths.get(key, (key,)))
-        if (tensor := index.tensors.get(key)) is None:
-            entries.append([path])
-            objects.append(await side_of(index.objects[key]))
-        else:
-            entries.append([path, str(len(tensors)), str(tensor.dtype), tensor.size])
-            tensors.append(tensor)
-    sides = {place: await side_of(place) for entry in tensors for place in entry.places}
-    pickles = [(side.records.path, side.records.pickle) for side in objects]
-    return ComparedFolder(folder.path, pickles, entries, tensors, objects, _tensors_in(sides))
+def _path(index: Index, key: str) -> list[Any]:
+    return list(index.paths.get(key, (key,)))
 
 
 def _tensors_in(sides: Mapping[Place, Side]) -> dict[Place, tuple[Tensor, Side]]:
-    """Return the tensor in each item. Parts of one shape and dtype have one pickle."""
-    paths = {side.records.pickle: side.records.path for side in reversed(sides.values())}
+    """Return the tensor in each item. Those of one shape and dtype have one pickle."""
+    paths: dict[bytes, str] = {}
+    for side in sides.values():
+        paths.setdefault(side.records.pickle, side.records.path)
     rows = look_at("tensors", [(path, pickle) for pickle, path in paths.items()])["tensors"] if paths else []
     tensors = dict(zip(paths, map(decoded_tensor, rows), strict=True))
     return {place: (tensors[side.records.pickle], side) for place, side in sides.items()}
