@@ -44,7 +44,8 @@ for saved in ALL:
         state = {"model": model, "opt": opt, "step": 0, "history": []}
         checkpoint = finder(FOLDER).restore(state, saved)
         assert checkpoint.path.endswith(saved)
-        assert not differences(contents(model, opt), wanted), (saved, kind, differences(contents(model, opt), wanted))
+        found = contents(model, opt)
+        assert not differences(found, wanted), (saved, kind, differences(found, wanted))
         assert differences(before, wanted)
         assert [id(p) for p in model.parameters()] == identities
         assert (state["step"], state["history"]) == (7, [1.5, "x"])
@@ -84,7 +85,9 @@ def test_restore_gives_what_stock_load_gives(
 
 
 @pytest.mark.parametrize("saved", ALL)
-def test_load_gives_the_whole_state_as_stock_conversion_does(folder: Path, tmp_path: Path, saved: str) -> None:
+def test_load_gives_the_whole_state_as_stock_conversion_does(
+    folder: Path, tmp_path: Path, saved: str
+) -> None:
     from torch.distributed.checkpoint.format_utils import dcp_to_torch_save  # noqa: PLC0415 - takes a second
 
     dcp_to_torch_save(folder / saved, tmp_path / "whole.pt")

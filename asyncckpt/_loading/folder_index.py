@@ -6,9 +6,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
-from typing import TYPE_CHECKING, Any
-
-import torch
+from typing import TYPE_CHECKING, Any, cast
 
 from asyncckpt._loading.item_reader import Place
 from asyncckpt.errors import CorruptCheckpointError
@@ -16,13 +14,13 @@ from asyncckpt.errors import CorruptCheckpointError
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-    from torch.distributed.checkpoint.metadata import Metadata
+    import torch
+    from torch.distributed.checkpoint.filesystem import _StorageInfo
+    from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
     Box = tuple[tuple[int, ...], tuple[int, ...]]  # offsets and sizes
 
 _SHOWN = 5
-# A dimension or an offset that is not below this is made up.
-_MOST = 1 << 60
 # As many containers in each other as Python's recursion limit lets a planner flatten.
 _DEEPEST = 200
 
@@ -56,83 +54,75 @@ class Index:
 
     Attributes:
         metadata: as DCP's planners take it.
-        tensors: by flattened key.
-        objects: where each entry that is no tensor lies, by flattened key.
-        items: where each item of the folder lies, those that are empty included.
+        entries: by flattened key: the tensors, and where each other one lies.
+        items: where each item of the folder lies, those of empty chunks included.
         paths: the keys that lead to an entry, by flattened key; those that are not in it are not nested.
+        tree: the entries, nested.
     """
 
     metadata: Metadata
-    tensors: dict[str, TensorEntry]
-    objects: dict[str, Place]
+    entries: dict[str, TensorEntry | Place]
     items: list[Place]
     paths: dict[str, tuple[Any, ...]]
+    tree: dict[Any, Any]
 
     @property
     def places(self) -> list[Place]:
         """Where all that the entries are made of lies."""
-        return [*(p for entry in self.tensors.values() for p in entry.places), *self.objects.values()]
+        return places_of(self.entries.values())
+
+
+def places_of(entries: Iterable[TensorEntry | Place]) -> list[Place]:
+    """Return where all that these entries are made of lies."""
+    return [
+        place for entry in entries for place in (entry.places if isinstance(entry, TensorEntry) else (entry,))
+    ]
 
 
 def index_of(metadata: Metadata) -> Index:
-    """Return the entries of a folder with this metadata.
+    """Return the entries of a folder with this metadata, whose types and limits were checked before.
 
     Raises:
         CorruptCheckpointError: the metadata contradicts itself, or a part of a tensor is missing.
     """
-    try:
-        return _index_of(metadata)
-    except (AttributeError, TypeError, ValueError, LookupError, OverflowError) as error:
-        if isinstance(error, CorruptCheckpointError):
-            raise
-        raise CorruptCheckpointError(
-            f"its metadata makes no sense ({type(error).__name__}: {error}); use another checkpoint"
-        ) from error
-
-
-def _index_of(metadata: Metadata) -> Index:
     found: dict[str, dict[tuple[int, ...] | None, Place]] = defaultdict(dict)
     for index, info in metadata.storage_data.items():
         offset = None if index.offset is None else tuple(index.offset)
         found[index.fqn][offset] = _place(index.fqn, offset, info)
-    tensors: dict[str, TensorEntry] = {}
-    objects: dict[str, Place] = {}
+    entries: dict[str, TensorEntry | Place] = {}
     for key, entry in metadata.state_dict_metadata.items():
-        if not isinstance(key, str):
-            raise TypeError(f"a key is {key!r}")
-        if not hasattr(entry, "chunks"):
-            if None not in found[key]:
-                raise CorruptCheckpointError(f"its metadata does not say where {key} lies")
-            objects[key] = found[key][None]
+        if hasattr(entry, "chunks"):  # an isinstance would import DCP here, too
+            entries[key] = _tensor(key, cast("TensorStorageMetadata", entry), found[key])
+        elif None in found[key]:
+            entries[key] = found[key][None]
         else:
-            tensors[key] = _tensor(key, entry, found[key])
+            raise CorruptCheckpointError(f"its metadata does not say where {key} lies")
     items = [place for places in found.values() for place in places.values()]
-    return Index(metadata, tensors, objects, items, _paths(metadata))
+    paths = metadata.planner_data or {}  # None if a planner has flattened nothing
+    return Index(metadata, entries, items, paths, nested(entries, paths))
 
 
-def _place(key: str, offset: tuple[int, ...] | None, info: Any) -> Place:
-    name, start, length = info.relative_path, info.offset, info.length
-    if type(name) is not str or type(start) is not int or type(length) is not int:
-        raise TypeError(f"{key} lies at {name!r}, {start!r}, {length!r}")
+def _place(key: str, offset: tuple[int, ...] | None, info: _StorageInfo) -> Place:
+    name = info.relative_path
     if not name or name.startswith(".") or "/" in name or "\\" in name or "\0" in name:
         raise CorruptCheckpointError(
             f"its metadata has {key} in a file {name!r}, which is not one of a folder"
         )
-    if getattr(info, "transform_descriptors", None):
-        by = ", ".join(map(str, info.transform_descriptors))
+    if info.transform_descriptors:
         raise CorruptCheckpointError(
-            f"{key} is stored transformed by {by}, which only the extension that wrote it can read; load it"
-            " with torch.distributed.checkpoint"
+            f"{key} is stored transformed by {', '.join(info.transform_descriptors)}: only the extension that"
+            " wrote it can read it; load it with torch.distributed.checkpoint"
         )
-    return Place(name, start, length, f"{key} at {list(offset)}" if offset and any(offset) else key)
+    entry = f"{key} at {list(offset)}" if offset and any(offset) else key
+    return Place(name, info.offset, info.length, entry)
 
 
-def _tensor(key: str, entry: Any, found: dict[tuple[int, ...] | None, Place]) -> TensorEntry:
-    size, dtype = _lengths(entry.size), entry.properties.dtype
-    if not isinstance(dtype, torch.dtype):
-        raise TypeError(f"the dtype of {key} is {dtype!r}")
-    boxes = [(_lengths(chunk.offsets), _lengths(chunk.sizes)) for chunk in entry.chunks]
-    if problem := cover_problem(size, boxes):
+def _tensor(
+    key: str, entry: TensorStorageMetadata, found: Mapping[tuple[int, ...] | None, Place]
+) -> TensorEntry:
+    dtype = entry.properties.dtype
+    boxes = [(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in entry.chunks]
+    if problem := cover_problem(entry.size, boxes):
         raise CorruptCheckpointError(f"the saved parts of {key} {problem}; use another checkpoint")
     chunks: dict[tuple[int, ...], tuple[tuple[int, ...], Place]] = {}
     for offsets, sizes in boxes:
@@ -144,25 +134,12 @@ def _tensor(key: str, entry: Any, found: dict[tuple[int, ...] | None, Place]) ->
                     f"its metadata has a part of {key} at {list(offsets)}, but {lack}; use another checkpoint"
                 )
             chunks[offsets] = sizes, place
-    return TensorEntry(key, dtype, size, chunks)
-
-
-def _lengths(values: Iterable[Any]) -> tuple[int, ...]:
-    lengths = tuple(values)
-    if not all(type(value) is int and 0 <= value < _MOST for value in lengths):
-        raise ValueError(f"a shape or an offset is {lengths!r}")
-    return lengths
+    return TensorEntry(key, dtype, tuple(entry.size), chunks)
 
 
 def cover_problem(size: Sequence[int], boxes: Sequence[Box]) -> str | None:
-    """Return why boxes are not all of a tensor, each element once; None if they are."""
-    total = 0
-    for offsets, sizes in boxes:
-        if not len(offsets) == len(sizes) == len(size):
-            return f"have another number of dimensions than its shape {list(size)}"
-        if any(o + s > most for o, s, most in zip(offsets, sizes, size, strict=True)):
-            return f"reach beyond its shape {list(size)}"
-        total += prod(sizes)
+    """Return why boxes within a tensor are not all of it, each element once; None if they are."""
+    total = sum(prod(sizes) for _, sizes in boxes)
     if total != prod(size):
         return f"have {total} of its {prod(size)} elements"
     return "overlap" if _overlap([box for box in boxes if prod(box[1])]) else None
@@ -189,17 +166,6 @@ def _meet(one: Box, other: Box) -> bool:
     return all(a < b + length_b and b < a + length_a for a, length_a, b, length_b in sides)
 
 
-def _paths(metadata: Metadata) -> dict[str, tuple[Any, ...]]:
-    paths = metadata.planner_data
-    if not isinstance(paths, dict):  # a planner that flattens nothing, or another one's
-        return {}
-    for key, path in paths.items():
-        is_path = type(path) is tuple and all(type(part) in {str, int} for part in path)
-        if not is_path or not 0 < len(path) <= _DEEPEST:
-            raise ValueError(f"the path of {key} is {path!r}")
-    return paths
-
-
 def nested(entries: Mapping[str, Any], paths: Mapping[str, tuple[Any, ...]]) -> dict[Any, Any]:
     """Return entries by flattened key as the dicts and lists that they were.
 
@@ -210,6 +176,8 @@ def nested(entries: Mapping[str, Any], paths: Mapping[str, tuple[Any, ...]]) -> 
     lists: dict[int, dict[Any, Any]] = {}  # by identity: they become lists at the end
     for key, value in entries.items():
         path = paths.get(key, (key,))
+        if len(path) > _DEEPEST:
+            raise CorruptCheckpointError(f"its entry {path[0]} lies {len(path)} containers deep")
         node = root
         for part, following in pairwise(path):
             child = node.setdefault(part, _Node())

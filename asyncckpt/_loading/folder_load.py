@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from asyncckpt._loading.folder_index import nested
+from asyncckpt._loading.folder_index import TensorEntry, nested
 from asyncckpt._loading.item_tensor import ItemTensors
 from asyncckpt._loading.load import Loaded, load_image
 
@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from torch.storage import UntypedStorage
 
     from asyncckpt._loading.folder import Folder
-    from asyncckpt._loading.folder_index import TensorEntry
     from asyncckpt._loading.item_reader import Place
     from asyncckpt._loading.reader import Image
     from asyncckpt._loading.unpickle import MapLocation
@@ -56,16 +55,13 @@ def load_folder(
     """
     index, images = image.folder.index, image.images
     makes = ItemTensors()
-    entries: dict[str, Any] = {}
-    for key in index.metadata.state_dict_metadata:
-        if key in index.tensors:
-            tensor = whole_tensor(index.tensors[key], images, makes)
-            entries[key] = _placed(tensor, map_location)
+    values: dict[str, Any] = {}
+    for key, entry in index.entries.items():
+        if isinstance(entry, TensorEntry):
+            values[key] = _placed(whole_tensor(entry, images, makes), map_location)
         else:
-            entries[key] = load_image(
-                images.pop(index.objects[key]), map_location, weights_only=weights_only
-            ).state
-    return Loaded(nested(entries, index.paths), image.folder.checkpoint)
+            values[key] = load_image(images.pop(entry), map_location, weights_only=weights_only).state
+    return Loaded(nested(values, index.paths), image.folder.checkpoint)
 
 
 def whole_tensor(entry: TensorEntry, images: dict[Place, Image], makes: ItemTensors) -> torch.Tensor:

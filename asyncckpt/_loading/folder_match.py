@@ -140,7 +140,7 @@ def _carried_over(live: Any, collected: Any) -> Any:
     if changed and isinstance(live, tuple):
         return remake(live, new.values())
     for key in changed:
-        live[key] = new[key]
+        live[key] = new[key]  # type: ignore[index] # no tuple
     return live
 
 

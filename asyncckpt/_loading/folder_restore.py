@@ -8,7 +8,7 @@ import torch
 
 from asyncckpt._loading.copies import Copy
 from asyncckpt._loading.fitting import misfit
-from asyncckpt._loading.folder_index import TensorEntry, nested
+from asyncckpt._loading.folder_index import TensorEntry, places_of
 from asyncckpt._loading.folder_load import whole_tensor
 from asyncckpt._loading.folder_match import NOTHING, carry_over, matched
 from asyncckpt._loading.item_tensor import ItemTensors
@@ -22,7 +22,7 @@ from asyncckpt._stateful import collect
 from asyncckpt.errors import warn_caller
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Sequence
 
     from asyncckpt._loading.folder import Folder
     from asyncckpt._loading.item_reader import Place
@@ -66,8 +66,7 @@ class FolderRestore:
         index = self._folder.index
         self._collected, _ = states.collect_sharded(self._target.state)
         problems = states.fit_optimizers(self._target.state, self._collected, index.metadata)
-        tree = nested({**index.tensors, **index.objects}, index.paths)
-        tree = self._own_entries(tree)
+        tree = self._own_entries(index.tree)
         needed: list[TensorEntry | Place] = []
         matched(self._live, tree, needed.append)
         values = self._values(needed)
@@ -151,15 +150,9 @@ class FolderRestore:
         self._live = states.with_rank_state(dict(self._collected), rank, self._rank_collected)
         return {**others, states.RANK_STATE: {str(rank): saved[str(rank)]}}
 
-    def _values(self, needed: Iterable[TensorEntry | Place]) -> dict[int, Any]:
+    def _values(self, needed: Sequence[TensorEntry | Place]) -> dict[int, Any]:
         """Read entries, and return what is in them by the identity of the entry."""
-        needed = list(needed)
-        places = [
-            place
-            for entry in needed
-            for place in (entry.places if isinstance(entry, TensorEntry) else [entry])
-        ]
-        images = self._read(places)
+        images = self._read(places_of(needed))
         return {
             id(entry): whole_tensor(entry, images, self._makes)
             if isinstance(entry, TensorEntry)
