@@ -14,7 +14,7 @@ from anyio.lowlevel import checkpoint
 from asyncckpt.errors import StoreError
 from asyncckpt.stores.local import LocalStore
 from asyncckpt.testing import FaultyStore, Gate, SlowStore
-from asyncckpt.testing.folder_contract import FolderContract
+from asyncckpt.testing.folder_contract import FolderContract, folder_names, put_folder
 from asyncckpt.testing.store_contract import get, names, put, write_all
 from file_operations import Call, FaultyOps, RecordingOps
 
@@ -26,9 +26,19 @@ if TYPE_CHECKING:
 OPERATIONS = ("prepare", "draft", "write", "commit", "list", "stat", "read", "remove", "copy", "link")
 
 
+FOLDER_OPERATIONS = ("list_folders", "folder_draft", "join_folder", "commit_folder")
+
+
 async def call(store: Store, operation: str) -> None:
     """Call an operation of a store that holds a.pt."""
     match operation:
+        case "list_folders":
+            await store.list_folders()
+        case "folder_draft" | "commit_folder":
+            await put_folder(store, "folder", {"file": b"two"})
+        case "join_folder":
+            async with store.folder_draft("folder") as draft, store.join_folder("folder", draft.attempt):
+                pass
         case "prepare":
             await store.prepare()
         case "draft" | "write" | "commit":
@@ -61,8 +71,8 @@ class TestSlowStoreContract(FolderContract):
         gate = Gate(opened=True)
         return SlowStore(
             LocalStore(str(self._directory)),
-            gates=dict.fromkeys(OPERATIONS, gate),
-            delays=dict.fromkeys(OPERATIONS, 0),
+            gates=dict.fromkeys(OPERATIONS + FOLDER_OPERATIONS, gate),
+            delays=dict.fromkeys(OPERATIONS + FOLDER_OPERATIONS, 0),
         )
 
 
@@ -76,7 +86,7 @@ class TestFaultyStoreContract(FolderContract):
 
 
 class TestSlowStore:
-    @pytest.mark.parametrize("operation", OPERATIONS)
+    @pytest.mark.parametrize("operation", OPERATIONS + FOLDER_OPERATIONS)
     async def test_an_operation_waits_at_its_gate(self, inner: LocalStore, operation: str) -> None:
         gate = Gate()
         ended = anyio.Event()
@@ -158,7 +168,7 @@ class TestGate:
 
 
 class TestFaultyStore:
-    @pytest.mark.parametrize("operation", OPERATIONS)
+    @pytest.mark.parametrize("operation", OPERATIONS + FOLDER_OPERATIONS)
     async def test_a_chosen_operation_fails_once_and_does_nothing(
         self, inner: LocalStore, operation: str
     ) -> None:
@@ -169,6 +179,7 @@ class TestFaultyStore:
             await call(store, operation)
         assert caught.value is error
         assert await names(inner) == ["a.pt"]
+        assert await folder_names(inner) == []
         await call(store, operation)
         assert store.calls[operation] == 2
 
@@ -184,6 +195,22 @@ class TestFaultyStore:
             with pytest.raises(StoreError):
                 await store.remove(name)
         await store.remove("b.pt")
+
+    async def test_files_of_folders_are_named_with_their_folder(self, inner: LocalStore) -> None:
+        store = FaultyStore(inner)
+        for operation in ("write", "commit", "stat"):
+            store.fail(operation, StoreError(errno.EIO, operation), where=lambda name: name == "a/file")
+        for operation in ("write", "commit"):
+            with pytest.raises(StoreError, match=operation):
+                await put_folder(store, "a", {"file": b"two"})
+        assert await folder_names(inner) == []
+        await put_folder(store, "a", {"file": b"two"})
+        with pytest.raises(StoreError, match="stat"):
+            await get(store.folder("a"), "file")
+        async with store.folder_draft("a") as draft, store.join_folder("a", draft.attempt) as joined:
+            store.fail("draft", StoreError(errno.EIO, "joined"), where=lambda name: name == "a/more")
+            with pytest.raises(StoreError, match="joined"):
+                await put(joined.store, joined.member("more"), b"one")
 
     async def test_it_can_fail_for_good_and_be_reset(self, inner: LocalStore) -> None:
         store = FaultyStore(inner)

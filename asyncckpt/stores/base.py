@@ -209,8 +209,8 @@ class Store(ABC):
         raise FileNotFoundError(errno.ENOENT, "no committed file", self.path_of(name))
 
     async def exists(self) -> bool:
-        """Return whether the directory exists; without directories: whether there is a file."""
-        return bool(await self.list())
+        """Return whether the directory exists; without directories: whether there is a file or a folder."""
+        return bool(await self.list() or await self.list_folders())
 
     async def read(self, name: str, offset: int, into: memoryview) -> None:
         """Read a file once: fill `into` with the bytes from `offset` on."""

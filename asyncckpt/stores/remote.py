@@ -256,7 +256,8 @@ class RemoteStore(Store):
         """Return what a file holds; nothing if there is none."""
         with remote_errors(f"reading {name}", self._given):
             try:
-                data: bytes = await self.call_fs("cat_file", self._path(name))
+                # With a start: without, s3fs asks for the size first, and lists the name if there is none.
+                data: bytes = await self.call_fs("cat_file", self._path(name), start=0)
             except FileNotFoundError:
                 return b""
         return data

@@ -65,7 +65,7 @@ class RemoteFolderDraft(FolderDraft):
         self._directory = directory
         self._prefix = _attempt_prefix(self.attempt)
         self._intent = Intent(name, [self._prefix])
-        self._ended = False
+        self._ended = self._may_be_marked = False
 
     async def open(self) -> None:
         """Record the intent."""
@@ -81,9 +81,14 @@ class RemoteFolderDraft(FolderDraft):
             message = f"the draft of {name} has ended, by commit or failure; begin a new one"
             raise StoreError(errno.EBADF, message, where)
         self._ended = True
-        with remote_errors("writing the mark (the folder may be committed nevertheless)", where):
-            former = await self.store.read_all(FOLDER_MARK)
-            await _write(self.store, FOLDER_MARK, mark)
+        former = await self.store.read_all(FOLDER_MARK)
+        self._may_be_marked = True
+        try:
+            with remote_errors("writing the mark", where):
+                await _write(self.store, FOLDER_MARK, mark)
+        except StoreError as error:
+            message = f"{error.strerror}; whether {name} is committed is not known: look whether it is listed"
+            raise StoreError(error.errno, message, where) from error
         with _failures_logged("removing replaced files", where):
             await _remove_replaced(self._directory, name, former, lambda file: file.startswith(self._prefix))
             await self._directory.remove_files([self.attempt])
@@ -91,12 +96,12 @@ class RemoteFolderDraft(FolderDraft):
     async def drop(self) -> None:
         """Remove what was not committed.
 
-        After a commit that failed nothing is: the mark may be in its place, or come there late. A writer that
-        starts later than `ABANDONED_AFTER` decides.
+        If the mark could not be written, nothing is: it may be in its place, or come there late. A writer
+        that starts after `ABANDONED_AFTER` looks.
         """
-        if self._ended:
-            return
         self._ended = True
+        if self._may_be_marked:
+            return
         with _failures_logged("removing a broken draft", self._directory.path_of(self.attempt)):
             # Recorded first: who joined removes by himself what comes too late to be listed here.
             await _record(self._directory, self.attempt, replace(self._intent, given_up=True))

@@ -12,7 +12,8 @@ import random
 import secrets
 import time
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from anyio import CancelScope, fail_after
 
@@ -23,7 +24,9 @@ from asyncckpt.stores.errors import remote_errors
 from asyncckpt.stores.remote import ABANDONED_AFTER, RemoteStore
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterable
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+
+T = TypeVar("T")
 
 logger = logging.getLogger("asyncckpt")
 
@@ -77,16 +80,11 @@ class S3Store(RemoteStore):
 
     async def read(self, name: str, offset: int, into: memoryview) -> None:
         """Fill `into` with the bytes from `offset` on; an answer that is cut short is asked for again."""
-        for attempt in range(ATTEMPTS):
-            try:
-                await super().read(name, offset, into)
-            except StoreError as error:
-                # The client's own retries end where the body of an answer begins.
-                if attempt + 1 == ATTEMPTS or type(error.__cause__).__name__ not in _CUT_SHORT:
-                    raise
-                await asyncio.sleep(random.random() * min(2**attempt, 20))  # noqa: S311 - jitter
-            else:
-                return
+        await _repeated(partial(super().read, name, offset, into))
+
+    async def read_all(self, name: str) -> bytes:
+        """Return what a file holds, or nothing if there is none; what is cut short is read again."""
+        return await _repeated(partial(super().read_all, name))
 
     async def remove_files(self, names: Iterable[str]) -> None:
         """Remove objects, a thousand with a request; those that do not exist are no error."""
@@ -216,6 +214,18 @@ class S3Draft(Draft):
             there = await self._store.call("head_object", self._key)
             if there["Metadata"].get(_MARK) != self._token:
                 raise
+
+
+async def _repeated(read: Callable[[], Awaitable[T]]) -> T:
+    """Read again what was cut short: the client's own retries end where the body of an answer begins."""
+    for attempt in range(ATTEMPTS - 1):
+        try:
+            return await read()
+        except StoreError as error:
+            if type(error.__cause__).__name__ not in _CUT_SHORT:
+                raise
+            await asyncio.sleep(random.random() * min(2**attempt, 20))  # noqa: S311 - jitter
+    return await read()
 
 
 def _checksum(data: memoryview) -> str:

@@ -71,8 +71,9 @@ class FolderContract(StoreContract):
         assert "a" in store.folder("a").path_of("x")
 
     async def test_files_and_folders_are_listed_apart(self, store: Store) -> None:
-        await put(store, "a.pt", b"one")
         await put_folder(store, "a", ONE)
+        assert await store.exists()
+        await put(store, "a.pt", b"one")
         assert await names(store) == ["a.pt"]
         assert await folder_names(store) == ["a"]
 
