@@ -43,11 +43,11 @@ def main(task: str, memory: int, seconds: int, length: int) -> None:
 
     Args:
         task: `progress` or `contents` of one pickle, `each` for the contents of each of several, `tensors` of
-            pickles that are one each, or `differences` of two states.
+            pickles that are one each, `differences` of two states, or `nothing` but reading them.
         memory: how much address space this process may take.
         seconds: how much processor time; four times as much may pass.
-        length: of the JSON that precedes the pickles: their sizes in bytes, and for `differences` of each
-            state the entries as `folder_state` takes them, or null if it is one pickle.
+        length: of the JSON that precedes the pickles: their sizes in bytes, what they are called, and for
+            `differences` of each state the entries as `folder_state` takes them, or null if it is one pickle.
     """
     _limit(memory, seconds)
     sys.setrecursionlimit(_DEPTH)
@@ -66,7 +66,7 @@ def main(task: str, memory: int, seconds: int, length: int) -> None:
         result = {"error": "its state is nested too deep to be looked at"}
     except Exception as error:  # noqa: BLE001 - whatever a damaged pickle comes to
         reason = str(error)[:_LONGEST_REASON] or type(error).__name__
-        result = {"error": f"its data.pkl is damaged: {reason}"}
+        result = {"error": f"its {header['record']} is damaged: {reason}"}
     result["pickle"] = min(len(pickles), len(sizes) - 1)
     sys.stdout.write(json.dumps(result))
     sys.stdout.flush()
@@ -86,6 +86,8 @@ def _done(task: str, pickles: list[Pickled], header: dict[str, Any]) -> dict[str
         roots = iter([pickled.root for pickled in pickles])
         states = [next(roots) if of is None else folder_state(of, roots) for of in header["states"]]
         return compare(states[0], states[1], flattened=any(of is not None for of in header["states"]))
+    if task == "nothing":
+        return {}
     if task == "tensors":
         return {"tensors": [_tensor_in(pickled) for pickled in pickles]}
     if task == "each":

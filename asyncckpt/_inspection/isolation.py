@@ -33,7 +33,10 @@ main(sys.argv[2], *map(int, sys.argv[3:]))
 
 
 def look_at(
-    task: str, pickles: Sequence[tuple[str, bytes]], states: Sequence[Any] = (None, None)
+    task: str,
+    pickles: Sequence[tuple[str, bytes]],
+    states: Sequence[Any] = (None, None),
+    record: str = "data.pkl",
 ) -> dict[str, Any]:
     """Return the result of a task of `child.main`. Nothing in the pickles is run; their cost is bounded.
 
@@ -42,12 +45,14 @@ def look_at(
         pickles: the path of the file and the bytes of each.
         states: for `differences`, the entries of each state as `folder_state` takes them; None for one that
             is one pickle.
+        record: what the pickles are called, for errors.
 
     Raises:
         CorruptCheckpointError: a pickle is damaged, or takes more than that.
     """
-    header = json.dumps({"sizes": [len(data) for _, data in pickles], "states": states}).encode()
-    total = len(header) + sum(len(data) for _, data in pickles)
+    sizes = [len(data) for _, data in pickles]
+    header = json.dumps({"sizes": sizes, "states": states, "record": record}).encode()
+    total = len(header) + sum(sizes)
     memory, seconds = MEMORY + MEMORY_PER_BYTE * total, SECONDS + total // BYTES_PER_SECOND
     most = OUTPUT + OUTPUT_PER_BYTE * total
     arguments = [Path(__file__).parents[1], task, memory, seconds, len(header)]
@@ -65,7 +70,7 @@ def look_at(
     if result is None:
         paths = list(dict.fromkeys(path for path, _ in pickles))
         raise CorruptCheckpointError(
-            f"{' or '.join(paths[:_NAMED])}: its data.pkl of {total:,} bytes cannot be looked at"
+            f"{' or '.join(paths[:_NAMED])}: its {record} of {total:,} bytes cannot be looked at"
             f" in {memory >> 20:,} MiB of memory and {seconds:,} s (exit status {child.returncode})"
         )
     if "error" in result:

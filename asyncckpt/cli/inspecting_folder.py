@@ -12,7 +12,7 @@ from asyncckpt._inspection.isolation import look_at
 from asyncckpt._inspection.refusals import refused_globals
 from asyncckpt._inspection.tensor_values import nbytes_of
 from asyncckpt._inspection.texts import clean, path_text
-from asyncckpt._loading.folder import with_folder
+from asyncckpt._loading.folder_index import TensorEntry
 from asyncckpt.cli.contents import (
     modules_of,
     nbytes_text,
@@ -23,6 +23,7 @@ from asyncckpt.cli.contents import (
     shape_text,
     sums_of,
 )
+from asyncckpt.cli.folders import read_folder
 from asyncckpt.cli.formats import DCP
 from asyncckpt.cli.locations import call
 from asyncckpt.cli.output import counted, line, new_table, size
@@ -33,7 +34,6 @@ from asyncckpt.layout.zip_format import ROOT
 if TYPE_CHECKING:
     from asyncckpt._inspection.inert import Tensor
     from asyncckpt._loading.folder import Folder
-    from asyncckpt._loading.folder_index import TensorEntry
     from asyncckpt.stores.base import Store
 
 # Entries that are no tensors are read as a whole: those of a few bytes each, but not whole data sets.
@@ -61,9 +61,13 @@ def folder_document(store: Store, name: str, depth: int) -> dict[str, Any]:
         CorruptCheckpointError: it is damaged.
         StoreError: it could not be read.
     """
-    folder, objects = call(with_folder, _read, store, name)
+    folder, objects = call(read_folder, _read, store, name)
     index, description, checkpoint = folder.index, folder.description, folder.checkpoint
-    tensors = [_tensor_row(_path(folder, key), entry) for key, entry in index.tensors.items()]
+    tensors = [
+        _tensor_row(_path(folder, key), entry)
+        for key, entry in index.entries.items()
+        if isinstance(entry, TensorEntry)
+    ]
     pickles = [(where, pickle) for _, where, pickle in objects.found]
     each = look_at("each", pickles)["each"] if pickles else []
     values = []
@@ -102,7 +106,9 @@ def folder_document(store: Store, name: str, depth: int) -> dict[str, Any]:
 async def _read(folder: Folder) -> tuple[Folder, _Objects]:
     """Read the entries that are no tensors."""
     places, left, total = {}, {}, 0
-    for key, place in folder.index.objects.items():
+    for key, place in folder.index.entries.items():
+        if isinstance(place, TensorEntry):
+            continue
         if place.length > _LARGEST or total + place.length > _TOGETHER:
             left[key] = place.length
         else:

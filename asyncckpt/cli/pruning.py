@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import defaultdict
 from dataclasses import dataclass
+from operator import methodcaller
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -241,22 +242,26 @@ def _decide(
 
 def _check(store: Store, staying: Sequence[_Decision], *, wholly: bool) -> None:
     """Check every byte of the newest of each series, or of all, and the structure of the others."""
-    from asyncckpt._loading.folder_structure import check_folder_structure
-    from asyncckpt._loading.reader import read_file
-    from asyncckpt._loading.source import verify_checkpoint
+    from asyncckpt._loading.folder_structure import check_files
+    from asyncckpt._loading.reader import read_file, verify_file
     from asyncckpt._loading.structure import check_structure
+    from asyncckpt.cli.folders import read_folder
 
     whole = staying if wholly else [*{decision.series: decision for decision in staying}.values()]
     for decision in staying:
+        name = decision.name
         try:
             if decision in whole:
-                label = f"{whole.index(decision) + 1}/{len(whole)} {decision.name}"
+                label = f"{whole.index(decision) + 1}/{len(whole)} {name}"
                 with output.bytes_progress(label, decision.checkpoint.nbytes) as advance:
-                    call(verify_checkpoint, store, decision.name, advance)
+                    if decision.is_folder:
+                        call(read_folder, methodcaller("verify", advance), store, name)
+                    else:
+                        call(verify_file, store, name, advance)
             elif decision.is_folder:
-                call(check_folder_structure, store, decision.name)
+                call(read_folder, check_files, store, name)
             else:
-                call(read_file, check_structure, store, decision.name)
+                call(read_file, check_structure, store, name)
         except (AsyncCkptError, OSError) as error:
             decision.failed("damaged", error)
 

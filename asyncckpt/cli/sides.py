@@ -11,8 +11,9 @@ from asyncckpt._inspection.inert import dtype_name
 from asyncckpt._inspection.isolation import look_at
 from asyncckpt._inspection.parts import MappedItem, Part
 from asyncckpt._inspection.tensor_values import Side, map_file, open_side
-from asyncckpt._loading.folder import with_folder
+from asyncckpt._loading.folder_index import TensorEntry, places_of
 from asyncckpt._loading.folder_structure import check_files
+from asyncckpt.cli.folders import read_folder
 from asyncckpt.errors import CorruptCheckpointError
 
 if TYPE_CHECKING:
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 
     from asyncckpt._inspection.inert import Tensor
     from asyncckpt._loading.folder import Folder
-    from asyncckpt._loading.folder_index import Index
     from asyncckpt._loading.item_reader import Place
     from asyncckpt.stores.base import Store
 
@@ -76,16 +76,20 @@ class ComparedFolder(Compared):
 
     def __init__(self, folder: Folder, sides: Mapping[Place, Side]) -> None:
         self.path = folder.path
-        index = folder.index
-        self._tensors = list(index.tensors.values())
-        self._objects = [sides[place] for place in index.objects.values()]
+        self._tensors: list[TensorEntry] = []
+        self._objects: list[Side] = []
+        entries: list[Any] = []
+        for key, entry in folder.index.entries.items():
+            path = list(folder.index.paths.get(key, (key,)))
+            if isinstance(entry, TensorEntry):
+                entries.append([path, str(len(self._tensors)), str(entry.dtype), entry.size])
+                self._tensors.append(entry)
+            else:
+                entries.append([path])
+                self._objects.append(sides[entry])
+        self.entries = entries
         self.pickles = [(side.records.path, side.records.pickle) for side in self._objects]
-        self.entries = [
-            *([_path(index, t.key), str(n), str(t.dtype), t.size] for n, t in enumerate(self._tensors)),
-            *([_path(index, key)] for key in index.objects),
-        ]
-        places = [place for entry in self._tensors for place in entry.places]
-        self._items = _tensors_in({place: sides[place] for place in places})
+        self._items = _tensors_in({place: sides[place] for place in places_of(self._tensors)})
 
     def parts(self, tensor: Tensor) -> list[Part]:
         """Return the parts that the ranks wrote."""
@@ -121,7 +125,7 @@ async def open_compared(store: Store, name: str, progress: Progress, *, is_folde
     async def open_it(folder: Folder) -> ComparedFolder:
         return ComparedFolder(folder, await _sides_of(folder, progress))
 
-    return await with_folder(open_it, store, name)
+    return await read_folder(open_it, store, name)
 
 
 async def _sides_of(folder: Folder, progress: Progress) -> dict[Place, Side]:
@@ -143,10 +147,6 @@ async def _sides_of(folder: Folder, progress: Progress) -> dict[Place, Side]:
             sides[place] = Side(await read_records(item), item.data)
     await folder.refuse_replaced()
     return sides
-
-
-def _path(index: Index, key: str) -> list[Any]:
-    return list(index.paths.get(key, (key,)))
 
 
 def _tensors_in(sides: Mapping[Place, Side]) -> dict[Place, tuple[Tensor, Side]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from operator import methodcaller
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
@@ -154,14 +155,13 @@ def _verified(store: Store, file: StoredFile, label: str) -> _Verdict:
 
 
 def _verified_folder(store: Store, folder: StoredFile, label: str) -> _Verdict:
-    from asyncckpt._loading.folder import open_folder
+    from asyncckpt.cli.folders import read_folder
 
     nbytes = sum(file.nbytes for file in call(store.folder(folder.name).list))
 
     def check() -> None:
-        opened = call(open_folder, store, folder.name)
         with output.bytes_progress(label, nbytes) as advance:
-            call(opened.verify, advance)
+            call(read_folder, methodcaller("verify", advance), store, folder.name)
 
     return _judged(_Verdict(store.path_of(folder.name), nbytes, "good", is_folder=True), check)
 
