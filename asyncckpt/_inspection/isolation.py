@@ -70,7 +70,7 @@ def look_at(
     if result is None:
         paths = list(dict.fromkeys(path for path, _ in pickles))
         raise CorruptCheckpointError(
-            f"{' or '.join(paths[:_NAMED])}: its {record} of {total:,} bytes cannot be looked at"
+            f"{' or '.join(paths[:_NAMED])}: its {record} of {sum(sizes):,} bytes cannot be looked at"
             f" in {memory >> 20:,} MiB of memory and {seconds:,} s (exit status {child.returncode})"
         )
     if "error" in result:

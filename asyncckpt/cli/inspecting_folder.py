@@ -13,6 +13,7 @@ from asyncckpt._inspection.refusals import refused_globals
 from asyncckpt._inspection.tensor_values import nbytes_of
 from asyncckpt._inspection.texts import clean, path_text
 from asyncckpt._loading.folder_index import TensorEntry
+from asyncckpt._loading.folder_structure import check_files
 from asyncckpt.cli.contents import (
     modules_of,
     nbytes_text,
@@ -105,6 +106,7 @@ def folder_document(store: Store, name: str, depth: int) -> dict[str, Any]:
 
 async def _read(folder: Folder) -> tuple[Folder, _Objects]:
     """Read the entries that are no tensors."""
+    await check_files(folder)
     places, left, total = {}, {}, 0
     for key, place in folder.index.entries.items():
         if isinstance(place, TensorEntry):
