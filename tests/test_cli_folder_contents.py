@@ -233,7 +233,7 @@ def test_metadata_that_would_take_forever_are_an_error(
     sealed = mark.read_bytes()
     description = sealed[sealed.index(b'{"format"') : sealed.rindex(b"}") + 1]
     mark.write_bytes(seal(hostile_mark(), description))
-    arguments = {"diff": [path, path], "prune": [tmp_path, "--keep", "last:1", "--verify"]}
-    result = run(command, *arguments.get(command, [path]))
+    more: dict[str, list[Any]] = {"diff": [path], "prune": ["--keep", "last:1", "--verify"]}
+    result = run(command, tmp_path if command == "prune" else path, *more.get(command, []))
     assert result.exit_code in {1, 2}
     assert f"{path}: its .metadata of {len(hostile_mark())} bytes cannot be looked at in" in result.output
