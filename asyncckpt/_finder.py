@@ -203,10 +203,7 @@ class Finder:
             raise ValueError(f'fallback=True goes with "latest" and "best", not with {which!r}')
         if wanted is None:
             store, name = locate(os.fspath(which), self._store)  # type: ignore[arg-type] # it is a path
-            for _ in range(ATTEMPTS):
-                with suppress(FolderReplacedError):
-                    return load(store, name)
-            raise replaced_error(store.path_of(name))
+            return first_whole(load, store, name)
         for _ in range(ATTEMPTS):
             found = ranks.find(lambda: self._look().find(wanted), _names_of)
             loaded = self._load_first(found, load, fallback=fallback, latest=wanted == "latest")
@@ -297,6 +294,14 @@ def locate(
     if "/" not in given or given == home.path_of(name):
         return home, name
     return open_store(directory or "/", options), name
+
+
+def first_whole(load: Callable[[Store, str], F], store: Store, name: str) -> F:
+    """Return what `load` returns for a checkpoint, once it was not replaced meanwhile."""
+    for _ in range(ATTEMPTS):
+        with suppress(FolderReplacedError):
+            return load(store, name)
+    raise replaced_error(store.path_of(name))
 
 
 def _opened(

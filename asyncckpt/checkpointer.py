@@ -126,7 +126,8 @@ class Checkpointer(Finder):
         rank_timeout: float = 300.0,
     ) -> None:
         super().__init__(directory, store, filename, keep, storage_options)
-        self._overlapping = Overlapping(overlap, guard, device_memory)
+        # With replicated tensors divided, a rank writes less than its optimizers own.
+        self._overlapping = Overlapping(overlap, guard, device_memory, prepares=sharded is not True)
         self._saver = Saver(max_in_flight, when_busy, on_error, on_commit)
         self._due = Due(every, on_signal, grace, self._saver, process_group)
         series = f"{self.directory}/{filename}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,12 +41,12 @@ class ShardedTraining:
     """
 
     def __init__(self, **options: Any) -> None:
-        self.copier: Any = Copier()
-        lanes.memmove = self.copier
+        self.copier = Copier()
+        lanes.memmove = self.copier  # type: ignore[assignment]
         torch.manual_seed(0)
         mesh = init_device_mesh("cpu", (2,))
-        layers = [nn.Linear(*widths) for widths in zip(_WIDTHS, _WIDTHS[1:], strict=False)]
-        self.model = nn.Sequential(*layers)
+        layers = [nn.Linear(*widths) for widths in pairwise(_WIDTHS)]
+        self.model: Any = nn.Sequential(*layers)
         for layer in layers:
             fully_shard(layer, mesh=mesh)
         fully_shard(self.model, mesh=mesh)

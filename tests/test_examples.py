@@ -90,7 +90,11 @@ def test_the_python_examples_of_a_page_print_what_it_shows(
             "AWS_ACCESS_KEY_ID": "testing",
             "AWS_SECRET_ACCESS_KEY": "testing",
         }
-    ended = run(tmp_path, "-c", program, environment=environment)
+    arguments = ["-c", program]
+    if "init_process_group" in program:
+        (tmp_path / "train.py").write_text(program)
+        arguments = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py"]
+    ended = run(tmp_path, *arguments, environment=environment)
     assert ended.returncode == 0, ended.stderr
     expected = re.findall(r"^ *print\(.*\) +# (.*)$", program, re.MULTILINE)
     # Lightning prints its progress between the lines, and messages of its own.

@@ -74,7 +74,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, interpreter: Interpreter) -
     return path
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+@pytest.mark.parametrize("ranks", [1, 2, pytest.param(3, marks=pytest.mark.slow), 4])
 def test_restore_gives_what_stock_load_gives(
     interpreter: Interpreter, folder: Path, tmp_path: Path, ranks: int
 ) -> None:
@@ -82,6 +82,147 @@ def test_restore_gives_what_stock_load_gives(
     told = on_ranks(interpreter, tmp_path, body, ranks=ranks)
     kinds = ["fsdp", "tp", "hsdp"][: {1: 1, 2: 2, 3: 2, 4: 3}[ranks]]
     assert told == [[[saved, kind] for saved in ALL for kind in kinds]] * ranks
+
+
+FAIL = """\
+from pathlib import Path
+from torch.distributed.tensor import Shard, distribute_tensor
+from asyncckpt.layout.description import Description
+from asyncckpt.layout.folder_mark import seal
+from support import flip
+
+def sharded(tensor):
+    return distribute_tensor(tensor, init_device_mesh("cpu", (ranks,)), [Shard(0)])
+
+def step(number):
+    path = Path(f"{directory}-saved/step-{number:08d}")
+    dcp.save({"t": sharded(torch.full((8, 300), float(number))), "n": number}, checkpoint_id=path)
+    if rank == 0:
+        mark = path / ".metadata"
+        described = Description(number, number, {}, 1.0, filename="step-{step:08d}.pt", nbytes=1, ranks=ranks)
+        mark.write_bytes(seal(mark.read_bytes(), described.encode()))
+    dist.barrier()
+    return path
+
+def by_one(rank_of_it, call):
+    if rank == rank_of_it:
+        call()
+    dist.barrier()
+
+first, second = step(1), step(2)
+find = finder(f"{directory}-saved")
+live = {"t": sharded(torch.zeros(8, 300)), "n": 0}
+
+def values():
+    return [live["n"], *live["t"].to_local().unique().tolist()]
+
+def restore(which="latest", **options):
+    attempt(find.restore, live, which, **options)
+    told.append(values())
+
+"""
+
+
+def failing(interpreter: Interpreter, tmp_path: Path, body: str) -> list[Any]:
+    return on_ranks(interpreter, tmp_path, MODELS + FINDER + FAIL + body)
+
+
+def test_damage_that_one_rank_finds_is_an_error_on_all(interpreter: Interpreter, tmp_path: Path) -> None:
+    one, other = failing(
+        interpreter,
+        tmp_path,
+        """
+by_one(0, lambda: flip(second / "__1_0.distcp", 3000))
+restore()
+restore(fallback=True)
+""",
+    )
+    assert [kind for kind, _ in (one[0], other[0])] == ["CorruptCheckpointError"] * 2
+    assert "rank 1" in one[0][1]
+    assert "item t at [4, 0]" in other[0][1]
+    assert [ranks[1:] for ranks in (one, other)] == [[[0, 0.0], None, [1, 1.0]]] * 2
+
+
+def test_state_that_does_not_fit_on_one_rank_is_an_error_on_all(
+    interpreter: Interpreter, tmp_path: Path
+) -> None:
+    one, other = failing(
+        interpreter,
+        tmp_path,
+        """
+live.update({"more": 1} if rank == 1 else {})
+restore()
+live.pop("more", None)
+restore()
+""",
+    )
+    assert one[0][0] == "SaveError"
+    assert "more" in one[0][1]
+    assert other[0][0] == "StateMismatchError"
+    assert [ranks[1:] for ranks in (one, other)] == [[[0, 0.0], None, [2, 2.0]]] * 2
+
+
+def test_ranks_that_restore_different_checkpoints_get_an_error(
+    interpreter: Interpreter, tmp_path: Path
+) -> None:
+    told = failing(
+        interpreter,
+        tmp_path,
+        """
+restore(1 + rank)
+restore(1)
+restore("latest" if rank else first)
+""",
+    )
+    for ranks in told:
+        assert ranks[0][0] == "SaveError"
+        assert "step-00000001" in ranks[0][1]
+        assert "step-00000002" in ranks[0][1]
+        assert ranks[1:4] == [[0, 0.0], None, [1, 1.0]]
+        assert ranks[4][0] == "SaveError"
+        assert ranks[5] == [1, 1.0]
+
+
+def test_checkpoint_that_is_missing_for_all_ranks_may_be(interpreter: Interpreter, tmp_path: Path) -> None:
+    told = failing(
+        interpreter,
+        tmp_path,
+        """
+restore(9, missing_ok=True)
+restore(9)
+restore("nowhere")
+""",
+    )
+    for ranks in told:
+        assert ranks[:2] == [None, [0, 0.0]]
+        assert [ranks[2][0], ranks[4][0]] == ["CheckpointNotFoundError"] * 2
+        assert [ranks[3], ranks[5]] == [[0, 0.0]] * 2
+
+
+def test_interrupted_rank_stops_the_others(interpreter: Interpreter, tmp_path: Path) -> None:
+    one, other = failing(
+        interpreter,
+        tmp_path,
+        """
+from asyncckpt._loading.folder_restore import FolderRestore
+
+def interrupted(self):
+    raise KeyboardInterrupt
+
+if rank == 1:
+    read, FolderRestore.read = FolderRestore.read, interrupted
+try:
+    restore()
+except KeyboardInterrupt:
+    told += ["interrupted", values()]
+    FolderRestore.read = read
+restore()
+""",
+    )
+    assert one[0][0] == "SaveError"
+    assert "KeyboardInterrupt" in one[0][1]
+    assert other[0] == "interrupted"
+    assert [ranks[1:] for ranks in (one, other)] == [[[0, 0.0], None, [2, 2.0]]] * 2
 
 
 @pytest.mark.parametrize("saved", ALL)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from process_groups import on_two_ranks
+from process_groups import on_ranks
 from programs import Interpreter
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def told(
     """What each of two ranks reports of saves during a training with FSDP2."""
     path: Path = tmp_path_factory.mktemp("shards")
     body = f"from sharded_trainings import report\ntold.append(report({request.param}))"
-    return [one for (one,) in on_two_ranks(interpreter, path, body)]
+    return [one for (one,) in on_ranks(interpreter, path, body)]
 
 
 def test_all_large_shards_are_deferred_also_padded_ones(told: list[dict[str, Any]]) -> None:

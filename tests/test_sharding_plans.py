@@ -59,8 +59,8 @@ rest = {
     "list": [torch.zeros(2), {"x": torch.ones(())}], "empty": torch.ones(0, 4), "none": None,
 }
 live = {"model": model, "opt": opt, "scheduler": scheduler, "nested": {"scaler": scaler}, **rest}
-stock = {**pair(model, opt), "scheduler": scheduler.state_dict(), "nested": {"scaler": scaler.state_dict()}, **rest}
-compare("fsdp", live, stock)
+states = {"scheduler": scheduler.state_dict(), "nested": {"scaler": scaler.state_dict()}}
+compare("fsdp", live, {**pair(model, opt), **states, **rest})
 compare("raw", {"model": model.state_dict(), "opt": opt.state_dict()})
 
 torch.manual_seed(2)
@@ -92,7 +92,8 @@ compare(
 halves = stepped(a, *a[0].parameters()), stepped(a, *a[1].parameters(), *a[2].parameters())
 compare(
     "halves", {"model": a, "opts": {"x": halves[0], "y": halves[1]}},
-    {"model": pair(a, halves[0])["model"], "opts": {"x": pair(a, halves[0])["opt"], "y": pair(a, halves[1])["opt"]}},
+    {"model": pair(a, halves[0])["model"],
+     "opts": {"x": pair(a, halves[0])["opt"], "y": pair(a, halves[1])["opt"]}},
 )
 """,
         ranks,
@@ -154,7 +155,10 @@ odd["shards"] = init_from_local_shards(shards, 12, 2)
 compare("odd", odd)
 
 flat = FullyShardedDataParallel(net(), device_id=torch.device("cpu"))
-check("fsdp1", flat)
+if torch.__version__.startswith("2.7"):  # it needs a GPU there
+    told.append("left out")
+else:
+    check("fsdp1", flat)
 """,
         ranks=4,
     )

@@ -60,9 +60,10 @@ def test_a_range_is_the_tensor_without_the_rest_of_its_storage() -> None:
         filled(6, torch.int16, 1).view(6, 1).expand(6, 4),
         filled(8, torch.complex64, 2).conj(),
         filled(8, torch.complex64, 2).conj().imag,
+        torch._neg_view(filled(8, torch.float32, 2)),
         torch.nn.Parameter(filled(12, torch.float32, 2))[::2],
     ],
-    ids=["gaps", "overlaps", "conjugate", "negative", "of a parameter"],
+    ids=["gaps", "overlaps", "conjugate", "negative, with gaps", "negative", "of a parameter"],
 )
 def test_other_elements_are_copied(tensor: torch.Tensor) -> None:
     expected = tensor.detach().resolve_conj().resolve_neg().contiguous()

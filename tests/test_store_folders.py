@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import sys
+from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import anyio
@@ -24,7 +26,6 @@ from test_store_own import DictStore
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
 OLD = {"__0_0.distcp": content(5_000, seed=1), "__1_0.distcp": b"one"}
 NEW = {"__0_0.distcp": content(7_000, seed=2), "__2_0.distcp": b"two"}
@@ -194,7 +195,8 @@ async def test_whichever_operation_fails_one_whole_folder_stands(
             expected = [NEW] if "the new a is in place" in str(error) else [OLD]
         ops.reset()
         assert ops.open_paths == []
-        whole = [await get_folder(store, "a")] if "a" in entries(path) else [OLD]
+        absent = first and "a" not in entries(path)
+        whole = [OLD if absent else await get_folder(store, "a")]
         assert whole == expected, (operation, number)
         if first:
             assert ("a" in entries(path)) == (expected == [NEW])
@@ -461,6 +463,42 @@ class TestAbandoned:
         assert ops.cleaned == 1
         assert await get_folder(store, "a") == NEW
         assert ops.open_paths == []
+
+    async def test_a_folder_that_gets_its_mark_just_before_it_is_removed_stays(self, tmp_path: Path) -> None:
+        class Overtaken(FaultyOps):
+            mark = -1
+
+            def before(self, operation: str, path: str) -> None:
+                super().before(operation, path)
+                if operation == "rmdir":
+                    self.mark = os.open(f"{path}/{FOLDER_MARK}", os.O_CREAT | os.O_RDWR)
+                    FileOps().flock(self.mark)
+
+        ops = Overtaken()
+        (tmp_path / temporary_name("a")).mkdir()
+        await LocalStore(str(tmp_path), ops).prepare()
+        (draft,) = entries(tmp_path)
+        assert entries(tmp_path / draft) == [FOLDER_MARK]
+        os.close(ops.mark)
+        await LocalStore(str(tmp_path)).prepare()
+        assert entries(tmp_path) == []
+
+    async def test_another_rank_makes_no_file_in_a_draft_that_is_being_removed(self, tmp_path: Path) -> None:
+        class Late(FaultyOps):
+            attempt = ""
+
+            def rmtree(self, path: str) -> None:
+                for name in entries(Path(path)):
+                    self.unlink(f"{path}/{name}")
+                with suppress(FileNotFoundError):
+                    (tmp_path / self.attempt / "late").touch()
+                self.rmdir(path)
+
+        ops = Late()
+        async with LocalStore(str(tmp_path), ops).folder_draft("a") as draft:
+            ops.attempt = draft.attempt
+        assert called(ops, "rmdir") == ["rmdir"]
+        assert entries(tmp_path) == []
 
     async def test_what_cannot_be_removed_does_not_stop_the_start(
         self, tmp_path: Path, store: LocalStore, ops: FaultyOps, caplog: pytest.LogCaptureFixture

@@ -18,6 +18,9 @@ from asyncckpt.testing.store_contract import get, names, put
 from object_servers import status
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from asyncckpt.stores import StoredFile
     from asyncckpt.stores.remote import RemoteStore
     from object_servers import FaultyProxy, MotoServer, Request
 
@@ -161,6 +164,26 @@ class TestJoined:
         await joining.__aexit__(None, None, None)
         assert await everything(store) == []
 
+    async def test_what_comes_while_a_draft_is_removed_is_removed_too(
+        self, store: RemoteStore, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It comes after the files were listed, and is there before the record is gone."""
+        real, calls = type(store).list, itertools.count(1)
+
+        async def listed(listing: RemoteStore) -> Sequence[StoredFile]:
+            files = await real(listing)
+            if next(calls) == 1:
+                await put(joined.store, joined.member("__1_0.distcp"), b"late")
+                await joining.__aexit__(None, None, None)
+            return files
+
+        async with store.folder_draft("a") as draft:
+            joining = store.join_folder("a", draft.attempt)
+            joined = await joining.__aenter__()
+            monkeypatch.setattr(type(store), "list", listed)
+        assert next(calls) > 1
+        assert await everything(store) == []
+
     async def test_what_was_committed_stays(self, store: RemoteStore) -> None:
         async with store.folder_draft("a") as draft, store.join_folder("a", draft.attempt) as joined:
             await put(joined.store, joined.member("__1_0.distcp"), b"one")
@@ -196,6 +219,22 @@ class TestCopies:
         assert await everything(store) == before
         assert await get_folder(store, "b") == OLD
 
+    async def test_a_folder_replaced_while_it_is_copied_makes_no_copy(
+        self, store: RemoteStore, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        real = type(store).copy_to
+
+        async def copy_to(origin: RemoteStore, other: RemoteStore, name: str) -> None:
+            await real(origin, other, name)
+            await put_folder(store, "a", OLD)
+
+        await put_folder(store, "a", {"__0_0.distcp": b"one"})
+        monkeypatch.setattr(type(store), "copy_to", copy_to)
+        with pytest.raises(FileNotFoundError, match="replaced while it was copied"):
+            await store.copy("a", "b")
+        assert await folder_names(store) == ["a"]
+        assert len(await everything(store)) == len(OLD) + 1
+
     async def test_files_of_an_attempt_under_way_are_not_copied(self, store: RemoteStore) -> None:
         await put_folder(store, "a", NEW)
         async with store.folder_draft("a") as draft:
@@ -204,8 +243,15 @@ class TestCopies:
         assert len(await names(store.folder("b"))) == len(NEW) + 1
 
     async def test_a_folder_of_another_writer_is_copied_over_one_of_the_same_names(
-        self, store: RemoteStore
+        self, store: RemoteStore, monkeypatch: pytest.MonkeyPatch
     ) -> None:
+        real, seen = type(store).copy_to, []
+
+        async def copy_to(origin: RemoteStore, other: RemoteStore, name: str) -> None:
+            seen.append(await folder_names(store))
+            await real(origin, other, name)
+
+        monkeypatch.setattr(type(store), "copy_to", copy_to)
         for name, files in (("a", NEW), ("b", OLD)):
             await store.make_folder(name)
             for file, data in files.items():
@@ -214,6 +260,7 @@ class TestCopies:
             await put(store.folder(name), FOLDER_MARK, mark.encode())
         await put(store.folder("a"), "meta.pt", b"more")
         await store.copy("a", "b")
+        assert seen == [["a"]] * 3  # a mixture of both is never a committed folder
         assert await get_folder(store, "b") == NEW
         assert await names(store.folder("b")) == [".metadata", "__0_0.distcp", "__2_0.distcp", "meta.pt"]
 

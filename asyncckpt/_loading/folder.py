@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 from asyncckpt._loading.folder_index import Index, index_of
-from asyncckpt._loading.item_reader import named, read_items, verify_items
+from asyncckpt._loading.item_reader import read_items, verify_items
+from asyncckpt._loading.item_run import named
 from asyncckpt._loading.reader import ATTEMPTS
 from asyncckpt._sharding.metadata import load_metadata
 from asyncckpt._threads import in_thread
@@ -20,7 +21,7 @@ from asyncckpt.types import Checkpoint
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
 
-    from asyncckpt._loading.item_reader import Place
+    from asyncckpt._loading.item_run import Place
     from asyncckpt._loading.reader import Image
     from asyncckpt.layout.description import Description
     from asyncckpt.stores.base import Store

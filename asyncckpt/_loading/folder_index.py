@@ -8,7 +8,7 @@ from itertools import pairwise
 from math import prod
 from typing import TYPE_CHECKING, Any, cast
 
-from asyncckpt._loading.item_reader import Place
+from asyncckpt._loading.item_run import Place
 from asyncckpt.errors import CorruptCheckpointError
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch.storage import UntypedStorage
 
     from asyncckpt._loading.folder import Folder
-    from asyncckpt._loading.item_reader import Place
+    from asyncckpt._loading.item_run import Place
     from asyncckpt._loading.reader import Image
     from asyncckpt._loading.unpickle import MapLocation
 

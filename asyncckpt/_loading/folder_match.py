@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from asyncckpt._loading.folder_index import TensorEntry
-from asyncckpt._loading.item_reader import Place
+from asyncckpt._loading.item_run import Place
 from asyncckpt._loading.restore_plan import Change
 from asyncckpt._loading.undo import hold_container
-from asyncckpt._stateful import CONTAINERS, is_plain, is_stateful, remake
+from asyncckpt._stateful import CONTAINERS, is_stateful, remake
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -25,13 +25,14 @@ class Nothing:
 NOTHING = Nothing()
 
 
-def matched(live: Any, node: Any, value: Value) -> Any:
+def matched(live: Any, node: Any, value: Value, is_whole: Callable[[Any], bool]) -> Any:
     """Return what a folder has for a live entry, with the keys that the live containers have.
 
     Args:
         live: an entry of the state.
         node: what the folder has in its place, of `nested`: a TensorEntry, a Place, or a container of them.
         value: returns what is in an entry that is not read into a live tensor.
+        is_whole: whether a live entry is replaced as a whole.
 
     Returns:
         Values, a TensorEntry in place of a live tensor, and containers of those.
@@ -40,34 +41,38 @@ def matched(live: Any, node: Any, value: Value) -> Any:
         return node if isinstance(live, torch.Tensor) else value(node)
     if isinstance(node, Place):
         return value(node)
-    if is_plain(live):
+    if is_whole(live):
         return _whole(live, node, value)
     if isinstance(live, dict):
-        return _matched_dict(live, node, value)
+        return _matched_dict(live, node, value, is_whole)
     if isinstance(live, list) and isinstance(node, list):
-        return _matched_list(live, node, value)
+        return _matched_list(live, node, value, is_whole)
     return {}  # of another kind, as the plan will say
 
 
-def _matched_dict(live: dict[Any, Any], node: Any, value: Value) -> dict[Any, Any]:
+def _matched_dict(
+    live: dict[Any, Any], node: Any, value: Value, is_whole: Callable[[Any], bool]
+) -> dict[Any, Any]:
     keys = _by_text(live)
     found: dict[Any, Any] = {}
     for key, item in _entries(node):
         if key in keys:
-            found[keys[key]] = matched(live[keys[key]], item, value)
+            found[keys[key]] = matched(live[keys[key]], item, value, is_whole)
         else:
             found[key] = item if isinstance(item, TensorEntry) else NOTHING
-    return found | {key: one for key, one in live.items() if key not in found and _is_hollow(one)}
+    return _with_hollow(found, live)
 
 
-def _matched_list(live: list[Any], node: list[Any], value: Value) -> list[Any]:
+def _matched_list(
+    live: list[Any], node: list[Any], value: Value, is_whole: Callable[[Any], bool]
+) -> list[Any]:
     found: list[Any] = []
     for at, one in enumerate(live):
         item = node[at] if at < len(node) else None
         if item is None and _is_hollow(one):
             found.append(one)
         elif at < len(node):
-            found.append({} if item is None else matched(one, item, value))
+            found.append({} if item is None else matched(one, item, value, is_whole))
         else:
             break
     return found + [NOTHING] * (len(node) - len(live))
@@ -85,7 +90,7 @@ def _whole(live: Any, node: Any, value: Value) -> Any:
     lives = live if isinstance(live, dict) else {}
     keys = _by_text(lives)
     found = [(keys.get(text, text), item) for text, item in _entries(node)]
-    return {key: _whole(lives.get(key), item, value) for key, item in found}
+    return _with_hollow({key: _whole(lives.get(key), item, value) for key, item in found}, lives)
 
 
 def _by_text(live: dict[Any, Any]) -> dict[str, Any]:
@@ -97,6 +102,11 @@ def _entries(node: Any) -> Iterable[tuple[str, Any]]:
     if isinstance(node, list):
         return [(str(at), item) for at, item in enumerate(node) if item is not None]
     return [(str(key), item) for key, item in node.items()]
+
+
+def _with_hollow(found: dict[Any, Any], live: dict[Any, Any]) -> dict[Any, Any]:
+    """Add the live entries that DCP would not have saved."""
+    return found | {key: item for key, item in live.items() if key not in found and _is_hollow(item)}
 
 
 def _is_hollow(live: Any) -> bool:
@@ -113,7 +123,7 @@ def carry_over(live: Any, collected: Any) -> Change:
         live: the state with its objects.
         collected: the state with state dicts in their places, into which values will have been put.
     """
-    containers = [container for container in _copied(live, collected) if not isinstance(container, tuple)]
+    containers = [one for one, _ in copied(live, collected) if not isinstance(one, tuple)]
     return Change(
         "state",
         lambda: [step for container in containers for step in hold_container(container)],
@@ -121,12 +131,12 @@ def carry_over(live: Any, collected: Any) -> Change:
     )
 
 
-def _copied(live: Any, collected: Any) -> Iterator[Any]:
-    """Yield the containers of the state that were copied, as they hold objects."""
+def copied(live: Any, collected: Any) -> Iterator[tuple[Any, Any]]:
+    """Yield the containers of the state that were copied, as they hold objects, each with its copy."""
     if live is not collected and isinstance(live, CONTAINERS) and not is_stateful(live):
-        yield live
+        yield live, collected
         for key, item in _items(live):
-            yield from _copied(item, collected[key])
+            yield from copied(item, collected[key])
 
 
 def _carried_over(live: Any, collected: Any) -> Any:

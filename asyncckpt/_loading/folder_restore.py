@@ -10,22 +10,22 @@ from asyncckpt._loading.copies import Copy
 from asyncckpt._loading.fitting import misfit
 from asyncckpt._loading.folder_index import TensorEntry, places_of
 from asyncckpt._loading.folder_load import whole_tensor
-from asyncckpt._loading.folder_match import NOTHING, carry_over, matched
+from asyncckpt._loading.folder_match import NOTHING, carry_over, copied, matched
 from asyncckpt._loading.item_tensor import ItemTensors
 from asyncckpt._loading.load import load_image
 from asyncckpt._loading.restore import carry_out, mismatch, raise_misfits
 from asyncckpt._loading.restore_plan import Plan
 from asyncckpt._sharding import states
-from asyncckpt._sharding.detect import is_dtensor
 from asyncckpt._sharding.resharding import local_parts
-from asyncckpt._stateful import collect
+from asyncckpt._snapshot.local_tensors import is_dtensor
+from asyncckpt._stateful import collect, is_plain
 from asyncckpt.errors import warn_caller
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from asyncckpt._loading.folder import Folder
-    from asyncckpt._loading.item_reader import Place
+    from asyncckpt._loading.item_run import Place
     from asyncckpt._loading.reader import Image
     from asyncckpt._loading.target import RestoreTarget
     from asyncckpt._sharding.resharding import LocalPart
@@ -67,21 +67,21 @@ class FolderRestore:
         self._collected, _ = states.collect_sharded(self._target.state)
         problems = states.fit_optimizers(self._target.state, self._collected, index.metadata)
         tree = self._own_entries(index.tree)
+        held = {id(copy) for pair in self._pairs for _, copy in copied(*pair)}
+        held |= {id(self._live), id(self._live.get(states.RANK_STATE))}
+
+        def is_whole(live: Any) -> bool:
+            return id(live) not in held and is_plain(live)
+
         needed: list[TensorEntry | Place] = []
-        matched(self._live, tree, needed.append)
+        matched(self._live, tree, needed.append, is_whole)
         values = self._values(needed)
-        saved = matched(self._live, tree, lambda entry: values[id(entry)])
-        self._plan = FolderPlan(
-            self._live,
-            saved,
-            self._folder,
-            problems,
-            strict=self._target.strict,
-            map_keys=self._target.map_keys,
-        )
-        self._plan.changes.append(carry_over(self._target.state, self._collected))
-        if self._rank_collected is not None:
-            self._plan.changes.append(carry_over(self._target.rank_state, self._rank_collected))
+        saved = matched(self._live, tree, lambda entry: values[id(entry)], is_whole)
+        self._plan = FolderPlan(self._live, saved, self._folder, is_whole, self._target)
+        self._plan.problems += problems
+        if self._target.subset:
+            self._plan.unexpected.clear()
+        self._plan.changes += [carry_over(*pair) for pair in self._pairs]
         raise_misfits(self._plan, self._folder.path)
 
     def read(self) -> None:
@@ -110,17 +110,13 @@ class FolderRestore:
         where = self._folder.path
 
         def check() -> None:
-            lines = states.misfits(self._target.state, self._collected)
-            if self._rank_collected is not None:
-                lines += states.misfits(self._target.rank_state, self._rank_collected)
-            if lines:
+            if lines := [line for pair in self._pairs for line in states.misfits(*pair)]:
                 raise mismatch(self._plan, where, lines)
 
         def apply() -> None:
             self._plan.note_changes()
-            states.apply(self._target.state, self._collected)
-            if self._rank_collected is not None:
-                states.apply(self._target.rank_state, self._rank_collected)
+            for pair in self._pairs:
+                states.apply(*pair)
 
         carry_out(
             self._plan,
@@ -132,7 +128,7 @@ class FolderRestore:
 
     def _own_entries(self, tree: dict[Any, Any]) -> dict[Any, Any]:
         """Add what is saved for this rank to the live state; take that of other ranks out of the tree."""
-        self._live, self._rank_collected = self._collected, None
+        self._live, self._pairs = self._collected, [(self._target.state, self._collected)]
         saved = tree.get(states.RANK_STATE)
         if states.RANK_STATE in self._collected or not isinstance(saved, dict):
             return tree
@@ -146,8 +142,9 @@ class FolderRestore:
                 f" {size}; the rank_state is left as it is"
             )
             return others
-        self._rank_collected = collect(self._target.rank_state)
-        self._live = states.with_rank_state(dict(self._collected), rank, self._rank_collected)
+        collected = collect(self._target.rank_state)
+        self._live = states.with_rank_state(self._collected, rank, collected)
+        self._pairs = [(self._target.state, self._live), (self._target.rank_state, collected)]
         return {**others, states.RANK_STATE: {str(rank): saved[str(rank)]}}
 
     def _values(self, needed: Sequence[TensorEntry | Place]) -> dict[int, Any]:
@@ -186,28 +183,21 @@ class FolderPlan(Plan):
         live: the collected state.
         saved: of `matched`.
         folder: whose entries are in it.
-        problems: what else does not fit.
-        strict, map_keys: as `Plan` takes them.
+        is_whole: whether a live entry is replaced as a whole.
+        target: how it is restored.
 
     Attributes:
         parts: what is to be read and copied.
     """
 
-    def __init__(  # noqa: PLR0913 - what `Plan` takes, and what is in the folder
-        self,
-        live: Any,
-        saved: Any,
-        folder: Folder,
-        problems: Sequence[str],
-        *,
-        strict: bool,
-        map_keys: Callable[[str], str] | None,
+    def __init__(
+        self, live: Any, saved: Any, folder: Folder, is_whole: Callable[[Any], bool], target: RestoreTarget
     ) -> None:
         self.parts: list[_Part] = []
         self._sharded: list[torch.Tensor] = []
         self._metadata = folder.index.metadata.state_dict_metadata
-        super().__init__(live, saved, strict=strict, map_keys=map_keys)
-        self.problems += problems
+        self._is_plain = is_whole  # type: ignore[method-assign, assignment]
+        super().__init__(live, saved, strict=target.strict, map_keys=target.map_keys)
 
     def note_changes(self) -> None:
         """Raise the version counters of DTensors: a copy raises those of their local tensors alone."""

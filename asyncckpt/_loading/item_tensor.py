@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pickletools import genops
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -27,6 +27,26 @@ _OPCODES = frozenset({
 _MOST_BYTES = 4096
 
 
+class _Plain(NamedTuple):
+    """A tensor that views the one storage of its item.
+
+    Attributes:
+        record: name of the record with the storage.
+        dtype: of the tensor.
+        offset: of its first element in the storage.
+        shape: of the tensor.
+        stride: of the tensor.
+        nbytes: how much of the storage it needs.
+    """
+
+    record: str
+    dtype: torch.dtype
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    nbytes: int
+
+
 class ItemTensors:
     """Makes the tensors of items, whose memory they view.
 
@@ -35,7 +55,7 @@ class ItemTensors:
     """
 
     def __init__(self) -> None:
-        self._known: dict[bytes, Tensor | None] = {}
+        self._known: dict[bytes, _Plain | None] = {}
 
     def tensor(self, image: Image, dtype: torch.dtype, sizes: tuple[int, ...]) -> torch.Tensor:
         """Return the tensor in an item.
@@ -69,8 +89,8 @@ class ItemTensors:
         return plain
 
 
-def _described(pickled: bytes) -> Tensor | None:
-    """Return what tensor a pickle describes; None if it is not a plain one."""
+def _described(pickled: bytes) -> _Plain | None:
+    """Return what tensor a pickle describes; None if only torch.load can make it."""
     if len(pickled) > _MOST_BYTES:
         return None
     try:
@@ -79,24 +99,29 @@ def _described(pickled: bytes) -> Tensor | None:
         found = read_pickle(pickled).root
     except Exception:  # noqa: BLE001 - whatever a damaged pickle comes to; torch.load says it better
         return None
-    plain = isinstance(found, Tensor) and found.kind == _PLAIN and not (found.conj or found.neg)
-    return found if plain and found.state is None and is_device(found.storage.location) else None
+    if not isinstance(found, Tensor) or found.kind != _PLAIN or found.state or found.conj or found.neg:
+        return None
+    dtype = getattr(torch, dtype_name(found), None)
+    is_quantized = dtype_name(found).startswith("q")
+    if not isinstance(dtype, torch.dtype) or is_quantized or not is_device(found.storage.location):
+        return None
+    nbytes = (found.offset + found.reach) * dtype.itemsize
+    return _Plain(f"{ROOT}data/{found.storage.key}", dtype, found.offset, found.shape, found.stride, nbytes)
 
 
 def _is_native(image: Image) -> bool:
     return (image.record(ROOT + "byteorder") or b"little").decode("ascii", "replace") == sys.byteorder
 
 
-def _viewed(image: Image, found: Tensor) -> torch.Tensor | None:
-    """Return a tensor that views its item; None if only torch.load can make it."""
-    dtype = getattr(torch, dtype_name(found), None)
-    row = image.directory.row(f"{ROOT}data/{found.storage.key}")
-    if not isinstance(dtype, torch.dtype) or row is None or dtype_name(found).startswith("q"):
+def _viewed(image: Image, found: _Plain) -> torch.Tensor | None:
+    """Return a tensor that views its item; None if the item is too short for it."""
+    row = image.directory.row(found.record)
+    if row is None:
         return None
     start, stop = int(image.directory.starts[row]), int(image.directory.stops[row])
-    if (found.offset + found.reach) * dtype.itemsize > stop - start:
+    if found.nbytes > stop - start:
         return None
     if start == stop:
-        return torch.empty_strided(found.shape, found.stride, dtype=dtype)
-    tensor = torch.empty(0, dtype=dtype)
+        return torch.empty_strided(found.shape, found.stride, dtype=found.dtype)
+    tensor = torch.empty(0, dtype=found.dtype)
     return tensor.set_(storage_of(image, start, stop), found.offset, found.shape, found.stride)

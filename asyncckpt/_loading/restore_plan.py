@@ -100,7 +100,7 @@ class Plan:
             self._stateful(live, saved, path)
         elif isinstance(live, torch.Tensor):
             self._tensor(live, saved, path)
-        elif is_plain(live):
+        elif self._is_plain(live):
             self.overlaps = True
             return self._plain(live, saved, path)
         elif (id(live), id(saved)) not in self._met:  # else a cycle, or shared on both sides
@@ -110,6 +110,10 @@ class Plan:
             else:
                 return self._sequence(live, saved, path)
         return live
+
+    def _is_plain(self, live: Any) -> bool:
+        """Whether an entry is a value that is replaced as a whole."""
+        return is_plain(live)
 
     def _plain(self, live: Any, saved: Any, path: str) -> Any:
         """Return what a plain value becomes: `live` where that takes the content of `saved` in place."""

@@ -17,7 +17,7 @@ from asyncckpt.errors import CheckpointNotFoundError, warn_caller
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from asyncckpt._loading.item_reader import Place
+    from asyncckpt._loading.item_run import Place
     from asyncckpt._loading.reader import Image
     from asyncckpt.stores.base import Store
     from asyncckpt.types import Checkpoint
@@ -35,6 +35,7 @@ class RestoreTarget:
         weights_only: as in torch.load.
         strict: require the same entries on both sides.
         map_keys: as `Checkpointer.restore` takes it.
+        subset: leave out what only a folder has, without a word.
     """
 
     state: Any
@@ -44,6 +45,7 @@ class RestoreTarget:
     weights_only: bool = True
     strict: bool = True
     map_keys: Callable[[str], str] | None = None
+    subset: bool = False
 
     def prepare(self, store: Store, name: str) -> FileRestore | FolderRestore:
         """Read a checkpoint and compare it with the state, on all ranks; nothing is changed.

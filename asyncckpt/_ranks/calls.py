@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from _thread import start_new_thread
 from contextlib import suppress
+from math import inf
 from queue import Empty, SimpleQueue
 from threading import Lock
 from typing import TYPE_CHECKING, Generic, TypeVar
@@ -21,6 +22,7 @@ T = TypeVar("T")
 _SHORTEST_PAUSE = 5e-5
 # Seconds in which an interrupted call tells the other ranks.
 _GRACE = 5.0
+_LOOK_AGAIN = 1.0  # seconds
 
 
 class Call:
@@ -61,10 +63,9 @@ class StoppedError(Exception):
 class _Work(Generic[T]):
     """Work on a thread of its own."""
 
-    def __init__(self, func: Callable[[Call], T], requests: Requests, timeout: float) -> None:
+    def __init__(self, func: Callable[[Call], T], requests: Requests) -> None:
         self._func = func
         self._requests = requests
-        self._timeout = timeout
         self._once = Lock()
         self._ended: SimpleQueue[None] = SimpleQueue()
         self.call = Call()
@@ -81,13 +82,13 @@ class _Work(Generic[T]):
             self.errors.append(error)
         self._ended.put(None)
 
-    def wait(self) -> None:
-        """Wait until it ends, or the store is silent."""
+    def wait(self, silence: float) -> None:
+        """Wait until it ends; no longer if the store is silent for so many seconds."""
         while not self.results and not self.errors:
+            if self._requests.silence() > silence:
+                raise _silence_error(self._requests)
             with suppress(Empty):
-                self._ended.get(timeout=self._timeout / 4)
-            if self._requests.silence() > self._timeout:
-                self.errors.append(_silence_error(self._requests))
+                self._ended.get(timeout=min(silence / 4, _LOOK_AGAIN))
 
 
 def call(func: Callable[[Call], T], undo: Callable[[], object], requests: Requests, timeout: float) -> T:
@@ -98,7 +99,8 @@ def call(func: Callable[[Call], T], undo: Callable[[], object], requests: Reques
 
     Args:
         func: looks at the `Call` between its requests, and raises `StoppedError` soon if it was stopped.
-        undo: called behind `func` if a signal handler has interrupted the wait, even if `func` succeeded.
+        undo: called behind `func`, even if that succeeded, if the wait was broken off: by a signal handler,
+            or since the store does not answer; then it is called once it does.
         requests: that `func` makes.
         timeout: seconds that the store may take for a request.
 
@@ -107,24 +109,24 @@ def call(func: Callable[[Call], T], undo: Callable[[], object], requests: Reques
     """
     if requests.silence() > timeout:
         raise _silence_error(requests)
-    work = _Work(func, requests, timeout)
+    work = _Work(func, requests)
     undone: SimpleQueue[None] = SimpleQueue()
 
     def stop() -> None:
         work.run()  # unless it runs
-        work.wait()
+        work.wait(inf)
         with suppress(RankError):
             undo()
         undone.put(None)
 
     try:
         _start(work.run)
-        work.wait()
-    except BaseException:
+        work.wait(timeout)
+    except BaseException as error:
         work.call.stop()
         _start(stop)
         with suppress(Empty):
-            undone.get(timeout=_GRACE)
+            undone.get(timeout=0 if isinstance(error, RankError) else _GRACE)
         raise
     if work.errors:
         raise work.errors[0]

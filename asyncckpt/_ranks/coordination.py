@@ -15,8 +15,7 @@ from asyncckpt._ranks.calls import Call, StoppedError, call
 from asyncckpt._ranks.decision import Decision, Phase
 from asyncckpt._ranks.ranges import from_ranges
 from asyncckpt._ranks.requests import Requests
-from asyncckpt._threads import handler_error
-from asyncckpt.errors import RankError
+from asyncckpt.errors import BusyError, RankError
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
@@ -57,7 +56,7 @@ class Coordination:
         self.timeout = timeout
         self.requests = Requests(group, name)
         self._exchanging = Lock()
-        self._number = 0  # of the next exchange
+        self.number = 0  # of the next exchange of this rank
         self.rounds: set[int] = set()  # exchanges whose rounds delete their keys themselves
         self._passed: list[tuple[int, State]] = []  # exchanges that other ranks may still look at
         self._spent: list[tuple[int, State]] = []  # exchanges that no rank will look at again
@@ -85,23 +84,44 @@ class Coordination:
                 interrupted, or has not called within the timeout; the message names it. A rank that comes
                 late with the same text gets the same error; with another text, it takes part in the next
                 exchange. The next exchange is a new one on all ranks. Also: the store does not answer.
-            BusyError: called by a signal handler that interrupted another call.
+            BusyError: another call of this rank has not ended within the timeout.
         """
         note = Note(self.rank, same, sorted(flags), problem)
         begun: list[int] = []
 
         def work(running: Call) -> Exchange:
-            if not self._exchanging.acquire(blocking=False):
-                raise handler_error(same)
+            if not self._exchanging.acquire(timeout=self.timeout):
+                raise BusyError(
+                    f"{same} cannot begin: an earlier call of rank {self.rank} still waits for others"
+                )
             try:
                 return self._exchange(note, running, begun)
             finally:
                 self._exchanging.release()
 
         def undo() -> None:
-            self._break_off(begun[-1] if begun else self._next(), same)
+            self._break_off(begun[-1] if begun else self._next(), same, f"was interrupted in {same}")
 
         return call(work, undo, self.requests, self.timeout)
+
+    def refuse(self, number: int, same: str, why: str) -> None:
+        """Fail an exchange on all ranks, without waiting for them; raises no error.
+
+        For an exception (Ctrl-C) before `exchange` was called: the other ranks would wait for this one.
+        Without effect if this rank has taken part in that exchange.
+
+        Args:
+            number: `self.number` as it was at the beginning of the call that is given up.
+            same: the call.
+            why: the reason that the other ranks raise.
+        """
+
+        def work(_: Call) -> None:
+            if self.number == number:
+                self._break_off(self._next(), same, f"gave up {same}: {why}")
+
+        with suppress(RankError):
+            call(work, lambda: None, self.requests, self.timeout)
 
     def close(self) -> None:
         """Delete what is left in the store once all ranks have called this; waits for nobody."""
@@ -157,9 +177,9 @@ class Coordination:
             running.pause(self.longest_pause)
         return state
 
-    def _break_off(self, number: int, same: str) -> None:
-        """Fail an exchange in which this rank was interrupted; its round, if it is done."""
-        text = f"rank {self.rank} was interrupted in {same}"
+    def _break_off(self, number: int, same: str, why: str) -> None:
+        """Fail an exchange that this rank has given up; its round, if it is done."""
+        text = f"rank {self.rank} {why}"
         if Arrivals(self.requests, number, self.size).fail(same, text):
             self._passed.append((number, State(Stage.FAILED, same)))
             return
@@ -170,8 +190,8 @@ class Coordination:
             decision.delete()
 
     def _next(self) -> int:
-        self._number += 1
-        return self._number - 1
+        self.number += 1
+        return self.number - 1
 
     def _tidy(self) -> None:
         """Delete the keys that no rank needs, while others are yet to come."""

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from asyncckpt._ranks.group import ProcessGroup
 
-# No value is this: a `compare_set` that expects it changes nothing, and returns the value, or this without one.
+# No value is this. A `compare_set` that expects it changes nothing, and returns the value, or else this.
 _NOTHING = b"\x00"
 # A TCPStore closes the connection on more than 8 MiB in one value.
 _PIECE = 4 << 20

@@ -105,7 +105,7 @@ class Round:
         """
 
         def work(running: Call) -> str:
-            text = self._wait(Phase.ENDED, running, self._late_in_the_end).text
+            text = self._wait(Phase.ENDED, running, self._late_end).text
             self._leave()
             return text
 
@@ -135,14 +135,14 @@ class Round:
         self._send("plans", payload, Phase.GATHERED)
         if not self._ranks.leads:
             return None
-        self._wait(Phase.GATHERED, running, lambda: self._late(self._missing("plans"), "sent a plan"))
+        self._wait(Phase.GATHERED, running, self._late_plan)
         return self._received("plans")
 
     def _scatter(self, payloads: Sequence[bytes] | None, running: Call) -> bytes:
         if payloads is not None:
             self._change(lambda: self._publish(payloads))
             return payloads[0]
-        self._wait(Phase.PLANNED, running, lambda: self._late([0], "sent the plan"))
+        self._wait(Phase.PLANNED, running, self._late_plan)
         return zlib.decompress(self._take(f"to/{self._ranks.rank}"))
 
     def _publish(self, payloads: Sequence[bytes]) -> State:
@@ -152,7 +152,7 @@ class Round:
         return self._decision.advance(Phase.PLANNED)
 
     def _reports(self, running: Call) -> list[bytes]:
-        self._wait(Phase.REPORTED, running, self._late_in_the_end)
+        self._wait(Phase.REPORTED, running, self._late_end)
         reports = self._received("reports")
         self._change(lambda: self._decision.advance(Phase.DECIDED))
         return reports
@@ -173,7 +173,7 @@ class Round:
 
     def _received(self, kind: str) -> list[bytes]:
         """Return what all ranks have sent, and delete it."""
-        payloads = unpacked(self._take(kind))
+        payloads = unpacked(self._take(kind, f"{kind}/count"))
         return [self._own, *(payloads[rank] for rank in range(1, self._ranks.size))]
 
     def _wait(self, phase: Phase, running: Call, late: Callable[[], str]) -> State:
@@ -210,12 +210,12 @@ class Round:
         if state is not None and state.phase is Phase.FAILED:
             raise self._failure(state)
 
-    def _take(self, kind: str) -> bytes:
-        """Return the value of a key, and delete it."""
+    def _take(self, key: str, *others: str) -> bytes:
+        """Return the value of a key, and delete it, and others."""
 
         def take() -> bytes:
-            value = self._requests.peek(f"{self._key}/{kind}")
-            self._requests.delete(f"{self._key}/{kind}")
+            value = self._requests.peek(f"{self._key}/{key}")
+            self._requests.delete(*(f"{self._key}/{name}" for name in (key, *others)))
             return value or b""
 
         return self._use(take)
@@ -276,6 +276,12 @@ class Round:
             f"{named(ranks)} had not {what} when rank {self._ranks.rank} had waited {self._ranks.timeout:g} s"
         )
 
-    def _late_in_the_end(self) -> str:
-        missing = self._missing("reports")
-        return self._late(missing, "written its part") if missing else self._late([0], "decided to commit")
+    def _late_plan(self) -> str:
+        if self._use(self._decision.look).phase >= Phase.GATHERED:
+            return self._late([0], "sent the plan")
+        return self._late(self._missing("plans"), "sent its plan")
+
+    def _late_end(self) -> str:
+        if self._use(self._decision.look).phase >= Phase.REPORTED:
+            return self._late([0], "decided to commit")
+        return self._late(self._missing("reports"), "written its part")

@@ -36,6 +36,7 @@ class Overlapping:
         guard: "version" or "checksum".
         device_memory: bytes that clones may take on each device.
         everyone: whether what any optimizer of the process owns may be deferred, attached or not.
+        prepares: whether the memory of the first snapshot is made ready before it, by what optimizers own.
 
     Raises:
         TypeError, ValueError: an argument is invalid.
@@ -48,6 +49,7 @@ class Overlapping:
         device_memory: int = DEVICE_MEMORY,
         *,
         everyone: bool = False,
+        prepares: bool = True,
     ) -> None:
         if guard not in {"version", "checksum"}:
             raise ValueError(f'guard must be "version" or "checksum", not {guard!r}')
@@ -61,7 +63,7 @@ class Overlapping:
         self._overlap = Overlap(Owners(everyone=everyone), DeviceBudget(device_memory), guard == "checksum")
         self._trial = Trial()
         self._preparation = Preparation(self._overlap.owners)
-        if default:
+        if default and prepares:
             self._preparation.begin()
         self._warned = False
 

@@ -9,7 +9,7 @@ from weakref import WeakSet
 from asyncckpt._ranks.group import process_group
 from asyncckpt._saving.engine import get_engine
 from asyncckpt._snapshot import fences
-from asyncckpt._snapshot.local_tensors import local_of
+from asyncckpt._snapshot.local_tensors import is_dtensor, local_of
 from asyncckpt.errors import SaveError
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ class Preparation:
     The size is a guess: the parameters and the state of all attached optimizers that have stepped, and a
     little more. If the first snapshot is larger, its memory is made ready then, in place of this.
 
-    In a process group, only rank 0 prepares: the others may never save.
+    In a process group, a rank other than 0 prepares only if its tensors are sharded: else it may never save.
 
     Args:
         owners: the optimizers.
@@ -58,10 +58,10 @@ class Preparation:
             self._stepped.add(optimizer)
             return
         self.stop()
-        group = process_group()
-        if group is not None and group.rank:
-            return
         owned = self._owners.tensors(fences.seen())
+        group, is_sharded = process_group(), any(is_dtensor(found[0]) for found in owned.values())
+        if group is not None and group.rank and not is_sharded:
+            return
         storages = {key: local_of(found[0]).untyped_storage() for key, found in owned.items()}
         nbytes = sum(storage.nbytes() + _PER_STORAGE for storage in storages.values())
         devices = {storage.device for storage in storages.values() if storage.device.type == "cuda"}

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from asyncckpt._sharding.detect import is_dtensor, is_plain_tensor, shard_ranks
+from asyncckpt._sharding.detect import is_plain_tensor
 from asyncckpt._snapshot.culprit import find_culprit, subscript
+from asyncckpt._snapshot.local_tensors import is_dtensor, shard_ranks
 from asyncckpt._stateful import CONTAINERS
 from asyncckpt.errors import SaveError, ShardedStateError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from torch.distributed.checkpoint.metadata import MetadataIndex
     from torch.distributed.checkpoint.planner import SavePlan, WriteItem
-
-_SHOWN = 5  # of the ranks and keys that a message lists
 
 
 def describe_duplicate(state: Mapping[Any, Any]) -> str | None:
@@ -58,7 +59,7 @@ def check_items(flat: Mapping[str, Any]) -> None:
                 raise SaveError(
                     f"{key}: a DTensor of partial sums, {value.placements}; redistribute it before the save"
                 )
-        elif isinstance(value, (*CONTAINERS, set, frozenset)) and _holds_shards(value):
+        elif isinstance(value, CONTAINERS) and _holds_shards(value):
             path = find_culprit(value, _probe).removeprefix("state")
             raise ShardedStateError(
                 f"{key}{path}: a tensor that is sharded over several ranks, in a {type(value).__name__} that"
@@ -73,7 +74,7 @@ def _holds_shards(value: object) -> bool:
         if isinstance(item, torch.Tensor):
             if shard_ranks(item) > 1:
                 return True
-        elif isinstance(item, (*CONTAINERS, set, frozenset)):
+        elif isinstance(item, CONTAINERS):
             parts = list(item.values() if isinstance(item, dict) else item)
             pending += [part for part in parts if id(part) not in seen]
             seen.update(map(id, parts))
@@ -104,12 +105,13 @@ def check_shards(flat: Mapping[str, Any], plan: SavePlan) -> None:
 
 
 def check_plans(plans: Sequence[SavePlan]) -> None:
-    """Refuse plans of ranks whose entries of the same key are of different kinds, shapes or dtypes.
+    """Refuse plans of ranks that differ in an entry, or that leave out a part of a tensor.
 
     Raises:
         SaveError: the message has keys and ranks.
     """
     first: dict[str, tuple[int, Any]] = {}
+    volumes: dict[MetadataIndex, int] = {}
     for rank, plan in enumerate(plans):
         for item in plan.items:
             form = _form(item)
@@ -119,6 +121,18 @@ def check_plans(plans: Sequence[SavePlan]) -> None:
                     f"{item.index.fqn} is {_form_text(expected)} on rank {other}, but {_form_text(form)} on"
                     f" rank {rank}"
                 )
+            if item.tensor_data is not None:
+                volumes[item.index] = prod(item.tensor_data.chunk.sizes)
+    found = dict.fromkeys(first, 0)
+    for index, volume in volumes.items():
+        found[index.fqn] += volume
+    for key, (_, (_, *layout)) in first.items():
+        if layout and found[key] != prod(layout[0]):
+            absent = [rank for rank, plan in enumerate(plans) if all(i.index.fqn != key for i in plan.items)]
+            raise SaveError(
+                f"{key}: the ranks have {found[key]} of its {prod(layout[0])} elements; it is not in the"
+                f" state of ranks {absent}"
+            )
 
 
 def _form(item: WriteItem) -> tuple[Any, ...]:

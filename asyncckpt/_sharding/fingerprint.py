@@ -6,12 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from asyncckpt._sharding.detect import is_dtensor, is_sharded_tensor
+from asyncckpt._sharding.detect import is_plain_tensor
+from asyncckpt._snapshot.local_tensors import is_dtensor, is_sharded_tensor
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    Describe = Callable[[Any], tuple[Any, ...]]
+    Describe = Callable[[Any, Any], tuple[Any, ...]]
 
     Fingerprint = list[tuple[Any, ...]]
 
@@ -26,47 +27,46 @@ def fingerprint(flat: Mapping[str, Any], paths: Mapping[str, Any]) -> Fingerprin
         flat: key -> tensor or object.
         paths: key -> path in the state.
     """
-    kinds: dict[type, Describe | None] = {}
+    kinds: dict[type, Describe] = {}
     found: Fingerprint = []
-    add = found.append
     for key, value in flat.items():
-        kind = type(value)
-        try:
-            describe = kinds[kind]
-        except KeyError:
-            describe = kinds[kind] = _describe(value)
-        path = paths.get(key, key)
-        add((path,) if describe is None else (path, *describe(value)))
+        describe = kinds.get(type(value))
+        if describe is None:
+            describe = kinds[type(value)] = _describe(value)
+        found.append(describe(paths.get(key, key), value))
     return found
 
 
-def _describe(value: object) -> Describe | None:
-    """Return the function for values of this class; None for objects."""
+def _describe(value: object) -> Describe:
+    """Return the function for values of this class."""
     if is_dtensor(value):
         return _dtensor
     if is_sharded_tensor(value):
         return _sharded_tensor
     if hasattr(value, "__create_write_items__"):
         return _planned
-    return _tensor if isinstance(value, torch.Tensor) else None
+    return _tensor if isinstance(value, torch.Tensor) else _object
 
 
-def _tensor(tensor: Any) -> tuple[Any, ...]:
-    return tensor.shape, tensor.dtype
+def _object(path: Any, _value: Any) -> tuple[Any, ...]:
+    return (path,)
 
 
-def _dtensor(tensor: Any) -> tuple[Any, ...]:
-    local = tensor._local_tensor
-    if hasattr(local, "__create_write_items__"):
-        return tensor.shape, tensor.dtype, tensor.device_mesh, tensor.placements, *_planned(tensor)
-    return tensor.shape, tensor.dtype, tensor.device_mesh, tensor.placements, local.shape
+def _tensor(path: Any, tensor: Any) -> tuple[Any, ...]:
+    return path, tensor.shape, tensor.dtype
 
 
-def _sharded_tensor(tensor: Any) -> tuple[Any, ...]:
+def _dtensor(path: Any, tensor: Any) -> tuple[Any, ...]:
+    local, spec = tensor._local_tensor, tensor._spec
+    shape = local.shape if is_plain_tensor(local) else _planned(path, tensor)
+    return path, tensor.shape, tensor.dtype, spec.mesh, spec.placements, shape
+
+
+def _sharded_tensor(path: Any, tensor: Any) -> tuple[Any, ...]:
     shards = [(*shard.metadata.shard_offsets, *shard.metadata.shard_sizes) for shard in tensor.local_shards()]
-    return tensor.metadata().size, tensor.metadata().tensor_properties.dtype, shards
+    return path, tensor.metadata().size, tensor.metadata().tensor_properties.dtype, shards
 
 
-def _planned(tensor: Any) -> tuple[Any, ...]:
+def _planned(path: Any, tensor: Any) -> tuple[Any, ...]:
     """Describe a tensor of a class that says itself which items it consists of."""
-    return tuple((tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in tensor.__create_chunk_list__())
+    return path, [(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in tensor.__create_chunk_list__()]

@@ -5,6 +5,7 @@ It imports `torch.distributed.checkpoint`, which takes a second: import it where
 
 from __future__ import annotations
 
+import gc
 from dataclasses import fields
 from typing import Any, TypeVar
 
@@ -53,13 +54,19 @@ def read_metadata(data: bytes) -> Metadata:
         ValueError: it is damaged, or no metadata.
     """
     check_opcodes(data)
+    collecting = gc.isenabled()
+    gc.disable()  # among so many new objects, it would take four times as long
     try:
-        pickled = read_pickle(data)
-    except Exception as error:
-        raise ValueError(f"it does not unpickle ({type(error).__name__})") from error
-    if unknown := [name for name in pickled.globals if name not in _KNOWN and _dtype(name) is None]:
-        raise UnknownNamesError(", ".join(unknown))
-    return _metadata(pickled.root)
+        try:
+            pickled = read_pickle(data)
+        except Exception as error:
+            raise ValueError(f"it does not unpickle ({type(error).__name__})") from error
+        if unknown := [name for name in pickled.globals if name not in _KNOWN and _dtype(name) is None]:
+            raise UnknownNamesError(", ".join(unknown))
+        return _metadata(pickled.root)
+    finally:
+        if collecting:
+            gc.enable()
 
 
 def _metadata(node: Any) -> Metadata:

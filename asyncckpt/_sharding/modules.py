@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
+
+from asyncckpt._sharding.flat_parameters import flat_module_state, has_flat_parameters, load_flat_module
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -24,9 +25,7 @@ def module_state(module: Module) -> dict[str, Any]:
     parameters, makes new tensors.
     """
     if has_flat_parameters(module):
-        from torch.distributed.checkpoint.state_dict import get_model_state_dict  # noqa: PLC0415 - see __init__
-
-        return get_model_state_dict(module)
+        return flat_module_state(module)
     state = _live_state(module)
     name_of = namer(module)
     for key in list(state):
@@ -38,9 +37,7 @@ def module_state(module: Module) -> dict[str, Any]:
 def load_module(module: Module, state: dict[str, Any]) -> None:
     """Load what `module_state` has returned."""
     if has_flat_parameters(module):
-        from torch.distributed.checkpoint.state_dict import set_model_state_dict  # noqa: PLC0415 - see __init__
-
-        set_model_state_dict(module, state)
+        load_flat_module(module, state)
         return
     name_of = namer(module)
     keys = {name_of(key): key for key in _live_state(module)}
@@ -64,12 +61,6 @@ def namer(module: Module) -> Callable[[str], str]:
         return name
 
     return name_of
-
-
-def has_flat_parameters(module: Module) -> bool:
-    """Whether a FullyShardedDataParallel is in a module."""
-    kind: Any = getattr(sys.modules.get("torch.distributed.fsdp"), "FullyShardedDataParallel", None)
-    return kind is not None and any(isinstance(part, kind) for part in module.modules())
 
 
 def _live_state(module: Module) -> dict[str, Any]:

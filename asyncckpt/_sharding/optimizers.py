@@ -10,8 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from asyncckpt._sharding.detect import is_dtensor
-from asyncckpt._sharding.modules import has_flat_parameters, namer
+from asyncckpt._sharding.flat_parameters import (
+    flat_optimizer_state,
+    has_flat_parameters,
+    load_flat_optimizer,
+)
+from asyncckpt._sharding.modules import namer
+from asyncckpt._snapshot.local_tensors import is_dtensor
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
@@ -34,9 +39,7 @@ def optimizer_state(optimizer: Optimizer, modules: Mapping[str, Module]) -> dict
             it; if they are in several, the names begin with the paths; else they keep their numbers.
     """
     if (flat := _flat_module(optimizer, modules)) is not None:
-        from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict  # noqa: PLC0415 - see __init__
-
-        return get_optimizer_state_dict(flat, optimizer)
+        return flat_optimizer_state(flat, optimizer, fresh=not optimizer.state)
     state = optimizer.state_dict()
     names = _names(optimizer, modules)
     if names is None:
@@ -70,7 +73,11 @@ def fit_optimizer(
         What could not be made, a line each.
     """
     saved = _saved_entries(path, metadata)
-    if saved is None or _flat_module(optimizer, modules) is not None:
+    if saved is None:
+        return []
+    if (flat := _flat_module(optimizer, modules)) is not None:
+        if not optimizer.state and saved:
+            state.update(flat_optimizer_state(flat, optimizer, fresh=False))
         return []
     parameters = {str(key): (key, parameter) for key, parameter in _parameters(optimizer, modules).items()}
     live, fitted, problems = state["state"], {}, []
@@ -116,9 +123,7 @@ def optimizer_misfits(
 def load_optimizer(optimizer: Optimizer, modules: Mapping[str, Module], state: dict[str, Any]) -> None:
     """Load what `optimizer_state` has returned, and `fit_optimizer` has changed."""
     if (flat := _flat_module(optimizer, modules)) is not None:
-        from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict  # noqa: PLC0415 - see __init__
-
-        set_optimizer_state_dict(flat, optimizer, state)
+        load_flat_optimizer(flat, optimizer, state)
         return
     numbers = {key: number for number, key in enumerate(_parameters(optimizer, modules))}
     groups, start = [], 0
@@ -168,7 +173,7 @@ def _made(parameter: torch.Tensor, items: list[Any]) -> Any:
 
 
 def _flat_module(optimizer: Optimizer, modules: Mapping[str, Module]) -> Module | None:
-    """Return the module with FullyShardedDataParallel in it that has the parameters of an optimizer."""
+    """Return the module with flat parameters that has those of an optimizer."""
     own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     for module in modules.values():
         if has_flat_parameters(module) and own <= set(map(id, module.parameters())):

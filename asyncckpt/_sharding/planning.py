@@ -11,6 +11,7 @@ import torch
 from asyncckpt._sharding.conflicts import check_items, check_plans, check_shards, describe_duplicate
 from asyncckpt._sharding.detect import is_plain_tensor
 from asyncckpt._sharding.fingerprint import fingerprint
+from asyncckpt._sharding.flatten import flatten
 from asyncckpt._sharding.metadata import complete, dump_metadata
 from asyncckpt.errors import SaveError
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 
     from asyncckpt._sharding.fingerprint import Fingerprint
+    from asyncckpt._sharding.flatten import Flat
 
 
 @dataclass(slots=True)
@@ -58,7 +60,6 @@ class LocalPlan:
     Attributes:
         flat: key -> tensor or object.
         fingerprint: equal if an earlier plan, and what was made of it, still holds.
-        planner: that made it.
 
     Args:
         state: of `collect_sharded`.
@@ -69,14 +70,12 @@ class LocalPlan:
     """
 
     def __init__(self, state: dict[str, Any], planner: SavePlanner | None = None) -> None:
-        self.planner: Any = _default_planner() if planner is None else planner
-        try:
-            self.planner.set_up_planner(state)
-        except ValueError as error:
-            raise SaveError(describe_duplicate(state) or str(error)) from error
-        self.flat: dict[str, Any] = getattr(self.planner, "state_dict", state)
-        self.fingerprint: Fingerprint = fingerprint(self.flat, getattr(self.planner, "mappings", {}))
+        self._state = state
         self._plan: SavePlan | None = None
+        self._planner: Any = planner
+        flattened = flatten(state) if planner is None else None
+        self.flat, self._paths = self._set_up() if flattened is None else flattened
+        self.fingerprint: Fingerprint = fingerprint(self.flat, self._paths)
 
     def encode(self) -> bytes:
         """Return the plan for rank 0.
@@ -100,17 +99,32 @@ class LocalPlan:
         return Kept(tensors + objects, len(tensors), lookups)
 
     def _made(self) -> SavePlan:
-        if self._plan is None:
-            check_items(self.flat)
-            with torch.no_grad():
-                plan = self.planner.create_local_plan()
-            for item in plan.items:
-                if item.tensor_data is not None:
-                    # The field is deprecated; what is saved never requires gradients.
-                    item.tensor_data.properties.requires_grad = False
-            check_shards(self.flat, plan)
-            self._plan = plan
-        return self._plan
+        if self._plan is not None:
+            return self._plan
+        if self._planner is None:
+            flat, paths = self._set_up()
+            if list(paths.items()) != list(self._paths.items()):  # a newer DCP flattens in another way
+                self.flat, self._paths, self.fingerprint = flat, paths, fingerprint(flat, paths)
+        check_items(self.flat)
+        with torch.no_grad():
+            plan: SavePlan = self._planner.create_local_plan()
+        for item in plan.items:
+            if item.tensor_data is not None:
+                # The field is deprecated; what is saved never requires gradients.
+                item.tensor_data.properties.requires_grad = False
+        check_shards(self.flat, plan)
+        self._plan = plan
+        return plan
+
+    def _set_up(self) -> Flat:
+        """Give the state to the planner; return what that makes of it."""
+        if self._planner is None:
+            self._planner = _default_planner()
+        try:
+            self._planner.set_up_planner(self._state)
+        except ValueError as error:
+            raise SaveError(describe_duplicate(self._state) or str(error)) from error
+        return getattr(self._planner, "state_dict", self._state), getattr(self._planner, "mappings", {})
 
 
 class GlobalPlan:
@@ -121,12 +135,14 @@ class GlobalPlan:
         metadata: of the checkpoint, without what is known after the writes.
     """
 
-    def __init__(self, plans: Sequence[SavePlan], decided: Sequence[SavePlan], metadata: Metadata) -> None:
+    def __init__(
+        self, asked: Sequence[Sequence[MetadataIndex]], decided: Sequence[SavePlan], metadata: Metadata
+    ) -> None:
         self.metadata = metadata
         self.kept: list[bytes] = []
         self._indices: list[list[MetadataIndex]] = []
-        for plan, final in zip(plans, decided, strict=True):
-            positions = {item.index: position for position, item in enumerate(plan.items)}
+        for indices, final in zip(asked, decided, strict=True):
+            positions = {index: position for position, index in enumerate(indices)}
             self.kept.append(np.array([positions[item.index] for item in final.items], np.uint32).tobytes())
             tensors = [item.index for item in final.items if item.tensor_data is not None]
             objects = [item.index for item in final.items if item.tensor_data is None]
@@ -161,11 +177,12 @@ def global_plan(payloads: Sequence[bytes], planner: SavePlanner | None = None) -
     plans = [decoder.decode(payload) for payload in payloads]
     check_plans(plans)
     planner = _default_planner() if planner is None else planner
+    asked = [[item.index for item in plan.items] for plan in plans]  # torch 2.7 takes items out of the plans
     try:
         decided, metadata = planner.create_global_plan(plans)
     except (ValueError, AssertionError) as error:
         raise SaveError(f"the states of the ranks do not fit together: {error}") from error
-    return GlobalPlan(plans, decided, metadata)
+    return GlobalPlan(asked, decided, metadata)
 
 
 def _default_planner() -> Any:

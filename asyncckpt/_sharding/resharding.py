@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from asyncckpt._sharding.detect import is_dtensor
+from asyncckpt._snapshot.local_tensors import is_dtensor
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata

@@ -17,7 +17,7 @@ from torch.storage import TypedStorage, UntypedStorage
 from asyncckpt._snapshot.collector import no_collections
 from asyncckpt._snapshot.culprit import find_culprit
 from asyncckpt._snapshot.frozen import MARK, PROTOCOL, STORAGE_CLASS, DataPickler, FrozenState
-from asyncckpt._snapshot.local_tensors import is_a
+from asyncckpt._snapshot.local_tensors import shard_ranks
 from asyncckpt._snapshot.ranges import Ranges
 from asyncckpt.errors import SaveError, ShardedStateError, UnpicklableStateError
 
@@ -225,11 +225,7 @@ def _storage_id(table: _Table, obj: TypedStorage | UntypedStorage) -> tuple[str,
 
 def _refuse_shard(tensor: torch.Tensor) -> None:
     """Raise if this process holds a part of a tensor only."""
-    ranks = 1
-    if is_a(tensor, "torch.distributed.tensor", "DTensor"):
-        ranks = int(tensor.device_mesh.size())  # type: ignore[attr-defined]
-    elif is_a(tensor, "torch.distributed._shard.sharded_tensor", "ShardedTensor"):
-        ranks = int(tensor._process_group.size())  # type: ignore[attr-defined]
+    ranks = shard_ranks(tensor)
     if ranks > 1:
         raise ShardedStateError(
             f"a {type(tensor).__name__} over {ranks} ranks, of which this process holds its shard only;"

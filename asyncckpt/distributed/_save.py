@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -11,13 +10,13 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
 from asyncckpt._finder import locate
-from asyncckpt._saving.ranked import Ranked
-from asyncckpt._saving.saver import Saver
 from asyncckpt._saving.sharded_save import ShardedSave
+from asyncckpt.distributed._groups import checked_path, ranked, saver, state_dicts
 from asyncckpt.layout.description import Description
 from asyncckpt.stores import open_store
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Mapping
     from concurrent.futures import Future
 
@@ -26,10 +25,6 @@ if TYPE_CHECKING:
 
     from asyncckpt._saving.save import Save
     from asyncckpt.types import Checkpoint
-
-# Two in flight: a second save does not wait until the first one is written.
-_saver = Saver(max_in_flight=2, keeps=False)
-_TIMEOUT = 300.0
 
 
 def async_save(  # noqa: PLR0913 - the arguments are those of DCP
@@ -74,7 +69,7 @@ def async_save(  # noqa: PLR0913 - the arguments are those of DCP
     del async_checkpointer_type
     save = _start(
         state_dict,
-        _path(checkpoint_id, storage_writer),
+        _target(checkpoint_id, storage_writer),
         planner,
         process_group,
         no_dist=no_dist,
@@ -98,7 +93,7 @@ def save(  # noqa: PLR0913 - the arguments are those of DCP
     """Save a state, and wait until the checkpoint is durable; see `async_save`."""
     started = _start(
         state_dict,
-        _path(checkpoint_id, storage_writer),
+        _target(checkpoint_id, storage_writer),
         planner,
         process_group,
         no_dist=no_dist,
@@ -115,8 +110,8 @@ def wait(timeout: float | None = None) -> None:
         SaveError: for failures that were not raised before.
         BusyError: saves are still pending after `timeout` seconds; they continue.
     """
-    _saver.drain(timeout)
-    _saver.raise_failures()
+    saver.drain(timeout)
+    saver.raise_failures()
 
 
 def _start(  # noqa: PLR0913 - as `save`
@@ -136,9 +131,10 @@ def _start(  # noqa: PLR0913 - as `save`
         )
     store, name = locate(path, open_store("."), storage_options)
     description = Description(0, None, {}, time.time())
+    state = state_dicts(state_dict)
     wanted = ShardedSave(
         None,
-        state_dict,
+        state,
         store,
         name,
         description,
@@ -147,35 +143,16 @@ def _start(  # noqa: PLR0913 - as `save`
         overlap=lambda _: (None, ""),
         planner=partial(_fresh, planner),
     )
-    return _ranked(process_group, no_dist=no_dist).saves().save(wanted)
+    return ranked(process_group, no_dist=no_dist).saves().save(wanted)
 
 
-def _ranked(process_group: ProcessGroup | None, *, no_dist: bool) -> Ranked:
-    """Return what coordinates the saves of a group; the plans of the last one are kept in it."""
-    key = None if no_dist else process_group
-    found = _groups.get((key, no_dist))
-    if found is None:
-        series = "asyncckpt.distributed"
-        found = Ranked(True, key, _TIMEOUT, series, _saver, "wait", alone=no_dist)  # noqa: FBT003 - sharded
-        _groups[key, no_dist] = found
-    return found
-
-
-def _path(checkpoint_id: str | os.PathLike[str] | None, storage_writer: Any) -> str:
-    """Return the path of the folder, without slashes at its end."""
-    if storage_writer is not None:
-        if type(storage_writer) is not FileSystemWriter:
-            raise TypeError(
-                f"storage_writer must be a plain FileSystemWriter, not a {type(storage_writer).__name__}:"
-                " asyncckpt writes the files itself; give checkpoint_id instead"
-            )
-        checkpoint_id = checkpoint_id or storage_writer.path
-    if checkpoint_id is None:
-        raise ValueError("checkpoint_id is needed: the path or URL of the folder to save to")
-    path = os.fspath(checkpoint_id).rstrip("/")
-    if not path:
-        raise ValueError(f"checkpoint_id {checkpoint_id!r} does not name a folder")
-    return path
+def _target(checkpoint_id: str | os.PathLike[str] | None, storage_writer: Any) -> str:
+    if storage_writer is not None and type(storage_writer) is not FileSystemWriter:
+        raise TypeError(
+            f"storage_writer must be a plain FileSystemWriter, not a {type(storage_writer).__name__}:"
+            " asyncckpt writes the files itself; give checkpoint_id instead"
+        )
+    return checked_path(checkpoint_id, storage_writer)
 
 
 def _fresh(planner: SavePlanner | None) -> SavePlanner | None:
@@ -197,6 +174,3 @@ def _response(save: Save, stager: Any) -> Future[Checkpoint] | Any:
     from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse  # noqa: PLC0415 - torch 2.9
 
     return AsyncSaveResponse(save.snapshotted, save.committed)  # type: ignore[arg-type]
-
-
-_groups: dict[tuple[Any, bool], Ranked] = {}
