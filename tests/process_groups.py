@@ -18,7 +18,14 @@ import torch.distributed as dist
 import asyncckpt
 
 rank, ranks, directory = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-dist.init_process_group("gloo", init_method=f"file://{directory}-group", rank=rank, world_size=ranks)
+store = dist.FileStore(f"{directory}-group", ranks)
+if sys.argv[4] == "tcp":
+    meeting, leads = store, rank == 0
+    port = 0 if leads else int(meeting.get("port"))
+    store = dist.TCPStore("localhost", port, is_master=leads, wait_for_workers=False)
+    if leads:
+        meeting.set("port", str(store.port))
+dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
 told = []
 
 def attempt(call, *args, **kwargs):
@@ -38,7 +45,13 @@ dist.destroy_process_group()
 """
 
 
-def on_ranks(interpreter: Interpreter, tmp_path: Path, body: str, ranks: int = 2) -> list[Any]:
+# What an interpreter imports beforehand for them, so that each rank begins at once.
+MODULES = ("torch.distributed.checkpoint.state_dict", "torch.distributed.fsdp", "asyncckpt._saving.sharded_saves")
+
+
+def on_ranks(
+    interpreter: Interpreter, tmp_path: Path, body: str, ranks: int = 2, *, store: str = "file"
+) -> list[Any]:
     """Run a program as each rank of a group; returns what each of them tells.
 
     Args:
@@ -46,9 +59,10 @@ def on_ranks(interpreter: Interpreter, tmp_path: Path, body: str, ranks: int = 2
         tmp_path: in it is `directory`, of which the program may make a folder.
         body: the program. It has `rank`, `ranks`, `directory`, `told` and `attempt`.
         ranks: how many there are.
+        store: of the group: a "file", or "tcp", in the process of rank 0.
     """
     program = PREPARE + body + END
-    running = [interpreter.start(program, rank, ranks, tmp_path / "run") for rank in range(ranks)]
+    running = [interpreter.start(program, rank, ranks, tmp_path / "run", store) for rank in range(ranks)]
     ends = [process.end() for process in running]
     assert [status for status, _, _ in ends] == [0] * ranks, ends
     return [json.loads(output) for _, output, _ in ends]

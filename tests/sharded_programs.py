@@ -46,7 +46,10 @@ def by_us(state):
     sizes = [t.to_local().shape if hasattr(t, "to_local") else t.shape for t in tensors]
     where = everywhere([[100 * i, 7 + i] for i in range(len(tensors) + len(objects))])
     extents = [np.array(rows, np.int64).reshape(-1, 2) for rows in where]
-    metadata = pickle.loads(final.write([f"__{r}_0.distcp" for r in range(ranks)], extents, "here"))
+    metadata = pickle.loads(final.write("", [f"__{r}_0.distcp" for r in range(ranks)], extents))
+    name, places = f"__{rank}_0.distcp", metadata.storage_data.items()
+    own = {index: (p.offset, p.length) for index, p in places if p.relative_path == name}
+    assert own == {index: tuple(row) for index, row in zip(kept.indices, where[rank])}
     for index, size in zip(kept.indices, sizes):
         chunks = metadata.state_dict_metadata[index.fqn].chunks
         assert [chunk.sizes for chunk in chunks if chunk.offsets == index.offset] == [size], index

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -163,8 +164,11 @@ def heal(seed: int, ranks: list[Rank], store: Any) -> None:
     """Check that the ranks find each other again, and leave only what a silent store made them leave."""
     for rank in ranks:
         rank.ranks.timeout = 30
-    numbers = together(ranks, lambda rank: rank.ranks.exchange("end"))
-    assert all(said == numbers[0] and isinstance(said, Exchange) for said in numbers), (seed, numbers)
+    for call in ("end(1)", "end(2)", "end(3)"):  # one may meet a call that the store did not answer in time
+        ends = together([rank.ranks for rank in ranks], partial(Coordination.exchange, same=call))
+        if all(isinstance(said, Exchange) for said in ends):
+            break
+    assert all(said == ends[0] and isinstance(said, Exchange) for said in ends), (seed, ends)
     together(ranks, lambda rank: rank.ranks.close())
     assert store.num_keys() <= 3 * sum(rank.silences for rank in ranks), seed
 

@@ -69,17 +69,33 @@ def test_our_metadata_are_read_by_pickle_and_by_us(stock: bytes) -> None:
     assert [tuple(tensor.shape) for tensor in kept.tensors(plan.flat)] == [(3, 4), (), (2,), (0, 2)]
     assert kept.objects(plan.flat) == [3]
     extents = np.array([[64 * position, 50 + position] for position in range(5)])
-    data = final.write(["a/__0_0.distcp"], [extents], "somewhere")
+    data = final.write("a.", ["__0_0.distcp"], [extents])
     ours, theirs = pickle.loads(data), pickle.loads(stock)
     assert ours.state_dict_metadata == theirs.state_dict_metadata
     assert ours.planner_data == theirs.planner_data
     assert getattr(ours, "version", None) == getattr(theirs, "version", None)
-    assert ours.storage_meta.checkpoint_id == "somewhere"
     assert {index.fqn: place.length for index, place in ours.storage_data.items()} == {
         "model.weight": 50, "model.count": 51, "list.0": 52, "list.1.x": 53, "step": 54,
     }  # fmt: skip
-    assert {place.relative_path for place in ours.storage_data.values()} == {"a/__0_0.distcp"}
+    assert {place.relative_path for place in ours.storage_data.values()} == {"a.__0_0.distcp"}
     assert same(load_metadata(data, "here"), ours)
+
+
+@pytest.mark.parametrize("prefix", ["b.", "longer."])
+def test_metadata_that_are_written_again_have_the_new_names_and_places(prefix: str) -> None:
+    plan = LocalPlan(STATE)
+    final = global_plan([plan.encode(), plan.encode()])
+    files = ["__0_0.distcp", "__1_0.distcp"]
+    extents = [np.array([[64 * n, 50] for n in range(len(kept) // 4)]) for kept in final.kept]
+    first = final.write("a.", files, extents)
+    again = final.write(prefix, files, extents)
+    assert again == first.replace(b"a.__", b"b.__") or prefix != "b."
+    moved = final.write(prefix, files, [extents[0] + 64, extents[1]])
+    for data, by in ((first, 0), (again, 0), (moved, 64)):
+        places = pickle.loads(data).storage_data.values()
+        names = {place.relative_path for place in places}
+        assert names == {("a." if data is first else prefix) + file for file in files}
+        assert min(place.offset for place in places if "__0_" in place.relative_path) == by
 
 
 def whole(**changes: Any) -> Metadata:

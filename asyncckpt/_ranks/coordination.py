@@ -56,6 +56,7 @@ class Coordination:
         self.timeout = timeout
         self.requests = Requests(group, name)
         self._exchanging = Lock()
+        self._noting = Lock()  # a call that was broken off may end beside the next one
         self.number = 0  # of the next exchange of this rank
         self.rounds: set[int] = set()  # exchanges whose rounds delete their keys themselves
         self._passed: list[tuple[int, State]] = []  # exchanges that other ranks may still look at
@@ -146,10 +147,8 @@ class Coordination:
             came = arrivals.enter(note).stage is Stage.OPEN
             self._tidy()
             state = self._wait(arrivals, running, came=came)
-            self._passed.append((number, state))
+            self._note(number, state)
             if state.stage is Stage.DONE:
-                self._spent += self._passed[:-1]
-                del self._passed[:-1]
                 return Exchange(number, {flag: from_ranges(ranges) for flag, ranges in state.flags.items()})
             if came or state.same == note.same:
                 raise RankError(state.text)
@@ -181,7 +180,7 @@ class Coordination:
         """Fail an exchange that this rank has given up; its round, if it is done."""
         text = f"rank {self.rank} {why}"
         if Arrivals(self.requests, number, self.size).fail(same, text):
-            self._passed.append((number, State(Stage.FAILED, same)))
+            self._note(number, State(Stage.FAILED, same))
             return
         self.rounds.add(number)
         decision = Decision(self.requests, number, self.size)
@@ -190,8 +189,17 @@ class Coordination:
             decision.delete()
 
     def _next(self) -> int:
-        self.number += 1
-        return self.number - 1
+        with self._noting:
+            self.number += 1
+            return self.number - 1
+
+    def _note(self, number: int, state: State) -> None:
+        """Note how an exchange has ended; if it is done, all ranks have come past those before it."""
+        with self._noting:
+            self._passed.append((number, state))
+            if state.stage is Stage.DONE:
+                self._spent += [passed for passed in self._passed if passed[0] < number]
+                self._passed = [passed for passed in self._passed if passed[0] >= number]
 
     def _tidy(self) -> None:
         """Delete the keys that no rank needs, while others are yet to come."""

@@ -38,6 +38,9 @@ class Round:
         coordination: of the ranks.
         number: of the exchange.
         cancelled: looked at during waits; if true, the save is failed.
+
+    Attributes:
+        error: why the save has failed, once this rank knows.
     """
 
     def __init__(
@@ -52,7 +55,7 @@ class Round:
         self._own = b""  # what rank 0 sends to itself
         self._using = Lock()  # held while keys are used; behind `_leave` they may be deleted
         self._left = self._failed = self._scattered = False
-        self._error: RankError | None = None
+        self.error: RankError | None = None
 
     # --- on the training thread
 
@@ -201,7 +204,7 @@ class Round:
         """Call `func`, which uses keys of this round, unless this rank has left it."""
         with self._using:
             if self._left:
-                raise self._error or RankError("this save has ended")
+                raise self.error or RankError("this save has ended")
             return func()
 
     def _change(self, func: Callable[[], State | None]) -> None:
@@ -233,17 +236,17 @@ class Round:
     def _failure(self, state: State) -> RankError:
         """Leave a failed round, and return its error."""
         self._failed = True
-        self._error = self._error or RankError(state.text)
+        self.error = self.error or RankError(state.text)
         self._leave()
-        return self._error
+        return self.error
 
     def _doubt(self) -> RankError:
         """Leave a round whose commit was decided, and return the error that says so."""
-        self._error = RankError(
+        self.error = RankError(
             f"{self._late([0], 'ended the save')} after it decided to commit: the checkpoint may be committed"
         )
         self._leave()
-        return self._error
+        return self.error
 
     def _leave(self) -> None:
         """Note that this rank is through; the last one deletes the keys. Also where the store has failed."""

@@ -8,7 +8,7 @@ from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Literal
 
-from asyncckpt.errors import AsyncCkptError, CheckpointExistsError, SaveError, TornSnapshotError
+from asyncckpt.errors import AsyncCkptError, CheckpointExistsError, RankError, SaveError, TornSnapshotError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -95,7 +95,7 @@ def _failure_of(save: Save, error: BaseException) -> SaveError:
     if isinstance(error, CheckpointExistsError):
         return error
     what = save.path if save.step is None else f"step {save.step} to {save.path}"
-    kind = TornSnapshotError if isinstance(error, TornSnapshotError) else SaveError
+    kind = next((kind for kind in (TornSnapshotError, RankError) if isinstance(error, kind)), SaveError)
     failure = kind(f"saving {what} failed: {error}")
     failure.__cause__ = error
     return failure

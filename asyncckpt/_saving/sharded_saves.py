@@ -59,7 +59,7 @@ class ShardedSaves:
         if _BUSY in exchange.flags:
             save = Save(wanted.step, wanted.store.path_of(wanted.name))
             return skipped(save, f"ranks {exchange.flags[_BUSY]} are still writing earlier saves")
-        made = Round(self._coordination, exchange.number)
+        made = Round(self._coordination, exchange.number, _is_given_up)
         try:
             save = self._start(wanted, self._planned(part, exchange, made, same, stats), made)
         except BaseException as error:
@@ -79,7 +79,7 @@ class ShardedSaves:
         self._refuse_to_wait("reserve()")
         stats, same = SaveStats(), "reserve()"
         part, exchange = self._begin(wanted, same, stats)
-        made = Round(self._coordination, exchange.number)
+        made = Round(self._coordination, exchange.number, _is_given_up)
         try:
             part = self._planned(part, exchange, made, same, stats)
         finally:
@@ -196,6 +196,11 @@ class ShardedSaves:
         if self._stagers is None or self._stagers.arena is not arena:
             self._stagers = ShardStager(arena)
         return self._stagers
+
+
+def _is_given_up() -> bool:
+    """Return whether this process ends without its pending saves."""
+    return get_engine().given_up
 
 
 class _Part:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import struct
 import time
+from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from asyncckpt.layout.folder_mark import seal
 from asyncckpt.types import Checkpoint
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import AsyncIterator, Mapping, Sequence
 
     from asyncckpt._ranks.round import Round
     from asyncckpt._saving.series_writer import SeriesWriter
@@ -43,23 +44,33 @@ class SharedPlan:
         kept: what this rank writes.
         final: on rank 0: what all ranks write.
         extents: on rank 0: offset and length of the tensors in each rank's file.
-        told: on this rank: whether rank 0 knows its extents.
+        told: the extents of this rank's tensors that rank 0 knows; None if it may know others.
     """
 
     fingerprint: Any
     kept: Kept
     final: GlobalPlan | None = None
     extents: dict[int, Offsets] = field(default_factory=dict)
-    told: bool = False
+    told: Offsets | None = None
+    _sent: Offsets | None = None
 
     def report(self, plan: ItemPlan | None) -> bytes:
         """Return what rank 0 has to know of this rank's file; None if it has none."""
         if plan is None:
             return _REPORT.pack(0, 0, 0)
         count = len(plan.body.starts)
-        first = count if self.told else 0
-        extents = plan.extents[first:].astype("<i8").tobytes()
-        return _REPORT.pack(plan.size, -1 if self.told else count, len(plan.extents) - count) + extents
+        self._sent = plan.extents[:count]
+        # A tensor with other strides has another record, which may be longer.
+        if is_known := self.told is not None and np.array_equal(self.told, self._sent):
+            extents = plan.extents[count:]
+        else:
+            self.told, extents = None, plan.extents
+        counts = -1 if is_known else count, len(plan.extents) - count
+        return _REPORT.pack(plan.size, *counts) + extents.astype("<i8").tobytes()
+
+    def note_commit(self) -> None:
+        """Note that rank 0 knows the extents that were reported last."""
+        self.told = self._sent
 
     def note_reports(self, reports: Sequence[bytes]) -> tuple[list[Offsets], int]:
         """Return the extents of all items in each rank's file, and the size of all files; on rank 0."""
@@ -112,15 +123,29 @@ class ShardedTarget(Target):
         Raises:
             RankError: the save has failed on another rank.
         """
-        try:
+        async with self._failing():
             if self.rank == 0:
                 return await self._lead(snapshot, stats)
             return await self._follow(snapshot, stats)
+
+    @asynccontextmanager
+    async def _failing(self) -> AsyncIterator[None]:
+        """Fail the save on all ranks if this rank fails; raise what has failed first."""
+        try:
+            yield
         except RankError:
             raise
         except BaseException as error:
-            await in_thread(self.round.fail, f"{type(error).__name__}: {error}")
-            raise
+            why = f"{type(error).__name__}: {error}"
+            await in_thread(self.round.fail, why)
+            first = self.round.error
+            if (
+                first is None
+                or not isinstance(error, Exception)
+                or str(first).startswith(f"rank {self.rank}: ")
+            ):
+                raise
+            raise first from error  # the folder may have been removed for that reason
 
     async def evict(self, committed: Checkpoint) -> None:
         if self.series is not None:
@@ -132,7 +157,8 @@ class ShardedTarget(Target):
             await self.store.prepare()
         else:
             description = await self.series.number(self.name, description)
-        async with self.store.folder_draft(self.name) as folder:
+        # The other ranks learn of a failure before the folder is removed, in which they write.
+        async with self.store.folder_draft(self.name) as folder, self._failing():
             await in_thread(self.round.begin, folder.attempt)
             for name, data in self.extras.items():
                 await _write_file(folder, name, data)
@@ -143,7 +169,7 @@ class ShardedTarget(Target):
             description, mark = await in_thread(self._mark, folder, reports, description)
             await folder.commit(mark)
             stats.commit += time.perf_counter() - written
-        self.plan.told = True
+        self.plan.note_commit()
         checkpoint = checkpoint_of(self.path, description, description.nbytes or 0)
         await in_thread(self.round.end, json.dumps(asdict(checkpoint)))
         return checkpoint
@@ -152,10 +178,9 @@ class ShardedTarget(Target):
         attempt = await in_thread(self.round.begun)
         async with self.store.join_folder(self.name, attempt) as folder:
             report = await self._write_part(folder, snapshot, stats)
-            await in_thread(self.round.report, report)
-            # The draft is left open until then: the folder may be committed at any time.
-            outcome = json.loads(await in_thread(self.round.outcome))
-        self.plan.told = True
+        await in_thread(self.round.report, report)
+        outcome = json.loads(await in_thread(self.round.outcome))
+        self.plan.note_commit()
         return Checkpoint(**outcome | {"path": self.path})
 
     async def _write_part(self, folder: FolderDraft, snapshot: Snapshot, stats: SaveStats) -> bytes:
@@ -181,9 +206,10 @@ class ShardedTarget(Target):
         final = self.plan.final
         assert final is not None  # noqa: S101 - this is rank 0
         extents, nbytes = self.plan.note_reports(reports)
-        names = [folder.member(data_file(rank)) for rank in range(len(reports))]
+        files = [data_file(rank) for rank in range(len(reports))]
+        prefix = folder.member(files[0]).removesuffix(files[0])
         description = replace(description, nbytes=nbytes, ranks=len(reports))
-        return description, seal(final.write(names, extents, self.path), description.encode())
+        return description, seal(final.write(prefix, files, extents), description.encode())
 
 
 def data_file(rank: int) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-import uuid
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +20,6 @@ def complete(
     indices: Sequence[Sequence[MetadataIndex]],
     names: Sequence[str],
     extents: Sequence[np.ndarray[Any, Any]],
-    checkpoint_id: str | None,
 ) -> Metadata:
     """Return metadata with what DCP's FileSystemWriter adds to them: where each item is.
 
@@ -30,7 +28,6 @@ def complete(
         indices: for each rank, of its items.
         names: of each rank's file.
         extents: for each rank, offset and length of each item in bytes.
-        checkpoint_id: the path of the checkpoint.
     """
     from torch.distributed.checkpoint import filesystem  # noqa: PLC0415 - see __init__
     from torch.distributed.checkpoint.metadata import StorageMeta  # noqa: PLC0415 - the same
@@ -42,7 +39,7 @@ def complete(
     }
     added: dict[str, Any] = {
         "storage_data": where,
-        "storage_meta": StorageMeta(checkpoint_id, str(uuid.uuid4())),
+        "storage_meta": StorageMeta(),  # no path, which a checkpoint that is moved would belie
     }
     if version := getattr(filesystem, "CURRENT_DCP_VERSION", None):  # from torch 2.9 on
         added["version"] = version

@@ -5,7 +5,6 @@ It imports `torch.distributed.checkpoint`, which takes a second: import it where
 
 from __future__ import annotations
 
-import gc
 from dataclasses import fields
 from typing import Any, TypeVar
 
@@ -22,6 +21,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from asyncckpt._inspection.inert import Inert, is_name, name_of, read_pickle
+from asyncckpt._sharding.collections_paused import collections_paused
 from asyncckpt._sharding.opcodes import check_opcodes
 
 _DCP = "torch.distributed.checkpoint.metadata."
@@ -54,9 +54,7 @@ def read_metadata(data: bytes) -> Metadata:
         ValueError: it is damaged, or no metadata.
     """
     check_opcodes(data)
-    collecting = gc.isenabled()
-    gc.disable()  # among so many new objects, it would take four times as long
-    try:
+    with collections_paused():
         try:
             pickled = read_pickle(data)
         except Exception as error:
@@ -64,9 +62,6 @@ def read_metadata(data: bytes) -> Metadata:
         if unknown := [name for name in pickled.globals if name not in _KNOWN and _dtype(name) is None]:
             raise UnknownNamesError(", ".join(unknown))
         return _metadata(pickled.root)
-    finally:
-        if collecting:
-            gc.enable()
 
 
 def _metadata(node: Any) -> Metadata:

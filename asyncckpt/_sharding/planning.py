@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 
+from asyncckpt._sharding.collections_paused import collections_paused
 from asyncckpt._sharding.conflicts import check_items, check_plans, check_shards, describe_duplicate
 from asyncckpt._sharding.detect import is_plain_tensor
 from asyncckpt._sharding.fingerprint import fingerprint
@@ -141,6 +142,7 @@ class GlobalPlan:
         self.metadata = metadata
         self.kept: list[bytes] = []
         self._indices: list[list[MetadataIndex]] = []
+        self._written: _Written | None = None
         for indices, final in zip(asked, decided, strict=True):
             positions = {index: position for position, index in enumerate(indices)}
             self.kept.append(np.array([positions[item.index] for item in final.items], np.uint32).tobytes())
@@ -148,17 +150,36 @@ class GlobalPlan:
             objects = [item.index for item in final.items if item.tensor_data is None]
             self._indices.append(tensors + objects)
 
-    def write(
-        self, names: Sequence[str], extents: Sequence[np.ndarray[Any, Any]], checkpoint_id: str | None = None
-    ) -> bytes:
-        """Return the content of `.metadata`.
+    def write(self, prefix: str, files: Sequence[str], extents: Sequence[np.ndarray[Any, Any]]) -> bytes:
+        """Return the content of `.metadata`: that of the last time, if all items lie where they lay.
 
         Args:
-            names: of each rank's file, relative to the checkpoint.
+            prefix: what the names of the files begin with, as text that is nowhere else; or an empty one.
+            files: the rest of the name of each rank's file.
             extents: for each rank, offset and length in bytes of every item, in the order of `Kept`.
-            checkpoint_id: the path of the checkpoint.
         """
-        return dump_metadata(complete(self.metadata, self._indices, names, extents, checkpoint_id))
+        last = self._written
+        if (
+            last is not None
+            and len(last.prefix) == len(prefix)
+            and last.files == files
+            and all(map(np.array_equal, last.extents, extents))
+        ):
+            return last.data.replace(last.prefix.encode(), prefix.encode()) if prefix else last.data
+        names = [prefix + file for file in files]
+        with collections_paused():
+            data = dump_metadata(complete(self.metadata, self._indices, names, extents))
+        self._written = _Written(prefix, list(files), list(extents), data)
+        return data
+
+
+class _Written(NamedTuple):
+    """The content of `.metadata`, and what it was made of."""
+
+    prefix: str
+    files: list[str]
+    extents: list[np.ndarray[Any, Any]]
+    data: bytes
 
 
 def global_plan(payloads: Sequence[bytes], planner: SavePlanner | None = None) -> GlobalPlan:
@@ -174,15 +195,17 @@ def global_plan(payloads: Sequence[bytes], planner: SavePlanner | None = None) -
     from asyncckpt._sharding.plan_codec import PlanDecoder  # noqa: PLC0415 - see __init__
 
     decoder = PlanDecoder()
-    plans = [decoder.decode(payload) for payload in payloads]
-    check_plans(plans)
     planner = _default_planner() if planner is None else planner
-    asked = [[item.index for item in plan.items] for plan in plans]  # torch 2.7 takes items out of the plans
-    try:
-        decided, metadata = planner.create_global_plan(plans)
-    except (ValueError, AssertionError) as error:
-        raise SaveError(f"the states of the ranks do not fit together: {error}") from error
-    return GlobalPlan(asked, decided, metadata)
+    with collections_paused():
+        plans = [decoder.decode(payload) for payload in payloads]
+        check_plans(plans)
+        # Torch 2.7 takes items out of the plans.
+        asked = [[item.index for item in plan.items] for plan in plans]
+        try:
+            decided, metadata = planner.create_global_plan(plans)
+        except (ValueError, AssertionError) as error:
+            raise SaveError(f"the states of the ranks do not fit together: {error}") from error
+        return GlobalPlan(asked, decided, metadata)
 
 
 def _default_planner() -> Any:
