@@ -68,7 +68,10 @@ def test_listing_shows_folders_beside_files(directory: Path) -> None:
         "stock/", "step-00000001/", "step-00000002/", "step-00000003.pt",
     ]  # fmt: skip
     assert "ranks" in shown.splitlines()[0]
-    assert "\n1 folder of torch.distributed.checkpoint: dcp.load and asyncckpt.load read them\n" in shown
+    assert (
+        "\n1 folder of torch.distributed.checkpoint: asyncckpt.load reads them; after `asyncckpt adopt`"
+        in shown
+    )
 
 
 def output_writer() -> str:

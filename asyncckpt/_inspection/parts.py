@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from asyncckpt._inspection.tensor_values import ValueDifference, compare_values
-from asyncckpt.stores.base import OpenFile, StoredFile
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -37,24 +36,6 @@ class Part(NamedTuple):
         first = tensor.offset + sum((begin - offset) * stride for begin, offset, stride in steps)
         sizes = tuple(end - begin for begin, end in zip(begins, ends, strict=True))
         return tensor._replace(offset=first, shape=sizes)
-
-
-class MappedItem(OpenFile):
-    """A file within a larger one that is mapped.
-
-    Attributes:
-        path: for messages.
-        data: its bytes.
-    """
-
-    def __init__(self, path: str, data: memoryview) -> None:
-        self.path = path
-        self.file = StoredFile("", len(data), "")
-        self.data = data
-
-    async def read(self, offset: int, into: memoryview) -> None:
-        """Fill `into` with the bytes from `offset` on."""
-        into[:] = self.data[offset : offset + len(into)]
 
 
 def compare_parts(a: Sequence[Part], b: Sequence[Part]) -> ValueDifference | None:

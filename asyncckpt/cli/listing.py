@@ -42,6 +42,8 @@ Best = Annotated[
     ),
 ]
 
+# What to do with folders of stock DCP.
+_ADVICE = "asyncckpt.load reads them; after `asyncckpt adopt` a Checkpointer continues with them"
 # More metrics than this are named below the table.
 _METRIC_COLUMNS = 4
 
@@ -241,8 +243,7 @@ def _print_captions(rows: Sequence[_Row], ranking: Ranking) -> None:
     total = output.size(sum(row.checkpoint.nbytes for row in rows))
     output.line(f"{output.counted(len(rows), 'checkpoint')}, {total}{among}", "dim")
     if foreign := sum(row.writer == DCP for row in rows):
-        text = f"{output.counted(foreign, 'folder')} of {DCP}: dcp.load and asyncckpt.load read them"
-        output.line(text, "dim")
+        output.line(f"{output.counted(foreign, 'folder')} of {DCP}: {_ADVICE}", "dim")
     metrics = _metrics(rows)
     if ranking is not None:
         metric, mode = ranking

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from asyncckpt._inspection.contents import decoded_tensor, read_records
 from asyncckpt._inspection.inert import dtype_name
 from asyncckpt._inspection.isolation import look_at
-from asyncckpt._inspection.parts import MappedItem, Part
+from asyncckpt._inspection.memory_file import MemoryFile
+from asyncckpt._inspection.parts import Part
 from asyncckpt._inspection.tensor_values import Side, map_file, open_side
 from asyncckpt._loading.folder_index import TensorEntry, places_of
 from asyncckpt._loading.folder_structure import check_files
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
     from asyncckpt._inspection.inert import Tensor
     from asyncckpt._loading.folder import Folder
-    from asyncckpt._loading.item_reader import Place
+    from asyncckpt._loading.item_run import Place
     from asyncckpt.stores.base import Store
 
     Progress = Callable[[int], None]
@@ -143,7 +144,7 @@ async def _sides_of(folder: Folder, progress: Progress) -> dict[Place, Side]:
             await folder.refuse_replaced()
             raise
         for place in places:
-            item = MappedItem(f"{file.path}, item {place.entry}", data[place.offset : place.end])
+            item = MemoryFile(f"{file.path}, item {place.entry}", data[place.offset : place.end])
             sides[place] = Side(await read_records(item), item.data)
     await folder.refuse_replaced()
     return sides
