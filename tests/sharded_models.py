@@ -96,6 +96,6 @@ from asyncckpt._loading.agreement import Ranks
 
 def finder(path, filename="step-{step:08d}.pt"):
     found = Finder(path, None, filename, None, None)
-    found._ranks = Ranks(agree, rank, ranks)
+    found._ranks_of = lambda state: Ranks(agree, rank, ranks)
     return found
 """
