@@ -131,7 +131,9 @@ async def _row(store: Store, file: StoredFile) -> _Row | None:
     except FileNotFoundError:
         return None
     except (CorruptCheckpointError, StoreError) as error:
-        return _unread(store, file, error) if await looks_like_checkpoint(store, file) else None
+        if not await looks_like_checkpoint(store, file):
+            return None
+        return _unread(store, file, output.message(error))
     checkpoint = replace(summary.checkpoint, created=summary.checkpoint.created or file.modified)
     return _Row(file.name, checkpoint, writer=summary.writer, epoch=summary.epoch)
 
@@ -151,16 +153,17 @@ async def _folder_row(store: Store, folder: StoredFile) -> _Row | None:
             return _Row(folder.name, checkpoint, is_folder=True, writer=DCP)
     except FileNotFoundError:
         return None
-    except (CorruptCheckpointError, StoreError) as error:
-        return replace(_unread(store, folder, error), is_folder=True)
+    except CorruptCheckpointError as error:
+        return _unread(store, folder, f"{path}: {error}", is_folder=True)
+    except StoreError as error:
+        return _unread(store, folder, output.message(error), is_folder=True)
     checkpoint = checkpoint_of(path, description, description.nbytes or 0)
     return _Row(folder.name, checkpoint, is_folder=True, writer="asyncckpt", ranks=description.ranks)
 
 
-def _unread(store: Store, file: StoredFile, error: Exception) -> _Row:
-    path, text = store.path_of(file.name), output.message(error)
-    unread = Checkpoint(None, path, {}, file.nbytes, file.modified)
-    return _Row(file.name, unread, error=text if path in text else f"{path}: {text}")
+def _unread(store: Store, file: StoredFile, error: str, *, is_folder: bool = False) -> _Row:
+    unread = Checkpoint(None, store.path_of(file.name), {}, file.nbytes, file.modified)
+    return _Row(file.name, unread, is_folder=is_folder, error=error)
 
 
 def _order(row: _Row) -> tuple[bool, int, float, str]:

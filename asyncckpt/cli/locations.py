@@ -99,7 +99,7 @@ def checkpoint_at(path: str, options: Sequence[str] | None) -> Found:
             return Found(store, replace(mark, name=name), is_folder=True)
         if has_data_files(call(store.folder(name).list)):
             raise CheckpointNotFoundError(f"{path} is {INCOMPLETE}")
-    raise CheckpointNotFoundError(f"there is no checkpoint {path}")
+    raise CheckpointNotFoundError(f"there is no file or sharded checkpoint {path}")
 
 
 def file_at(path: str, options: Sequence[str] | None) -> tuple[Store, StoredFile]:
