@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
     from typer.testing import Result
 
+    from object_servers import MotoServer
+
 STATE = {"model": {"weight": torch.arange(10_000.0), "bias": torch.ones(3)}, "step": 7}
 SERIES = "step-{step:08d}.pt"
 
@@ -116,6 +118,7 @@ def test_recursive_listing_takes_a_folder_as_one_checkpoint(directory: Path) -> 
     torch.save({}, directory / "stock" / "meta.pt")  # as Lightning does
     draft = directory / ".step-00000009.00000000.0000000000000000.asyncckpt-tmp"
     shutil.copytree(directory / "stock", draft)
+    shutil.copytree(draft, directory.parent / "begun" / draft.name)
     rows = document("ls", directory.parent, "-r")
     assert sorted(row["name"] for row in rows) == [
         "step-00000001", "step-00000002", "step-00000003.pt", "stock",
@@ -251,6 +254,25 @@ def test_target_of_a_link_to_a_folder_stays(directory: Path) -> None:
         ("step-00000001", ["target of best"]),
         ("step-00000003.pt", ["last:1"]),
     ]
+
+
+def test_folders_of_an_object_store(moto: MotoServer, tmp_path: Path) -> None:
+    options = {"key": "k", "secret": "s", "endpoint_url": moto.url}
+    given = [argument for key, value in options.items() for argument in ("--option", f"{key}={value}")]
+    url = "s3://bucket/cli-folders"
+    for place, own in ((url, options), (str(tmp_path), None)):
+        with Checkpointer(place, sharded=True, storage_options=own) as checkpointer:
+            for step in (1, 2, 2):  # the second one is replaced
+                checkpointer.save(step, {**STATE, "step": step})
+    fs = fsspec.filesystem("s3", **options)
+    fs.put(str(save_by_stock(tmp_path / "stock", STATE)), f"{url}/step-00000003", recursive=True)
+    assert [row["status"] for row in document("verify", url, *given)] == ["good"] * 3
+    assert run("diff", f"{url}/step-00000002", tmp_path / "step-00000002", *given).exit_code == 0
+    assert document("inspect", f"{url}/step-00000002", *given)["ranks"] == 1
+    assert run("adopt", url, "--filename", SERIES, *given).exit_code == 0
+    assert [row["step"] for row in document("ls", url, *given)] == [1, 2, 3]
+    assert run("prune", url, "--keep", "last:1", *given).exit_code == 0
+    assert sorted(path.rpartition("/")[2] for path in fs.find(url)) == [MARK, DATA]
 
 
 @pytest.fixture
