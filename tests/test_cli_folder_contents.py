@@ -23,7 +23,7 @@ from folders import DATA, MARK, change_metadata, save_by_stock, save_described
 from process_groups import on_ranks
 from programs import Interpreter
 from sharded_models import MODELS
-from support import flip
+from support import flip, run_python
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -215,6 +215,28 @@ def test_damaged_items_are_errors_that_name_them(tmp_path: Path) -> None:
         result = run(*command, path)
         assert result.exit_code == 2
         assert str(path) in result.stderr
+
+
+def test_folder_of_more_files_than_a_process_opens_by_default(tmp_path: Path) -> None:
+    script = """
+        import resource, sys, warnings
+        warnings.simplefilter("ignore")
+        import torch
+        import torch.distributed.checkpoint as dcp
+        from asyncckpt.cli.app import app
+        from typer.testing import CliRunner
+
+        state = {f"w{n}": torch.full((3,), float(n)) for n in range(80)}
+        for name in ("a", "b"):  # a file for each item
+            writer = dcp.FileSystemWriter(f"{sys.argv[1]}/{name}", single_file_per_rank=False)
+            dcp.save(state, storage_writer=writer, no_dist=True)
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (100, most))
+        result = CliRunner().invoke(app, ["diff", f"{sys.argv[1]}/a", f"{sys.argv[1]}/b"])
+        assert result.stdout.startswith("the same\\n80 tensors equal"), result.output
+    """
+    status, _, errors = run_python(script, str(tmp_path))
+    assert status == 0, errors
 
 
 def hostile_mark() -> bytes:

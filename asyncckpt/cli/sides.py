@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import resource
 from abc import ABC, abstractmethod
 from collections import defaultdict
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from asyncckpt._inspection.contents import decoded_tensor, read_records
@@ -131,6 +133,7 @@ async def open_compared(store: Store, name: str, progress: Progress, *, is_folde
 
 async def _sides_of(folder: Folder, progress: Progress) -> dict[Place, Side]:
     """Map the files of a folder, and return each item in them."""
+    _raise_file_limit()
     await check_files(folder)
     sides: dict[Place, Side] = {}
     by_file: defaultdict[str, list[Place]] = defaultdict(list)
@@ -148,6 +151,13 @@ async def _sides_of(folder: Folder, progress: Progress) -> dict[Place, Side]:
             sides[place] = Side(await read_records(item), item.data)
     await folder.refuse_replaced()
     return sides
+
+
+def _raise_file_limit() -> None:
+    """Allow as many open files as the system does: each file of each rank stays open while it is mapped."""
+    with suppress(OSError, ValueError):  # not every system has a limit that is a number
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _tensors_in(sides: Mapping[Place, Side]) -> dict[Place, tuple[Tensor, Side]]:
