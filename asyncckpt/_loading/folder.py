@@ -40,6 +40,7 @@ class Folder:
         path: its path or URL.
         store: its files.
         version: of its mark: the folder is still the same as long as that is.
+        description: of itself; None if stock DCP wrote it.
         checkpoint: what its description says; without a description, what is known of it.
         index: its entries.
     """
@@ -47,6 +48,7 @@ class Folder:
     path: str
     store: Store
     version: str
+    description: Description | None
     checkpoint: Checkpoint
     index: Index
 
@@ -73,17 +75,18 @@ class Folder:
         try:
             result = await reading
         except (CorruptCheckpointError, FileNotFoundError) as error:
-            await self._refuse_replaced()
+            await self.refuse_replaced()
             if isinstance(error, CorruptCheckpointError):
                 raise named(error, self.path) from error
             lost = error.filename or error
             raise CorruptCheckpointError(
                 f"{self.path}: its file {lost} is missing; use another checkpoint"
             ) from error
-        await self._refuse_replaced()
+        await self.refuse_replaced()
         return result
 
-    async def _refuse_replaced(self) -> None:
+    async def refuse_replaced(self) -> None:
+        """Raise CheckpointNotFoundError if another folder has taken the name, or none has it any more."""
         try:
             version = (await self.store.stat(FOLDER_MARK)).version
         except FileNotFoundError as error:
@@ -132,7 +135,7 @@ def _opened(where: str, files: Store, version: str, description: Description | N
         checkpoint = Checkpoint(None, where, {}, nbytes)
     else:
         checkpoint = checkpoint_of(where, description, description.nbytes or 0)  # as it is listed
-    return Folder(where, files, version, checkpoint, index)
+    return Folder(where, files, version, description, checkpoint, index)
 
 
 async def with_folder(read: Callable[[Folder], Awaitable[R]], store: Store, name: str) -> R:
