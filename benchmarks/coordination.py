@@ -3,12 +3,12 @@
     python benchmarks/coordination.py --ranks 4 64 --json coordination.json
 
 A process hosts a real TCPStore, two others make the requests of all ranks but rank 0, phase by phase, as fast
-as they can, and the main process is rank 0. In the columns, for the part of a save on the training thread (the
+as they can, and the main process is rank 0. Columns, for the part of a save on the training thread (the
 exchange; for the first save also the plan, of 300 tensors that FSDP2 shards) and in the background:
 
-- rank 0, another rank: requests, bytes of keys and values in both directions, and the time of rank 0;
+- rank 0, another rank: requests, bytes of keys and values in both directions, time of rank 0;
 - store: processor time of the process that hosts the store, which answers one request after the other. This
-  is what limits it at 16,384 ranks: no exchange is faster. Beyond that it takes a tree, a store for each host;
+  is what limits it at 16,384 ranks: no exchange is faster. Beyond that it takes a tree, a store a host;
 - all: from the first request to the last; here the simulated ranks share the cores with the store;
 - stock DCP: bytes and time of rank 0 for its planning, which it repeats for each save by default: to unpickle
   the plans, `create_global_plan`, to pickle the results. Beyond 1,024 ranks it is scaled up from 1,024.
