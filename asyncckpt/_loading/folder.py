@@ -104,6 +104,7 @@ async def open_folder(store: Store, name: str) -> Folder:
 
     Raises:
         CheckpointNotFoundError: there is no such folder.
+        FolderReplacedError: it was replaced meanwhile.
         CorruptCheckpointError: its metadata is damaged.
         StoreError: it could not be read.
     """
@@ -119,7 +120,11 @@ async def open_folder(store: Store, name: str) -> Folder:
     except CorruptCheckpointError as error:
         raise named(error, where) from error
     except FileNotFoundError as error:
-        raise CheckpointNotFoundError(f"there is no checkpoint {where}") from error
+        try:
+            await files.stat(FOLDER_MARK)
+        except FileNotFoundError:
+            raise CheckpointNotFoundError(f"there is no checkpoint {where}") from error
+        raise FolderReplacedError(f"{where} was replaced while it was read; read it again") from error
 
 
 def _checked(size: int) -> int:
