@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 import socket
 import time
-from collections import Counter
+import zlib
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
 
 import anyio
 import torch
 
+from asyncckpt._ranks.requests import Requests
 from asyncckpt._saving.targets import Target
 from asyncckpt._stateful import CONTAINERS, is_stateful
 from asyncckpt._threads import in_thread
@@ -30,9 +30,6 @@ if TYPE_CHECKING:
     from asyncckpt._saving.staging import Snapshot
     from asyncckpt._saving.targets import FileTarget
     from asyncckpt.types import SaveStats
-
-# How many of each series have been made, by store: a group that is formed again starts from 0.
-_made: WeakKeyDictionary[Any, Counter[str]] = WeakKeyDictionary()
 
 # So many results stay in the store of the group, for ranks that are behind.
 _KEPT = 64
@@ -54,12 +51,8 @@ class OneWriter:
     """
 
     def __init__(self, group: ProcessGroup, series: str, timeout: float) -> None:
-        made = _made.setdefault(group.store, Counter())
         self._rank = group.rank
-        # While a collective waits for a key of the shared one, another rank may wait for a result.
-        self._store = group.connect()
-        self._prefix = f"asyncckpt/files/{series}/{made[series]}"
-        made[series] += 1
+        self._requests = Requests(group, f"files/{series}")
         self._timeout = timeout
         self._number = 0  # of the next save
         self._decided: int | None = None
@@ -70,8 +63,7 @@ class OneWriter:
     def writer(self) -> int:
         """Return the rank that writes; the first one to ask does."""
         if self._decided is None:
-            key = f"{self._prefix}/writer"
-            self._decided = int(self._store.compare_set(key, "", str(self._rank)))
+            self._decided = int(self._requests.swap("writer", None, str(self._rank).encode()))
         return self._decided
 
     def save(  # noqa: PLR0913, PLR0917 - one save, and how it is started
@@ -111,11 +103,11 @@ class OneWriter:
         if self._entries is None:
             self._entries = dict(_entries(state, "state", set()))
             if self.writer() == self._rank:
-                self._store.set(f"{self._prefix}/entries", json.dumps(self._entries))
+                self._put("entries", self._entries)
         return number
 
     def _tell_failure(self, number: int, step: int, error: BaseException) -> None:
-        self._put(number, {"step": step, "error": f"{type(error).__name__}: {error}"})
+        self._put_result(number, {"step": step, "error": f"{type(error).__name__}: {error}"})
 
     def _tell_result(self, number: int, save: Save) -> None:
         error = Future.exception(save.committed)  # which does not count as retrieved by the user
@@ -124,14 +116,17 @@ class OneWriter:
             result["checkpoint"] = asdict(Future.result(save.committed))
         else:
             result["error"] = str(error)
-        self._put(number, result)
+        self._put_result(number, result)
 
-    def _put(self, number: int, result: dict[str, Any]) -> None:
-        text = json.dumps({**result, "host": socket.gethostname()})
-        with suppress(RuntimeError):  # the process that hosts the store may have ended
-            self._store.set(f"{self._prefix}/{number}", text)
-            if number >= _KEPT:
-                self._store.delete_key(f"{self._prefix}/{number - _KEPT}")
+    def _put_result(self, number: int, result: dict[str, Any]) -> None:
+        self._put(str(number), {**result, "host": socket.gethostname()})
+        if number >= _KEPT:
+            with suppress(RankError):
+                self._requests.delete(str(number - _KEPT))
+
+    def _put(self, key: str, value: dict[str, Any]) -> None:
+        with suppress(RankError):  # the file is written, whether the others learn of it or not
+            self._requests.append(key, zlib.compress(json.dumps(value).encode()))
 
     def result(self, number: int, step: int) -> dict[str, Any]:
         """Wait for what the writer tells of a save; called on a worker thread.
@@ -141,7 +136,7 @@ class OneWriter:
         """
         writer = self.writer()
         self._refuse_lost_entries(writer)
-        result: dict[str, Any] = json.loads(self._get(f"{self._prefix}/{number}", writer, step))
+        result = self._get(str(number), writer, step)
         if result["step"] != step:
             raise RankError(
                 f"rank {self._rank} saved step {step} where rank {writer}, which writes the files,"
@@ -151,10 +146,10 @@ class OneWriter:
 
     def has_result(self, number: int) -> bool:
         """Return whether the writer has told what became of a save."""
-        return bool(self._store.check([f"{self._prefix}/{number}"]))
+        return self._requests.peek(str(number)) is not None
 
     def _refuse_lost_entries(self, writer: int) -> None:
-        theirs = json.loads(self._get(f"{self._prefix}/entries", writer, None))
+        theirs = self._get("entries", writer, None)
         ours = self._entries or {}
         lost = [path for path, kind in ours.items() if theirs.get(path) != kind]
         if lost:
@@ -166,9 +161,9 @@ class OneWriter:
                 " filename of its own"
             )
 
-    def _get(self, key: str, writer: int, step: int | None) -> bytes:
-        store, began, pause = self._store, time.monotonic(), _SHORTEST_PAUSE
-        while not store.check([key]):
+    def _get(self, key: str, writer: int, step: int | None) -> dict[str, Any]:
+        began, pause = time.monotonic(), _SHORTEST_PAUSE
+        while (value := self._requests.peek(key)) is None:
             if time.monotonic() - began > self._timeout:
                 what = "a first save" if step is None else f"its save of step {step}"
                 raise RankError(
@@ -177,8 +172,8 @@ class OneWriter:
                 )
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE)
-        data: bytes = store.get(key)
-        return data
+        found: dict[str, Any] = json.loads(zlib.decompress(value))
+        return found
 
 
 class FollowedTarget(Target):
