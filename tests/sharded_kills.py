@@ -27,7 +27,7 @@ def train(directory: str, seed: int, timeout: float) -> None:
     own, tensors = torch.full((30,), float(rank)), [torch.zeros(20) for _ in range(6)]
     state: dict[str, Any] = {"tensors": tensors, "step": 0}
     with Checkpointer(
-        directory, keep=LastN(2), sharded=True, rank_timeout=timeout, on_error=lambda *_: None
+        directory, keep=LastN(2), sharded=True, rank_timeout=_PATIENCE, on_error=lambda *_: None
     ) as ckpt:
         found = ckpt.restore(state, missing_ok=True, rank_state={"own": own})
         last: Any = 0 if found is None else found.step
@@ -35,6 +35,7 @@ def train(directory: str, seed: int, timeout: float) -> None:
         assert set(own.tolist()) == {last + rank}, (last, own)
         for checkpoint in ckpt.checkpoints():
             ckpt.verify(checkpoint.step or 0)
+        ckpt._ranked.coordination().timeout = timeout  # from here on all are equally busy
         sys.stdout.write(f"{last}\n")
         sys.stdout.flush()
         while True:

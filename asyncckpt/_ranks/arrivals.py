@@ -127,12 +127,11 @@ class Arrivals:
 
         self._change(failed, {Stage.ROLL_CALL})
 
-    def fail(self, same: str, text: str) -> bool:
-        """Fail the exchange, unless it is done; return whether it has failed."""
-        state = self._change(
+    def fail(self, same: str, text: str) -> State:
+        """Fail the exchange, unless it is done; return the state that is reached."""
+        return self._change(
             lambda state: State(Stage.FAILED, state.same or same, text), {Stage.OPEN, Stage.ROLL_CALL}
         )
-        return state.stage is Stage.FAILED
 
     def delete(self, state: State) -> None:
         """Delete all keys of an exchange that has ended with `state`."""

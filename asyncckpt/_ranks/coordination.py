@@ -19,6 +19,7 @@ from asyncckpt.errors import BusyError, RankError
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
+    from collections.abc import Set as AbstractSet
 
     from asyncckpt._ranks.group import ProcessGroup
 
@@ -59,6 +60,7 @@ class Coordination:
         self._noting = Lock()  # a call that was broken off may end beside the next one
         self.number = 0  # of the next exchange of this rank
         self.rounds: set[int] = set()  # exchanges whose rounds delete their keys themselves
+        self.broken_off: set[int] = set()  # those whose rounds this rank has failed and left
         self._passed: list[tuple[int, State]] = []  # exchanges that other ranks may still look at
         self._spent: list[tuple[int, State]] = []  # exchanges that no rank will look at again
 
@@ -124,6 +126,11 @@ class Coordination:
         with suppress(RankError):
             call(work, lambda: None, self.requests, self.timeout)
 
+    def flags(self, number: int) -> AbstractSet[str] | None:
+        """Return the flags of the last exchange, if that is its number and it is done; None otherwise."""
+        passed, state = self._passed[-1] if self._passed else (-1, State(Stage.OPEN, ""))
+        return state.flags.keys() if passed == number and state.stage is Stage.DONE else None
+
     def close(self) -> None:
         """Delete what is left in the store once all ranks have called this; waits for nobody."""
 
@@ -179,10 +186,12 @@ class Coordination:
     def _break_off(self, number: int, same: str, why: str) -> None:
         """Fail an exchange that this rank has given up; its round, if it is done."""
         text = f"rank {self.rank} {why}"
-        if Arrivals(self.requests, number, self.size).fail(same, text):
-            self._note(number, State(Stage.FAILED, same))
+        state = Arrivals(self.requests, number, self.size).fail(same, text)
+        self._note(number, state)
+        if state.stage is Stage.FAILED:
             return
         self.rounds.add(number)
+        self.broken_off.add(number)
         decision = Decision(self.requests, number, self.size)
         decision.fail(text, Phase.DECIDED)
         if decision.leave() is not None:
@@ -196,7 +205,8 @@ class Coordination:
     def _note(self, number: int, state: State) -> None:
         """Note how an exchange has ended; if it is done, all ranks have come past those before it."""
         with self._noting:
-            self._passed.append((number, state))
+            if (number, state) not in self._passed:
+                self._passed.append((number, state))
             if state.stage is Stage.DONE:
                 self._spent += [passed for passed in self._passed if passed[0] < number]
                 self._passed = [passed for passed in self._passed if passed[0] >= number]
@@ -205,7 +215,9 @@ class Coordination:
         """Delete the keys that no rank needs, while others are yet to come."""
         if self.leads:
             self._delete(self._spent)
-        self.rounds.difference_update(number for number, _ in self._spent)
+        spent = {number for number, _ in self._spent}
+        self.rounds -= spent
+        self.broken_off -= spent
         self._spent.clear()
 
     def _delete(self, exchanges: list[tuple[int, State]]) -> None:

@@ -40,6 +40,7 @@ class Round:
         cancelled: looked at during waits; if true, the save is failed.
 
     Attributes:
+        number: of the exchange.
         error: why the save has failed, once this rank knows.
     """
 
@@ -47,6 +48,7 @@ class Round:
         self, coordination: Coordination, number: int, cancelled: Callable[[], bool] = lambda: False
     ) -> None:
         coordination.rounds.add(number)
+        self.number = number
         self._ranks = coordination
         self._requests = coordination.requests
         self._decision = Decision(coordination.requests, number, coordination.size)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from asyncckpt._ranks.round import Round
 from asyncckpt._saving.engine import get_engine
@@ -16,7 +16,7 @@ from asyncckpt.errors import RankError
 from asyncckpt.types import SaveStats
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Callable, Collection
 
     from torch.distributed.checkpoint.planner import SavePlanner
 
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from asyncckpt._saving.saver import Saver
     from asyncckpt._saving.sharded_save import ShardedSave
     from asyncckpt._saving.staging import Frozen
+
+T = TypeVar("T")
 
 _CHANGED, _BUSY, _FAILED = "changed", "busy", "failed"
 
@@ -52,19 +54,19 @@ class ShardedSaves:
             SaveError: this rank cannot save, or an earlier save failed and its error was not raised yet.
         """
         self._refuse_to_wait("save()")
-        stats, same = SaveStats(), f"save({wanted.step}) as {wanted.name}"
+        same = f"save({wanted.step}) as {wanted.name}"
+        return self._all_or_none(same, lambda rounds: self._save(wanted, same, rounds))
+
+    def _save(self, wanted: ShardedSave, same: str, rounds: list[Round]) -> Save:
+        stats = SaveStats()
         part, exchange = self._begin(wanted, same, stats)
         if _FAILED in exchange.flags:
             self._raise_failures(exchange.flags[_FAILED])
         if _BUSY in exchange.flags:
             save = Save(wanted.step, wanted.store.path_of(wanted.name))
             return skipped(save, f"ranks {exchange.flags[_BUSY]} are still writing earlier saves")
-        made = Round(self._coordination, exchange.number, _is_given_up)
-        try:
-            save = self._start(wanted, self._planned(part, exchange, made, same, stats), made)
-        except BaseException as error:
-            made.fail(f"{type(error).__name__}: {error}")
-            raise
+        rounds.append(made := Round(self._coordination, exchange.number, _is_given_up))
+        save = self._start(wanted, self._planned(part, exchange, made, same, stats), made)
         save.stats.freeze += stats.freeze
         save.stats.agreement = stats.agreement
         return save
@@ -77,15 +79,56 @@ class ShardedSaves:
             SaveError: this rank cannot save.
         """
         self._refuse_to_wait("reserve()")
+        return self._all_or_none("reserve()", lambda rounds: self._reserve(wanted, rounds))
+
+    def _reserve(self, wanted: ShardedSave, rounds: list[Round]) -> int:
         stats, same = SaveStats(), "reserve()"
         part, exchange = self._begin(wanted, same, stats)
-        made = Round(self._coordination, exchange.number, _is_given_up)
-        try:
-            part = self._planned(part, exchange, made, same, stats)
-        finally:
-            made.fail("nothing is saved by reserve()")
+        rounds.append(made := Round(self._coordination, exchange.number, _is_given_up))
+        part = self._planned(part, exchange, made, same, stats)
+        made.fail("nothing is saved by reserve()")
         frozen, _ = part.frozen
         return self._saver.reserve_frozen(frozen, self._stager)
+
+    def _all_or_none(self, same: str, work: Callable[[list[Round]], T]) -> T:
+        """Call `work`; if it raises, the other ranks do not wait for this one.
+
+        Args:
+            same: the call.
+            work: is given a list for the round that it makes.
+        """
+        number, rounds = self._coordination.number, list[Round]()
+        try:
+            return work(rounds)
+        except BaseException as error:
+            why = f"{type(error).__name__}: {error}"
+            if rounds:
+                rounds[0].fail(why)
+            if not isinstance(error, Exception):  # of others the ranks are told in the exchanges
+                self._give_up(number, same, why, rounds)
+            raise
+
+    def _give_up(self, number: int, same: str, why: str, rounds: list[Round]) -> None:
+        """Tell the ranks of an interrupted call, wherever they wait.
+
+        Args:
+            number: of the first exchange that the call could take part in.
+            same: the call.
+            why: the reason.
+            rounds: the round that the call has made, if it has.
+        """
+        ranks = self._coordination
+        if ranks.number == number:
+            ranks.refuse(number, same, why)
+            return
+        last = rounds[0].number if rounds else ranks.number - 1
+        flags = ranks.flags(last)
+        if flags is None or not flags.isdisjoint((_FAILED, _BUSY)):
+            return  # nothing was begun
+        if not rounds and last not in ranks.broken_off:
+            Round(ranks, last).fail(why)
+        if _CHANGED in flags:
+            ranks.refuse(last + 1, f"the plan of {same}", why)
 
     def _begin(self, wanted: ShardedSave, same: str, stats: SaveStats) -> tuple[_Part, Exchange]:
         """Collect this rank's state and tell the others of it, also of an error; return what they said."""

@@ -1,0 +1,36 @@
+"""Ctrl-C on one rank while all save: all ranks have the checkpoint or none has, and none waits in vain."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from process_groups import MODULES, on_ranks
+from programs import Interpreter
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+
+@pytest.fixture(scope="module")
+def interpreter() -> Iterator[Interpreter]:
+    with Interpreter(*MODULES) as interpreter:
+        yield interpreter
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize(("plans", "points"), [(False, 300), (True, 700)])
+def test_an_interrupted_save_leaves_the_ranks_in_step(  # noqa: PLR0913, PLR0917 - fixtures
+    interpreter: Interpreter, tmp_path: Path, victim: int, points: int, stride: int, *, plans: bool
+) -> None:
+    body = f"""
+import gc
+from sharded_interrupts import Interrupted
+gc.freeze()
+told.append(Interrupted(directory, {victim}, plans={plans}).everywhere({stride}))
+"""
+    one, other = on_ranks(interpreter, tmp_path, body, store="tcp")
+    assert one == other
+    assert one[0] > points
