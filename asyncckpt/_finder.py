@@ -6,7 +6,6 @@ import errno
 import os
 from contextlib import suppress
 from functools import partial
-from hashlib import blake2b
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, Union
 
 from asyncckpt._loading.agreement import ALONE, Ranks
@@ -205,21 +204,27 @@ class Finder:
             store, name = locate(os.fspath(which), self._store)  # type: ignore[arg-type] # it is a path
             return first_whole(load, store, name)
         for _ in range(ATTEMPTS):
-            found = ranks.find(lambda: self._look().find(wanted), _names_of)
-            loaded = self._load_first(found, load, fallback=fallback, latest=wanted == "latest")
+            found = ranks.find(lambda: self._look().find(wanted), lambda found: _name_of(found[0]))
+            loaded = self._load_first(found, load, ranks, fallback=fallback, latest=wanted == "latest")
             if loaded is not None:
                 return loaded
         msg = f"checkpoints of {self.directory} were replaced or removed in each of {ATTEMPTS} attempts"
         raise StoreError(errno.EAGAIN, msg, self.directory)
 
     def _load_first(
-        self, found: Sequence[Entry], load: Callable[[Store, str], F], *, fallback: bool, latest: bool
+        self,
+        found: Sequence[Entry],
+        load: Callable[[Store, str], F],
+        ranks: Ranks,
+        *,
+        fallback: bool,
+        latest: bool,
     ) -> F | None:
         """Load the first whole checkpoint; return None if the directory has to be listed again."""
         errors: list[CorruptCheckpointError | StoreError] = []
-        for entry in found:
-            if errors and not fallback:
-                break
+        for entry in found if fallback else found[:1]:
+            if errors:  # another rank may have listed others
+                ranks.agree(f"restore {_name_of(entry)} instead of a damaged one", (), None)
             if entry.error is not None:
                 errors.append(entry.error)
                 continue
@@ -240,11 +245,10 @@ class Finder:
             while errors:  # their tracebacks hold this frame, which holds the state
                 errors.pop().__traceback__ = None
             return loaded
+        if fallback:
+            ranks.agree("restore nothing: all checkpoints are damaged", (), None)
         left = [entry.file.name for entry in found[len(errors) :] if entry.error is None]
-        if not isinstance(errors[0], CorruptCheckpointError):
-            raise errors[0]
-        hint = f"; fallback=True takes the next whole one, maybe {left[0]}" if left else ""
-        raise CorruptCheckpointError(f"{errors[0]}{hint}") from errors[0]
+        raise _with_hint(errors[0], left) from errors[0].__cause__
 
     def _wanted(self, which: Which) -> Wanted | None:
         """Return the wanted checkpoints of the series; None for a path."""
@@ -274,11 +278,15 @@ class Finder:
         return metric, mode
 
 
-def _names_of(found: Sequence[Entry]) -> str:
-    """Return which checkpoints these are, as a text of limited length."""
-    texts = [f"{e.file.name} ({e.checkpoint.sequence if e.checkpoint else 'damaged'})" for e in found]
-    rest = blake2b("\0".join(texts).encode(), digest_size=8).hexdigest() if len(texts) > 1 else ""
-    return f"{texts[0]} or, if it is damaged, another one ({rest})" if rest else texts[0]
+def _with_hint(error: CorruptCheckpointError | StoreError, left: Sequence[str]) -> Exception:
+    """Return the error for a damaged checkpoint, with the name of another one if any is left."""
+    if not left or not isinstance(error, CorruptCheckpointError):
+        return error
+    return CorruptCheckpointError(f"{error}; fallback=True takes the next whole one, maybe {left[0]}")
+
+
+def _name_of(entry: Entry) -> str:
+    return f"{entry.file.name} ({entry.checkpoint.sequence if entry.checkpoint else 'damaged'})"
 
 
 async def _series(catalog: Catalog, directory: str, names: NameTemplate) -> Series:
@@ -289,7 +297,7 @@ def locate(
     path: str | os.PathLike[str], home: Store, options: Mapping[str, Any] | None = None
 ) -> tuple[Store, str]:
     """Return store and file name of a path; bare names and paths in the directory of `home` are in `home`."""
-    given = os.fspath(path)
+    given = os.fspath(path).rstrip("/")  # as completion by a shell puts them behind folders
     directory, _, name = given.rpartition("/")
     if "/" not in given or given == home.path_of(name):
         return home, name

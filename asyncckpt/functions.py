@@ -82,7 +82,7 @@ def load(
         UnloadableStateError: its objects cannot be built here, for example because a class is missing.
     """
     wait_for_pending()
-    store, name = locate(_checked(path), open_store("."), storage_options)
+    store, name = locate(_checked(path, ignored="/"), open_store("."), storage_options)
     image = get_engine().call(read_checkpoint, store, name)
     return load_checkpoint(image, map_location, weights_only=weights_only).state
 
@@ -98,13 +98,15 @@ def wait(timeout: float | None = None) -> None:
     _saver.raise_failures()
 
 
-def _checked(path: Any) -> str:
+def _checked(path: Any, ignored: str = "") -> str:
+    """Return a path as text, without the characters at its end that are ignored."""
     try:
         text = os.fspath(path)
     except TypeError:
         raise TypeError(
             f"path must be a str or path-like, not {type(path).__name__}; the arguments are save(state, path)"
         ) from None
-    if not isinstance(text, str) or not text or text.endswith("/"):
+    named = text.rstrip(ignored) if isinstance(text, str) else ""
+    if not named or named.endswith("/"):
         raise ValueError(f"{text!r} does not name a file")
-    return text
+    return named

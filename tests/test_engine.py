@@ -227,9 +227,13 @@ def test_a_path_without_a_directory_is_one_of_the_working_directory(
     assert torch.load(tmp_path / "model.pt")["w"].tolist() == [3] * 5
 
 
-@pytest.mark.parametrize("path", ["", "directory/"])
+@pytest.mark.parametrize("path", ["", "/"])
 def test_a_path_that_names_no_file_is_refused(path: str) -> None:
-    for call in (lambda: asyncckpt.save({}, path), lambda: asyncckpt.load(path)):
+    for call in (
+        lambda: asyncckpt.save({}, path),
+        lambda: asyncckpt.save({}, "directory/"),
+        lambda: asyncckpt.load(path),
+    ):
         with pytest.raises(ValueError, match="does not name a file"):
             call()
 

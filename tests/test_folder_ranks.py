@@ -225,6 +225,29 @@ restore()
     assert [ranks[1:] for ranks in (one, other)] == [[[0, 0.0], None, [2, 2.0]]] * 2
 
 
+def test_parts_of_chunks_do_not_keep_the_chunks_in_memory(interpreter: Interpreter, tmp_path: Path) -> None:
+    told = failing(
+        interpreter,
+        tmp_path,
+        """
+from asyncckpt._loading import folder_restore
+
+def sources(self, parts):
+    found = original(self, parts)
+    told.append([part.place.file for part in parts])
+    told.append(sum(tensor.untyped_storage().nbytes() for tensor in found.values()))
+    return found
+
+original, folder_restore.FolderRestore._sources = folder_restore.FolderRestore._sources, sources
+folder_restore._AT_ONCE = 1
+live["t"] = distribute_tensor(torch.zeros(8, 300), init_device_mesh("cpu", (ranks,)), [Shard(1)])
+restore()
+""",
+    )
+    half = 4 * 150 * 4
+    assert told == [[[], 0, ["__0_0.distcp"], half, ["__1_0.distcp"], half, None, [2, 2.0]]] * 2
+
+
 @pytest.mark.parametrize("saved", ALL)
 def test_load_gives_the_whole_state_as_stock_conversion_does(
     folder: Path, tmp_path: Path, saved: str

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import copy
+import errno
 import shutil
+from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import pytest
 import torch
 from torch import nn
 
 import asyncckpt
-from asyncckpt import Checkpointer, CheckpointNotFoundError, CorruptCheckpointError, StateMismatchError
+from asyncckpt import (
+    Checkpointer,
+    CheckpointNotFoundError,
+    CorruptCheckpointError,
+    StateMismatchError,
+    StoreError,
+)
 from asyncckpt._loading.folder import open_folder
 from asyncckpt._loading.folder_index import cover_problem
 from asyncckpt._saving.engine import get_engine
@@ -22,7 +31,10 @@ from sameness import assert_same
 from support import flip
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
     from pathlib import Path
+
+    from asyncckpt.stores.base import OpenFile, StoredFile
 
 
 def restored(path: Path, live: Any, **options: Any) -> Any:
@@ -167,6 +179,70 @@ def test_rank_states_of_another_number_of_ranks_are_left_alone(tmp_path: Path) -
         restored(path, live, rank_state=rank_state)
     assert rank_state == {"seed": 0}
     assert live["a"].equal(torch.ones(2))
+
+
+def test_rank_state_that_is_not_in_the_checkpoint_is_left_alone(tmp_path: Path) -> None:
+    path = save_by_stock(tmp_path / "saved", {"a": torch.ones(2)})
+    rank_state, live = {"seed": 0}, {"a": torch.zeros(2)}
+    with pytest.warns(UserWarning, match="saved has no rank_state, which is left as it is"):
+        restored(path, live, rank_state=rank_state)
+    assert rank_state == {"seed": 0}
+    assert live["a"].equal(torch.ones(2))
+
+
+def test_paths_of_folders_may_end_with_a_slash(tmp_path: Path) -> None:
+    path = f"{save_by_stock(tmp_path / 'saved', {'a': 1})}/"
+    assert asyncckpt.load(path) == {"a": 1}
+    live = {"a": 0}
+    with Checkpointer(tmp_path, create=False) as checkpointer:
+        assert checkpointer.load(path) == {"a": 1}
+        checkpointer.restore(live, path)
+    assert live == {"a": 1}
+
+
+class Disturbed(LocalStore):
+    """A directory whose folders cannot be looked at, or whose marks cannot be opened at first."""
+
+    errors: ClassVar[list[OSError]] = []
+
+    async def stat(self, name: str) -> StoredFile:
+        if name == ".metadata" and self.errors and isinstance(self.errors[0], StoreError):
+            raise self.errors[0]
+        return await super().stat(name)
+
+    @asynccontextmanager
+    async def open(self, name: str) -> AsyncIterator[OpenFile]:
+        if name == ".metadata" and self.errors:
+            raise self.errors.pop()
+        async with super().open(name) as file:
+            yield file
+
+    def folder(self, name: str) -> Disturbed:
+        return Disturbed(self.path_of(name))
+
+
+def test_folder_that_cannot_be_looked_at_is_not_taken_for_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = save_by_stock(tmp_path / "saved", {"a": 1})
+    with Checkpointer(store=Disturbed(str(tmp_path)), create=False) as checkpointer:
+        monkeypatch.setattr(Disturbed, "errors", [StoreError(errno.EIO, "the network is down")])
+        for call in (checkpointer.load, partial(checkpointer.restore, {"a": 0}, missing_ok=True)):
+            with pytest.raises(StoreError, match="the network is down"):
+                call(which=path.name)
+
+
+def test_folder_that_is_replaced_while_its_mark_is_read_is_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = save_by_stock(tmp_path / "saved", {"a": 1})
+    replaced = [FileNotFoundError(errno.ENOENT, "replaced while it was read") for _ in range(2)]
+    live = {"a": 0}
+    with Checkpointer(store=Disturbed(str(tmp_path)), create=False) as checkpointer:
+        monkeypatch.setattr(Disturbed, "errors", replaced)
+        checkpointer.restore(live, path.name)
+    assert live == {"a": 1}
+    assert not Disturbed.errors
 
 
 def test_map_location(tmp_path: Path) -> None:

@@ -61,11 +61,7 @@ class Ranks(NamedTuple):
         except BaseException as error:
             self._tell(what, error)
             raise
-        found = self.agree(what, (), None)
-        for flag, (_, kind) in _FLAGS.items():
-            if ranks := found.get(flag):
-                shown = ", ".join(map(str, ranks))
-                raise kind(f"{what}: the checkpoint is {flag}, as rank {shown} found")
+        self._agree(what)
         return result
 
     def find(self, find: Callable[[], T], text: Callable[[T], str]) -> T:
@@ -90,15 +86,24 @@ class Ranks(NamedTuple):
         self.agree(f"restore {text(found)}", (), None)
         return found
 
+    def _agree(self, what: str, own: str | None = None) -> None:
+        """Raise the same kind of error on all ranks if one has raised a flag; nothing if that is `own`."""
+        found = self.agree(what, () if own is None else (own,), None)
+        flag = next((flag for flag in _FLAGS if found.get(flag)), own)
+        if flag is not None and flag != own:
+            shown = ", ".join(map(str, found[flag]))
+            raise _FLAGS[flag][1](f"{what}: the checkpoint is {flag}, as rank {shown} found")
+
     def _tell(self, what: str, error: BaseException) -> None:
         """Tell the other ranks of an error that is then raised here.
 
         Raises:
+            CheckpointNotFoundError: the checkpoint is damaged here, and gone for another rank.
             SaveError: the checkpoint is damaged here, and something else is in the way on another rank.
         """
         flag = next((flag for flag, (kinds, _) in _FLAGS.items() if isinstance(error, kinds)), None)
         if flag is not None:
-            self.agree(what, (flag,), None)
+            self._agree(what, flag)
             return
         text = str(error) if isinstance(error, AsyncCkptError) else f"{type(error).__name__}: {error}"
         with suppress(Exception):  # this rank raises its own

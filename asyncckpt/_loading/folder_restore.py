@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -32,6 +33,10 @@ if TYPE_CHECKING:
     from asyncckpt.types import Checkpoint
 
     Read = Callable[[Sequence[Place]], dict[Place, Image]]
+
+
+# Bytes of chunks of which a rank needs a part: its checksum is that of all of it.
+_AT_ONCE = 1 << 30
 
 
 class FolderRestore:
@@ -91,13 +96,10 @@ class FolderRestore:
             CorruptCheckpointError: an item is damaged.
         """
         plan = self._plan
-        images = self._read([part.place for part in plan.parts])
-        tensors: dict[Place, torch.Tensor] = {}
-        for part in plan.parts:
-            if part.place not in tensors:
-                tensors[part.place] = self._makes.tensor(images[part.place], part.entry.dtype, part.sizes)
-            source = tensors[part.place][part.local.region]
-            plan.copies.append(Copy(part.path, part.local.target, source))
+        sources: dict[int, torch.Tensor] = {}
+        for batch in _batches(plan.parts):
+            sources |= self._sources(batch)
+        plan.copies += [Copy(part.path, part.local.target, sources[id(part)]) for part in plan.parts]
 
     def finish(self) -> None:
         """Put everything into the live state, on all ranks or on none.
@@ -109,7 +111,8 @@ class FolderRestore:
         """
         where = self._folder.path
 
-        def check() -> None:
+        def change_and_check(change: Callable[[], None]) -> None:
+            change()
             if lines := [line for pair in self._pairs for line in states.misfits(*pair)]:
                 raise mismatch(self._plan, where, lines)
 
@@ -122,15 +125,34 @@ class FolderRestore:
             self._plan,
             where,
             strict=self._target.strict,
-            before_copies=lambda: self._target.ranks.together(f"restore {where}: copy", check),
+            together=lambda change: self._target.ranks.together(
+                f"restore {where}: copy", partial(change_and_check, change)
+            ),
             after_copies=apply,
         )
+
+    def _sources(self, parts: Sequence[_Part]) -> dict[int, torch.Tensor]:
+        """Read parts, and return the tensor of each by its identity."""
+        images = self._read([part.place for part in parts])
+        tensors: dict[Place, torch.Tensor] = {}
+        sources: dict[int, torch.Tensor] = {}
+        for part in parts:
+            if part.place not in tensors:
+                tensors[part.place] = self._makes.tensor(images[part.place], part.entry.dtype, part.sizes)
+            source = tensors[part.place][part.local.region]
+            # What is not needed of a chunk does not stay in memory.
+            sources[id(part)] = source if part.is_whole else source.clone()
+        return sources
 
     def _own_entries(self, tree: dict[Any, Any]) -> dict[Any, Any]:
         """Add what is saved for this rank to the live state; take that of other ranks out of the tree."""
         self._live, self._pairs = self._collected, [(self._target.state, self._collected)]
         saved = tree.get(states.RANK_STATE)
-        if states.RANK_STATE in self._collected or not isinstance(saved, dict):
+        if states.RANK_STATE in self._collected:
+            return tree
+        if not isinstance(saved, dict):
+            if self._target.rank_state is not None:
+                warn_caller(f"{self._folder.path} has no rank_state, which is left as it is")
             return tree
         others = {key: node for key, node in tree.items() if key != states.RANK_STATE}
         rank, size = self._target.ranks.rank, self._target.ranks.size
@@ -174,6 +196,27 @@ class _Part(NamedTuple):
     place: Place
     sizes: tuple[int, ...]
     local: LocalPart
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all of the chunk is needed."""
+        return tuple(self.local.target.shape) == self.sizes
+
+
+def _batches(parts: Sequence[_Part]) -> list[list[_Part]]:
+    """Return what is read at once: all whole chunks, as they stay in memory; a limited amount of others."""
+    whole = [part for part in parts if part.is_whole]
+    batches = [whole]
+    last: Place | None = None
+    nbytes = _AT_ONCE
+    for part in sorted((part for part in parts if not part.is_whole), key=lambda part: part.place):
+        if part.place != last:
+            last, nbytes = part.place, nbytes + part.place.length
+            if nbytes > _AT_ONCE:
+                nbytes = part.place.length
+                batches.append([])
+        batches[-1].append(part)
+    return batches
 
 
 class FolderPlan(Plan):

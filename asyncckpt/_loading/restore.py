@@ -21,8 +21,14 @@ if TYPE_CHECKING:
     from asyncckpt._loading.undo import Step
 
 
-def restore(
-    live: Any, saved: Any, where: str, *, strict: bool = True, map_keys: Callable[[str], str] | None = None
+def restore(  # noqa: PLR0913 - each is one decision of the user's
+    live: Any,
+    saved: Any,
+    where: str,
+    *,
+    strict: bool = True,
+    map_keys: Callable[[str], str] | None = None,
+    together: Callable[[Callable[[], None]], object] = lambda work: work(),
 ) -> None:
     """Put `saved` into `live`: `load_state_dict` where there is one, tensors in place, values replaced.
 
@@ -36,7 +42,7 @@ def restore(
         StateMismatchError: lists what does not fit, or what an object's loading raised; nothing was changed.
         PartialRestoreError: lists what could not be put back.
     """
-    carry_out(Plan(live, saved, strict=strict, map_keys=map_keys), where, strict=strict)
+    carry_out(Plan(live, saved, strict=strict, map_keys=map_keys), where, strict=strict, together=together)
 
 
 def carry_out(
@@ -44,7 +50,7 @@ def carry_out(
     where: str,
     *,
     strict: bool,
-    before_copies: Callable[[], object] = lambda: None,
+    together: Callable[[Callable[[], None]], object] = lambda work: work(),
     after_copies: Callable[[], object] = lambda: None,
 ) -> None:
     """Change what a plan changes, completely or not at all.
@@ -53,27 +59,31 @@ def carry_out(
         plan: what to change.
         where: path of the checkpoint.
         strict: whether the plan requires the same entries on both sides.
-        before_copies: called when all else is changed; if it raises, that is put back.
+        together: calls what changes all but the tensors; raises if that fails here, or on another rank, and
+            it is put back.
         after_copies: called at the end, without interruption by signal handlers.
 
     Raises:
         StateMismatchError, PartialRestoreError: as `restore` does.
     """
-    raise_misfits(plan, where)
     held: list[tuple[str, list[Step]]] = []
     grad = torch.is_grad_enabled()
+
+    def change() -> None:
+        raise_misfits(plan, where)
+        for path, hold, apply in plan.changes:
+            try:
+                held.append((path, hold()))
+                apply()
+            except Exception as error:
+                line = f"{path}: {type(error).__name__}: {error}"
+                raise mismatch(plan, where, [line]) from error
+        if not strict:
+            _warn_of_what_is_left_out(plan, where)
+
     with DeferredSignals() as signals:
         try:
-            for path, hold, apply in plan.changes:
-                try:
-                    held.append((path, hold()))
-                    apply()
-                except Exception as error:
-                    line = f"{path}: {type(error).__name__}: {error}"
-                    raise mismatch(plan, where, [line]) from error
-            if not strict:
-                _warn_of_what_is_left_out(plan, where)
-            before_copies()
+            together(change)
             signals.defer()
         except BaseException as error:
             signals.defer()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from typing import TYPE_CHECKING
 
 from asyncckpt._loading.folder import Folder, with_folder
@@ -18,6 +19,10 @@ if TYPE_CHECKING:
     from asyncckpt._loading.reader import Image
     from asyncckpt._loading.unpickle import MapLocation
     from asyncckpt.stores.base import Store
+
+
+# A store without folders; a file of that name, made meanwhile.
+_NO_FOLDER = frozenset({errno.ENOTSUP, errno.ENOTDIR})
 
 
 async def read_checkpoint(store: Store, name: str) -> Image | FolderImage:
@@ -66,9 +71,17 @@ def load_checkpoint(
 
 
 async def has_folder(store: Store, name: str) -> bool:
-    """Return whether there is a committed folder of this name."""
+    """Return whether there is a committed folder of this name.
+
+    Raises:
+        StoreError: the store cannot tell.
+    """
     try:
         await store.folder(name).stat(FOLDER_MARK)
-    except (FileNotFoundError, StoreError):  # a store without folders has none
+    except FileNotFoundError:
+        return False
+    except StoreError as error:
+        if error.errno not in _NO_FOLDER:
+            raise
         return False
     return True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from asyncckpt._loading.agreement import ALONE, Ranks
@@ -106,12 +107,17 @@ class FileRestore:
         return self.loaded.checkpoint
 
     def finish(self) -> None:
-        """Put everything into the live state; raises what `restore` does."""
-        target = self.target
+        """Put everything into the live state, on all ranks or on none; raises what `restore` does.
+
+        Raises:
+            SaveError: another rank cannot take the checkpoint; `Ranks.agree` raises it.
+        """
+        target, path = self.target, self.checkpoint.path
         restore(
             target.state,
             self.loaded.state,
-            self.checkpoint.path,
+            path,
             strict=target.strict,
             map_keys=target.map_keys,
+            together=partial(target.ranks.together, f"restore {path}: copy"),
         )

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any
 
 from asyncckpt._ranks.coordination import Coordination
 from asyncckpt._ranks.group import ProcessGroup, process_group
+from asyncckpt._saving.arguments import check_rank_timeout
 from asyncckpt._saving.one_writer import OneWriter
 from asyncckpt._sharding.detect import is_sharded
 
@@ -46,10 +46,7 @@ class Ranked:
     ) -> None:
         if sharded is not None and not isinstance(sharded, bool):
             raise TypeError(f"sharded must be True, False or None, not {sharded!r}")
-        if isinstance(timeout, bool) or not isinstance(timeout, (int, float)):
-            raise TypeError(f"rank_timeout must be a number of seconds, not {timeout!r}")
-        if not 0 < timeout < math.inf:
-            raise ValueError(f"rank_timeout must be positive and finite, not {timeout}")
+        check_rank_timeout(timeout)
         self._sharded = sharded
         self._given = group
         self._timeout = timeout
