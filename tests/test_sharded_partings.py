@@ -23,7 +23,7 @@ def interpreter() -> Iterator[Interpreter]:
 
 @pytest.mark.parametrize("sharded", [True, None])
 def test_the_host_of_the_store_ends_when_all_ranks_have_heard_of_the_last_save(
-    interpreter: Interpreter, tmp_path: Path, sharded: bool | None
+    interpreter: Interpreter, tmp_path: Path, *, sharded: bool | None
 ) -> None:
     body = """
 import os
