@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import struct
 import time
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -176,7 +176,8 @@ class ShardedTarget(Target):
             stats.commit += time.perf_counter() - written
         self.plan.note_commit()
         checkpoint = checkpoint_of(self.path, description, description.nbytes or 0)
-        await in_thread(self.round.end, json.dumps(asdict(checkpoint)))
+        with suppress(RankError):  # it is committed, whether the others learn of it or not
+            await in_thread(self.round.end, json.dumps(asdict(checkpoint)))
         return checkpoint
 
     async def _follow(self, snapshot: Snapshot, stats: SaveStats) -> Checkpoint:
