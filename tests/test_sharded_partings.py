@@ -142,3 +142,19 @@ told.append(store.num_keys() - keys)
 """,
     )
     assert told == [[3], [3]]
+
+
+def test_a_process_whose_group_is_gone_saves_alone(interpreter: Interpreter, tmp_path: Path) -> None:
+    body = """
+ckpt = asyncckpt.Checkpointer(directory, sharded=True)
+ckpt.save(1, {"w": torch.full((3,), 1.0)}).committed.result()
+ckpt.wait()
+dist.barrier()
+dist.destroy_process_group()
+if rank == 0:
+    with ckpt:
+        assert ckpt.save(2, {"w": torch.full((3,), 2.0)}).committed.result() == ckpt.latest()
+    assert ckpt.load()["w"].tolist() == [2.0] * 3
+"""
+    ends = [program.end() for program in start_ranks(interpreter, tmp_path, body, 2, store="tcp")]
+    assert [status for status, _, _ in ends] == [0] * 2, ends
