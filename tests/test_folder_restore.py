@@ -245,6 +245,32 @@ def test_folder_that_is_replaced_while_its_mark_is_read_is_read_again(
     assert not Disturbed.errors
 
 
+@pytest.mark.parametrize("best", [None, 1.5])
+def test_entries_that_are_none(tmp_path: Path, best: float | None) -> None:
+    path = save_by_stock(tmp_path / "saved", {"best": best, "deep": [torch.ones(1), best]})
+    live = {"best": None, "deep": [torch.zeros(1), None]}
+    restored(path, live)
+    assert_same(live, {"best": best, "deep": [torch.ones(1), best]})
+
+
+def test_optimizer_with_other_parameter_groups_is_a_mismatch(tmp_path: Path) -> None:
+    model = nn.Linear(2, 2)
+    opt = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
+    model(torch.ones(1, 2)).sum().backward()
+    opt.step()
+    with Checkpointer(tmp_path, sharded=True) as checkpointer:
+        checkpointer.save(1, {"model": model, "opt": opt})
+    other = nn.Linear(2, 2)
+    before = copy.deepcopy(other.state_dict())
+    groups = [[{"params": [other.weight]}, {"params": [other.bias]}], [{"params": [other.weight]}]]
+    messages = ["1 groups in the checkpoint, 2 in the optimizer", "only in the checkpoint bias"]
+    for group, message in zip(groups, messages, strict=True):
+        live = {"model": other, "opt": torch.optim.SGD(group, lr=0.1, momentum=0.9)}
+        with pytest.raises(StateMismatchError, match=message):
+            restored(tmp_path / "step-00000001", live)
+        assert_same(other.state_dict(), before)
+
+
 def test_map_location(tmp_path: Path) -> None:
     path = save_by_stock(tmp_path / "saved", some_state())
     for place in ("meta", torch.device("meta"), {"cpu": "meta"}):

@@ -73,7 +73,7 @@ class FolderRestore:
         problems = states.fit_optimizers(self._target.state, self._collected, index.metadata)
         tree = self._own_entries(index.tree)
         held = {id(copy) for pair in self._pairs for _, copy in copied(*pair)}
-        held |= {id(self._live), id(self._live.get(states.RANK_STATE))}
+        held |= {id(self._live), id(self._live.get(states.RANK_STATE, self._live))}
 
         def is_whole(live: Any) -> bool:
             return id(live) not in held and is_plain(live)
