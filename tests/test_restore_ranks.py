@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 
-from asyncckpt import CheckpointNotFoundError, CorruptCheckpointError
+from asyncckpt import CheckpointNotFoundError, CorruptCheckpointError, StoreError
 from asyncckpt._finder import Finder
 from asyncckpt._loading.agreement import Ranks
 from asyncckpt.stores.local import LocalStore
@@ -85,6 +86,24 @@ def test_ranks_that_fall_back_to_different_checkpoints_get_an_error(tmp_path: Pa
     assert [type(error).__name__ for error in found] == ["RankError"] * 2
     assert all("step-00000001" in str(error) and "damaged" in str(error) for error in found)
     assert not any(state["a"].any() for state in live)
+
+
+def test_rank_that_cannot_list_the_directory_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path, 1)
+    listed = Hiding.list_folders
+
+    async def refused(self: Hiding) -> Sequence[StoredFile]:
+        if self.hidden:
+            raise StoreError(errno.EIO, "the network is down")
+        return await listed(self)
+
+    monkeypatch.setattr(Hiding, "list_folders", refused)
+    one, other = restored(tmp_path, states(), [[], ["all"]])
+    assert type(one).__name__ == "RankError"
+    assert "the network is down" in str(one)
+    assert type(other).__name__ == "StoreError"
 
 
 class Refusing:
