@@ -17,7 +17,7 @@ N      ?= 20
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow test-all test-repeat test-matrix lint format bench bench-quick bench-targets bench-gpu bench-lightning clean
+.PHONY: help demo test test-slow test-all test-repeat test-matrix lint format bench bench-quick bench-sharded bench-targets bench-gpu bench-lightning clean
 
 help:
 	@echo 'make demo             train a small GPT, kill it, resume it, and show what its saves cost (2 minutes)'
@@ -29,6 +29,7 @@ help:
 	@echo 'make lint             run ruff, mypy and import-linter'
 	@echo 'make format           let ruff format and fix what it can'
 	@echo 'make bench            compare with the peers: same state, same disk, one run (an hour)'
+	@echo 'make bench-sharded    the part of it with four ranks: FSDP2 and DDP beside DCP (15 minutes)'
 	@echo 'make bench-quick      the same with a small state: does the measuring work? (a minute)'
 	@echo 'make bench-targets    measure the figures that asyncckpt is to reach, and say which are met'
 	@echo 'make bench-gpu        run the tests that need a GPU, and measure what is to be reached there (5 minutes)'
@@ -79,9 +80,14 @@ format: $(DONE)/lint
 
 bench: $(DONE)/peers
 	$(BIN)/python benchmarks/compare.py --out runs/bench $(ARGS)
+	$(if $(ARGS),,$(BIN)/python benchmarks/sharded.py --json runs/bench/sharded.json)
 
 bench-quick: $(DONE)/peers
 	$(BIN)/python benchmarks/compare.py --quick --out runs/bench-quick $(ARGS)
+	$(if $(ARGS),,$(BIN)/python benchmarks/sharded.py --quick --repeat 1 --json runs/bench-quick/sharded.json)
+
+bench-sharded: $(DONE)/test
+	$(BIN)/python benchmarks/sharded.py $(ARGS)
 
 bench-targets: $(DONE)/test
 	$(BIN)/python benchmarks/targets.py $(ARGS)

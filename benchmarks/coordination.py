@@ -1,8 +1,19 @@
 """Measure what the coordination of a save costs with many ranks: real messages, simulated ranks.
 
-A process hosts a real TCPStore. Others make the requests of all ranks, phase by phase, as fast as they can;
-the main process is rank 0. What limits it at 16,384 ranks is the one thread of the store, which answers all
-requests: column "store" is its processor time. `benchmarks/README.md` says what the columns mean.
+    python benchmarks/coordination.py --ranks 4 64 --json coordination.json
+
+A process hosts a real TCPStore, two others make the requests of all ranks but rank 0, phase by phase, as fast
+as they can, and the main process is rank 0. Columns, for the part of a save on the training thread (the
+exchange; for the first save also the plan, of 300 tensors that FSDP2 shards) and in the background:
+
+- rank 0, another rank: requests, bytes of keys and values in both directions, time of rank 0;
+- store: processor time of the process that hosts the store, which answers one request after the other. This
+  is what limits it at 16,384 ranks: no exchange is faster. Beyond that it takes a tree, a store a host;
+- all: from the first request to the last; here the simulated ranks share the cores with the store;
+- stock DCP: bytes and time of rank 0 for its planning, which it repeats for each save by default: to unpickle
+  the plans, `create_global_plan`, to pickle the results. Beyond 1,024 ranks it is scaled up from 1,024.
+
+Requests that a rank repeats while it waits for others are not in it.
 """
 
 from __future__ import annotations
@@ -167,7 +178,9 @@ def _cells(costs: dict[str, float], part: str) -> list[str]:
 
 def main() -> None:
     """Measure, and print a table."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--ranks", type=int, nargs="+", default=[4, 64, 1024, 16384])
     parser.add_argument("--repeat", type=int, default=3, help="later saves")
     parser.add_argument("--json", type=Path, help="write all figures to this file")

@@ -32,11 +32,18 @@ class Reading(NamedTuple):
 
 
 class TreeMemory:
-    """The memory of this process and of all its children."""
+    """The memory of a process and of all its children.
+
+    Args:
+        pid: of the process; None for this one.
+    """
+
+    def __init__(self, pid: int | None = None) -> None:
+        self._pid = os.getpid() if pid is None else pid
 
     def __enter__(self) -> Self:
         self._process = subprocess.Popen(
-            [sys.executable, "-S", "-E", __file__, str(os.getpid())],
+            [sys.executable, "-S", "-E", __file__, str(self._pid)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from programs import Interpreter
+    from programs import Interpreter, Program
 
 PREPARE = """\
 import json, sys, warnings
@@ -17,11 +17,11 @@ import torch
 import torch.distributed as dist
 import asyncckpt
 
-rank, ranks, directory = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+rank, ranks, directory, kind = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
 store = dist.FileStore(f"{directory}-group", ranks)
-if sys.argv[4] == "tcp":
-    meeting, leads = store, rank == 0
-    port = 0 if leads else int(meeting.get("port"))
+if kind != "file":
+    meeting, leads = store, kind == "tcp" and rank == 0
+    port = 0 if leads else int(meeting.get("port") if kind == "tcp" else kind)
     store = dist.TCPStore("localhost", port, is_master=leads, wait_for_workers=False)
     if leads:
         meeting.set("port", str(store.port))
@@ -46,7 +46,11 @@ dist.destroy_process_group()
 
 
 # What an interpreter imports beforehand for them, so that each rank begins at once.
-MODULES = ("torch.distributed.checkpoint.state_dict", "torch.distributed.fsdp", "asyncckpt._saving.sharded_saves")
+MODULES = (
+    "torch.distributed.checkpoint.state_dict",
+    "torch.distributed.fsdp",
+    "asyncckpt._saving.sharded_saves",
+)
 
 
 def on_ranks(
@@ -59,10 +63,15 @@ def on_ranks(
         tmp_path: in it is `directory`, of which the program may make a folder.
         body: the program. It has `rank`, `ranks`, `directory`, `told` and `attempt`.
         ranks: how many there are.
-        store: of the group: a "file", or "tcp", in the process of rank 0.
+        store: of the group: a "file"; "tcp", in the process of rank 0; or the port of one that is there.
     """
-    program = PREPARE + body + END
-    running = [interpreter.start(program, rank, ranks, tmp_path / "run", store) for rank in range(ranks)]
-    ends = [process.end() for process in running]
+    ends = [process.end() for process in start_ranks(interpreter, tmp_path, body + END, ranks, store=store)]
     assert [status for status, _, _ in ends] == [0] * ranks, ends
     return [json.loads(output) for _, output, _ in ends]
+
+
+def start_ranks(
+    interpreter: Interpreter, tmp_path: Path, body: str, ranks: int, *, store: str
+) -> list[Program]:
+    """Start a program as each rank of a group; the arguments are those of `on_ranks`."""
+    return [interpreter.start(PREPARE + body, rank, ranks, tmp_path / "run", store) for rank in range(ranks)]

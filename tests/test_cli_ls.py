@@ -79,6 +79,8 @@ def test_json_tells_all(tmp_path: Path) -> None:
     assert entry == {
         "name": "step-00000007.pt",
         "path": str(path),
+        "folder": False,
+        "ranks": None,
         "writer": "asyncckpt",
         "series": "step-{step:08d}.pt",
         "step": 7,
@@ -319,14 +321,6 @@ def test_directories_below_are_listed_if_wanted(tmp_path: Path, scheme: str) -> 
     assert marked(listed(top, "-r"), "newest") == [5, 2]
     shown = [line.rstrip() for line in ls(top, "-r").stdout.splitlines()]
     assert (shown[0], f"{top}/b/deep" in shown) == (f"{top}/a", True)
-
-
-def test_a_dcp_checkpoint_is_named(tmp_path: Path) -> None:
-    (tmp_path / ".metadata").touch()
-    torch.save({}, tmp_path / "__0_0.distcp")
-    result = ls(tmp_path)
-    assert result.exit_code == 0
-    assert "it is a checkpoint of torch.distributed.checkpoint, which dcp.load reads\n" in result.stdout
 
 
 def test_a_file_that_vanishes_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

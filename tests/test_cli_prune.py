@@ -203,6 +203,7 @@ def test_json_tells_all(run: Path) -> None:
     assert document["removed"][0] == {
         "name": "100.pt",
         "path": str(run / "100.pt"),
+        "folder": False,
         "series": "{step}.pt",
         "step": 100,
         "metrics": {"val_loss": 4.0, "val:acc": -4.0},
@@ -245,7 +246,8 @@ def test_the_last_good_file_is_not_removed(run: Path) -> None:
     *_, named, advice = result.stderr.splitlines()
     assert f"{run}/500.pt: record archive/data/0 (400 bytes) is damaged" in named
     assert advice == (
-        "asyncckpt: nothing was removed: files that stay are damaged; move or delete them, then prune again"
+        "asyncckpt: nothing was removed: checkpoints that stay are damaged; move or delete them, then prune"
+        " again"
     )
     rows = [line.split()[:2] for line in result.stdout.splitlines()]
     assert ["damaged", "500.pt"] in rows

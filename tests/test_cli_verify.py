@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
-from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 from typer.testing import CliRunner
 
 import asyncckpt
@@ -142,6 +141,7 @@ def test_json_has_a_verdict_for_each(run: Path) -> None:
     size = (run / "step-00000001.pt").stat().st_size
     assert verdicts[0] == {
         "path": f"{run}/step-00000001.pt",
+        "folder": False,
         "nbytes": size,
         "status": "good",
         "error": None,
@@ -199,21 +199,6 @@ def test_damage_counts_more_than_what_is_unchecked(run: Path) -> None:
     (run / "empty.bin").touch()
     (run / "step-00000002.pt").unlink()
     assert verify(run).exit_code == 1
-
-
-@pytest.mark.filterwarnings("ignore")  # torch warns that there is one process
-def test_a_dcp_checkpoint_is_unchecked_as_a_whole(run: Path) -> None:
-    save_distributed({"weight": torch.ones(100)}, checkpoint_id=run / "dcp", no_dist=True)
-    result = verify(run / "dcp")
-    assert result.exit_code == 3
-    (told,) = result.stdout.splitlines()
-    assert told.startswith("unchecked ")
-    assert f"{run}/dcp: a directory of torch.distributed.checkpoint" in told
-    assert "format_utils dcp_to_torch" in told
-    assert verify(run / "dcp" / "__0_0.distcp").exit_code == 3
-    result = verify(run, "-r")
-    assert result.exit_code == 0
-    assert result.stdout.endswith(": 3 good, 1 unchecked\n")
 
 
 @pytest.mark.parametrize("scheme", ["", "memory://"])

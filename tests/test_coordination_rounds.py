@@ -254,3 +254,30 @@ def test_a_cancelled_wait_fails_the_save(hashed: Stores) -> None:
     assert len(set(texts)) == 1
     assert texts[0].endswith(" was cancelled")
     assert hashed.left() == 0
+
+
+def test_rank_0_waits_until_all_know_of_the_commit(hashed: Stores) -> None:
+    saves = rounds(hashed)
+    lead, *others = saves
+    lead.begin("folder")
+    for save in saves:
+        save.report(b"")
+    lead.reports()
+    lead.end("committed")
+    waiting = threading.Thread(target=lead.linger, args=(60.0,))
+    waiting.start()
+    for save in others:
+        assert waiting.is_alive()
+        assert save.outcome() == "committed"
+    waiting.join()
+
+
+def test_rank_0_does_not_wait_for_ever(hashed: Stores) -> None:
+    lead, *others = rounds(hashed)
+    lead.begin("folder")
+    for save in (lead, *others):
+        save.report(b"")
+    lead.reports()
+    lead.end("committed")
+    lead.linger(0.01)
+    assert [save.outcome() for save in others] == ["committed"] * 3

@@ -107,7 +107,7 @@ def test_the_commands_of_the_shell_page_print_what_it_shows(tmp_path: Path) -> N
     page = ROOT / "docs" / "shell.md"
     parts = re.findall(r"^\$ asyncckpt ([^\n]*)\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
     shown = {command: lines for command, lines in parts if lines}
-    assert len(shown) == 6
+    assert len(shown) == 8
     ended = run(tmp_path, "-c", program_of(page) + COMMANDS, *shown)
     assert ended.returncode == 0, ended.stderr
     outputs = ended.stdout.split("exit status ")

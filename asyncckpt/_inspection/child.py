@@ -13,9 +13,11 @@ import resource
 import signal
 import sys
 from contextlib import suppress
+from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
 from asyncckpt._inspection.comparing import compare, json_path, json_tensor, json_value
+from asyncckpt._inspection.folder_state import folder_state
 from asyncckpt._inspection.inert import Attribute, Inert, Pickled, Tensor, children, is_leaf, read_pickle
 from asyncckpt._inspection.texts import path_text
 
@@ -36,39 +38,68 @@ _MAX_METRICS = 50
 _MAX_INTEGER = 1 << 63
 
 
-def main(task: str, memory: int, seconds: int, *sizes: int) -> None:
+def main(task: str, memory: int, seconds: int, length: int) -> None:
     """Print what is in the pickles on stdin, or {"error": …, "pickle": which}, as JSON.
 
     Args:
-        task: `progress` or `contents` of one pickle, or `differences` of two.
+        task: `progress` or `contents` of one pickle, `each` for the contents of each of several, `tensors` of
+            pickles that are one each, `differences` of two states, or `nothing` but reading them.
         memory: how much address space this process may take.
         seconds: how much processor time; four times as much may pass.
-        sizes: of the pickles, in bytes.
+        length: of the JSON that precedes the pickles: their sizes in bytes, what they are called, and for
+            `differences` of each state the entries as `folder_state` takes them, or null if it is one pickle.
     """
     _limit(memory, seconds)
     sys.setrecursionlimit(_DEPTH)
     gc.disable()
     pickles: list[Pickled] = []
     result: dict[str, Any]
+    header = json.loads(sys.stdin.buffer.read(length))
+    sizes = header["sizes"]
     try:
-        pickles.extend(read_pickle(sys.stdin.buffer.read(size)) for size in sizes)
-        if task == "differences":
-            result = compare(pickles[0].root, pickles[1].root)
-        else:
-            result = {"progress": _progress(pickles[0].root)}
-            if task == "contents":
-                result |= _contents(pickles[0])
+        for size, prefix in zip(sizes, _prefixes(header["states"]), strict=False):
+            pickles.append(read_pickle(sys.stdin.buffer.read(size), prefix=prefix))
+        result = _done(task, pickles, header)
     except MemoryError:
         os._exit(1)
     except RecursionError:
         result = {"error": "its state is nested too deep to be looked at"}
     except Exception as error:  # noqa: BLE001 - whatever a damaged pickle comes to
         reason = str(error)[:_LONGEST_REASON] or type(error).__name__
-        result = {"error": f"its data.pkl is damaged: {reason}"}
+        result = {"error": f"its {header['record']} is damaged: {reason}"}
     result["pickle"] = min(len(pickles), len(sizes) - 1)
     sys.stdout.write(json.dumps(result))
     sys.stdout.flush()
     os._exit(0)  # taking the state apart is not worth the time
+
+
+def _prefixes(states: list[Any]) -> Iterator[str]:
+    """Yield a prefix for the storages of each pickle: in a folder, each entry has storages of its own."""
+    for entries in states:
+        count = sum(len(entry) == 1 for entry in entries or ())
+        yield from [""] if entries is None else [f"{number}/" for number in range(count)]
+    yield from repeat("")
+
+
+def _done(task: str, pickles: list[Pickled], header: dict[str, Any]) -> dict[str, Any]:
+    if task == "differences":
+        roots = iter([pickled.root for pickled in pickles])
+        states = [next(roots) if of is None else folder_state(of, roots) for of in header["states"]]
+        return compare(states[0], states[1], flattened=any(of is not None for of in header["states"]))
+    if task == "nothing":
+        return {}
+    if task == "tensors":
+        return {"tensors": [_tensor_in(pickled) for pickled in pickles]}
+    if task == "each":
+        return {"each": [_contents(pickled) for pickled in pickles]}
+    result = {"progress": _progress(pickles[0].root)}
+    return result | _contents(pickles[0]) if task == "contents" else result
+
+
+def _tensor_in(pickled: Pickled) -> list[Any]:
+    if not isinstance(pickled.root, Tensor):
+        raise TypeError("it is not one tensor")
+    return json_tensor(pickled.root)
 
 
 def _limit(memory: int, seconds: int) -> None:

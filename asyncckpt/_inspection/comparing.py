@@ -37,19 +37,26 @@ _HASHED = SCALARS - {bytearray} | {Attribute}
 _KINDS: dict[Any, str] = {OrderedDict: "dict", Storage: "storage", type(None): "None"}
 
 
-def compare(a: Any, b: Any) -> dict[str, Any]:
+def compare(a: Any, b: Any, *, flattened: bool = False) -> dict[str, Any]:
     """Compare two states.
 
     An OrderedDict is a dict here. Where tensors were, their strides, and whether they require gradients does
     not count. NaN is equal to NaN.
 
+    Args:
+        a: the one.
+        b: the other.
+        flattened: whether one of them is of a folder. DCP, which flattens states, saves the keys of dicts as
+            texts, tensors of any class as plain ones that share no memory, and no empty dicts: all that does
+            not count, either.
+
     Returns:
         "differences" and "sharing" as `asyncckpt diff --json` prints them, and "pairs" of tensors of one
         shape, whose values are to be compared, as [path, A, B].
     """
-    comparison = _Comparison()
+    comparison = _Comparison(flattened=flattened)
     comparison.enter((), a, b)
-    views = comparison.views
+    views = [] if flattened else comparison.views
     sharing = [*_torn(views, "A"), *_torn([(path, there, here) for path, here, there in views], "B")]
     return {"differences": comparison.differences, "pairs": comparison.pairs, "sharing": sharing}
 
@@ -57,7 +64,8 @@ def compare(a: Any, b: Any) -> dict[str, Any]:
 class _Comparison:
     """Compares entry by entry; each pair of containers once."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, flattened: bool) -> None:
+        self.flattened = flattened
         self.differences: list[dict[str, Any]] = []
         self.pairs: list[Any] = []
         self.views: list[tuple[Path, Storage, Storage]] = []
@@ -68,8 +76,8 @@ class _Comparison:
         if not self._has_more(path, a, b) or (id(a), id(b)) in self._met:
             return
         self._met.add((id(a), id(b)))
-        rest = dict(_identified(b))
-        for identity, (key, part) in _identified(a):
+        rest = dict(_identified(b, flattened=self.flattened))
+        for identity, (key, part) in _identified(a, flattened=self.flattened):
             self.enter((*path, key), part, rest.pop(identity, (None, _ABSENT))[1])
         for key, part in rest.values():
             self.enter((*path, key), _ABSENT, part)
@@ -77,7 +85,8 @@ class _Comparison:
     def _has_more(self, path: Path, a: Any, b: Any) -> bool:
         """Compare two entries; returns whether what is in them is to be compared, too."""
         if a is _ABSENT or b is _ABSENT:
-            self._note(path, "only in B" if a is _ABSENT else "only in A", a, b)
+            if not (self.flattened and _is_empty(b if a is _ABSENT else a)):
+                self._note(path, "only in B" if a is _ABSENT else "only in A", a, b)
             return False
         kind, other_kind = _kind_of(a), _kind_of(b)
         if type(a) is type(b) and isinstance(a, (Tensor, Storage)):
@@ -97,7 +106,7 @@ class _Comparison:
     def _tensors(self, path: Path, a: Tensor, b: Tensor) -> None:
         if a.numel and b.numel:
             self.views.append((path, a.storage, b.storage))
-        if a.kind != b.kind:
+        if a.kind != b.kind and not self.flattened:
             self._note(path, "kind", _kind_of(a), _kind_of(b))
         if dtype_name(a) != dtype_name(b):
             self._note(path, "dtype", dtype_name(a), dtype_name(b))
@@ -146,18 +155,24 @@ def _kind_of(node: Any) -> str:
     return "name" if is_name(node) else _KINDS.get(type(node)) or type(node).__name__
 
 
-def _identified(node: Any) -> Iterator[tuple[Any, tuple[Any, Any]]]:
+def _is_empty(node: Any) -> bool:
+    """Whether something is a dict in which there is nothing but such dicts."""
+    return isinstance(node, dict) and all(map(_is_empty, node.values()))
+
+
+def _identified(node: Any, *, flattened: bool) -> Iterator[tuple[Any, tuple[Any, Any]]]:
     """Yield what is in a node by what is equal for the same key in two files, and for no others.
 
     True and 1 are not, unlike in Python. Keys that are no plain values are identified by their texts, and
-    those of the same text by their order.
+    those of the same text by their order. All keys of dicts are, if one of the states was flattened.
     """
+    as_texts = flattened and isinstance(node, dict)
     texts: Counter[str] = Counter()
     for key, part in children(node):
-        if type(key) in _HASHED:
+        if type(key) in _HASHED and not as_texts:
             yield (type(key), key), (key, part)
         else:
-            text = short(key, _KEY_WIDTH)
+            text = str(key) if type(key) in SCALARS else short(key, _KEY_WIDTH)
             texts[text] += 1
             yield (text, texts[text]), (key, part)
 

@@ -159,20 +159,21 @@ class Pickled(NamedTuple):
     storages: list[Storage]
 
 
-def read_pickle(data: bytes, *, slow: bool = False) -> Pickled:
+def read_pickle(data: bytes, *, slow: bool = False, prefix: str = "") -> Pickled:
     """Return what a pickle holds. Whatever exception comes, it is damaged.
 
     Args:
         data: the pickle.
         slow: take the unpickler in Python, which does not fill the memory for references that are made up.
+        prefix: of the keys of its storages, which tells those of several pickles apart.
     """
     if not slow:
         try:
-            return _load(_Reader(io.BytesIO(data), encoding="latin-1"))
+            return _load(_Reader(io.BytesIO(data), encoding="latin-1"), prefix)
         except pickle.UnpicklingError as error:
             if _MADE_UP not in str(error):
                 raise
-    return _load(_SlowReader(io.BytesIO(data), encoding="latin-1"))
+    return _load(_SlowReader(io.BytesIO(data), encoding="latin-1"), prefix)
 
 
 class _Resolver:
@@ -182,6 +183,7 @@ class _Resolver:
         super().__init__(*args, **kwargs)
         self.globals: dict[str, Any] = {}
         self.storages: dict[Storage, None] = {}
+        self.prefix = ""
 
     def find_class(self, module: str, qualname: str) -> Any:
         """Return what stands for a name. Those of Python 2 are renamed, as torch does it."""
@@ -198,7 +200,7 @@ class _Resolver:
         """Return the storage of a persistent id."""
         match identity:
             case ("storage", type() as kind, str() as key, str() as place, numel, *_) if _is_count(numel):
-                storage = Storage(key, name_of(kind).rpartition(".")[2], place, numel)
+                storage = Storage(self.prefix + key, name_of(kind).rpartition(".")[2], place, numel)
                 self.storages[storage] = None
                 return storage
         return _named("(persistent id)")(identity)
@@ -212,7 +214,8 @@ class _SlowReader(_Resolver, pickle._Unpickler):
     """The one in Python, which takes a class that another call has made."""
 
 
-def _load(reader: Any) -> Pickled:
+def _load(reader: Any, prefix: str) -> Pickled:
+    reader.prefix = prefix
     copyreg.clear_extension_cache()  # what is in there would be taken as it is
     try:
         root = reader.load()

@@ -37,10 +37,10 @@ _NUMBERS = re.compile(r"bool|bfloat16|float(16|32|64)|float8_\w+|complex\d+|u?in
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Side:
-    """One of two files that are compared, and its bytes."""
+    """One of two files that are compared, or an item of a folder, and its bytes."""
 
     records: Records
-    data: mmap.mmap
+    data: mmap.mmap | memoryview
 
 
 @dataclass(slots=True)
@@ -93,14 +93,19 @@ async def open_side(store: Store, name: str, progress: Callable[[int], None]) ->
         StoreError: it could not be read.
     """
     async with store.open(name) as file:
-        records = await read_records(file)
-        if not isinstance(store, LocalStore):
-            return Side(records, await _mapped_copy(file, progress))
-        with open(store.path_of(name), "rb") as local:  # noqa: ASYNC230, PTH123 - a moment
-            data = mmap.mmap(local.fileno(), 0, access=mmap.ACCESS_COPY)
-        if (await store.stat(name)).version != file.file.version:
-            raise CheckpointNotFoundError(f"{file.path} was replaced while it was read")
-        return Side(records, data)
+        return Side(await read_records(file), await map_file(store, file, progress))
+
+
+async def map_file(store: Store, file: OpenFile, progress: Callable[[int], None]) -> mmap.mmap:
+    """Map an open file, which is not empty; raises as `open_side` does."""
+    if not isinstance(store, LocalStore):
+        return await _mapped_copy(file, progress)
+    name = file.file.name
+    with open(store.path_of(name), "rb") as local:  # noqa: ASYNC230, PTH123 - a moment
+        data = mmap.mmap(local.fileno(), 0, access=mmap.ACCESS_COPY)
+    if (await store.stat(name)).version != file.file.version:
+        raise CheckpointNotFoundError(f"{file.path} was replaced while it was read")
+    return data
 
 
 async def _mapped_copy(file: OpenFile, progress: Callable[[int], None]) -> mmap.mmap:

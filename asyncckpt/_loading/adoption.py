@@ -1,4 +1,7 @@
-"""Adopt files of torch.save into a series: each gets a description, and keeps everything else."""
+"""Adopt files of torch.save into a series: each gets a description, and keeps everything else.
+
+`folder_adoption` does so with folders of stock DCP; both are found here.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +11,16 @@ from typing import TYPE_CHECKING
 
 from asyncckpt._loading.catalog import READERS, Catalog, read_described
 from asyncckpt._loading.reader import Check, read_file, verify
+from asyncckpt._naming import SUFFIXES
 from asyncckpt._threads import for_each, in_thread
 from asyncckpt.errors import CheckpointNotFoundError, CorruptCheckpointError, StoreError
 from asyncckpt.layout.description import Description
+from asyncckpt.layout.folder_mark import read_mark
 from asyncckpt.layout.other_formats import HEAD, recognize
 from asyncckpt.layout.torch_zip import tail_with_description
 from asyncckpt.layout.zip_format import DESCRIPTION, ROOT
 from asyncckpt.layout.zip_reader import read_directory
-from asyncckpt.stores.base import COPIED_AT_ONCE
+from asyncckpt.stores.base import COPIED_AT_ONCE, FOLDER_MARK
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -36,15 +41,17 @@ class Survey:
     """What there is to adopt in a directory.
 
     Attributes:
-        found: files without a description whose names the template makes, in order of step: what each is to
-            be, without a place in the order of commits.
-        described: names that the template may have made, of files that have a description.
+        found: files and folders without a description whose names the template makes, in order of step: what
+            each is to be, without a place in the order of commits.
+        folders: the names of all folders, those that are not to be adopted included.
+        described: names that the template may have made, of what has a description.
         misnamed: names that have a step where the template has it, but not as the template writes it.
-        others: names of all other files.
+        others: names of all else.
         sequence: the highest place in the order of commits that is taken.
     """
 
     found: list[Checkpoint] = field(default_factory=list)
+    folders: set[str] = field(default_factory=set)
     described: list[str] = field(default_factory=list)
     misnamed: list[str] = field(default_factory=list)
     others: list[str] = field(default_factory=list)
@@ -52,7 +59,7 @@ class Survey:
 
 
 async def survey(store: Store, parser: NameParser) -> Survey:
-    """Look at the names of a directory, and at which of its files have a description.
+    """Look at the names of a directory, and at which of its files and folders have a description.
 
     Raises:
         StoreError: the directory or a file could not be read.
@@ -65,15 +72,17 @@ async def survey(store: Store, parser: NameParser) -> Survey:
             seen.others.append(name)
         elif await _is_described(store, entry):
             seen.described.append(name)
-        elif (read := parser.read(name)) is None:
+        elif (read := _read_name(parser, entry)) is None:
             seen.misnamed.append(name)
         else:
-            path, file = store.path_of(name), entry.file
-            seen.found.append(replace(read, path=path, nbytes=file.nbytes, created=file.modified))
+            path, nbytes = store.path_of(name), entry.file.nbytes
+            if entry.is_folder:
+                nbytes = sum(file.nbytes for file in await store.folder(name).list())
+            seen.found.append(replace(read, path=path, nbytes=nbytes, created=entry.file.modified))
 
     entries = await Catalog(store).entries()
-    files = [entry for entry in entries if not entry.is_folder]
-    await for_each(look, sorted(files, key=lambda entry: entry.file.name), READERS)
+    seen.folders = {entry.file.name for entry in entries if entry.is_folder}
+    await for_each(look, sorted(entries, key=lambda entry: entry.file.name), READERS)
     seen.found.sort(key=lambda checkpoint: (checkpoint.step, checkpoint.created, checkpoint.path))
     for names in (seen.described, seen.misnamed, seen.others):
         names.sort()
@@ -110,12 +119,22 @@ async def adopt(
     await read_file(read, store, found.path.rpartition("/")[2])
 
 
+def _read_name(parser: NameParser, entry: Entry) -> Checkpoint | None:
+    """Return the step and the metrics in a name; that of a folder may lack the suffix of the template."""
+    suffixes = ("", *sorted(SUFFIXES)) if entry.is_folder else ("",)
+    read = (parser.read(entry.file.name + suffix) for suffix in suffixes)
+    return next(filter(None, read), None)
+
+
 async def _is_described(store: Store, entry: Entry) -> bool:
     if entry.checkpoint is not None or entry.error is not None:
         return entry.checkpoint is not None
     try:
+        if entry.is_folder:
+            async with store.folder(entry.file.name).open(FOLDER_MARK) as mark:
+                return await mark.answer(read_mark(mark.file.nbytes)) is not None
         return await read_file(read_described, store, entry.file.name) is not None
-    except (CorruptCheckpointError, CheckpointNotFoundError, StoreError):
+    except (CorruptCheckpointError, FileNotFoundError, StoreError):
         return False  # its adoption raises that again
 
 

@@ -6,6 +6,7 @@ import errno
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
+from asyncckpt._checksum import crc32
 from asyncckpt._loading.folder_index import Index, index_of
 from asyncckpt._loading.item_reader import read_items, verify_items
 from asyncckpt._loading.item_run import named
@@ -40,6 +41,7 @@ class Folder:
         path: its path or URL.
         store: its files.
         version: of its mark: the folder is still the same as long as that is.
+        description: of itself; None if stock DCP wrote it.
         checkpoint: what its description says; without a description, what is known of it.
         index: its entries.
     """
@@ -47,6 +49,7 @@ class Folder:
     path: str
     store: Store
     version: str
+    description: Description | None
     checkpoint: Checkpoint
     index: Index
 
@@ -61,29 +64,46 @@ class Folder:
         return dict(zip(places, images, strict=True))
 
     async def verify(self, progress: Callable[[int], None] | None = None) -> None:
-        """Read every item and drop it again; raises as `read` does.
+        """Read every item and every other file, and drop it again; raises as `read` does.
 
         Args:
             progress: called with how many more bytes were checked, on any thread.
         """
         await self._unchanged(verify_items(self.store, self.index.items, progress))
+        for name, (nbytes, checksum) in (self.description.extras if self.description else {}).items():
+            await self._unchanged(self._verify_file(name, nbytes, checksum))
+            if progress is not None:
+                progress(nbytes)
+
+    async def _verify_file(self, name: str, nbytes: int, checksum: int) -> None:
+        async with self.store.open(name) as file:
+            found = 0
+            for start in range(0, file.file.nbytes, file.chunk):
+                piece = memoryview(bytearray(min(file.chunk, file.file.nbytes - start)))
+                await file.read(start, piece)
+                found = await in_thread(crc32, piece, found)
+        if (file.file.nbytes, found) != (nbytes, checksum):
+            raise CorruptCheckpointError(
+                f"its file {name} ({nbytes:,} bytes) is damaged; use another checkpoint"
+            )
 
     async def _unchanged(self, reading: Awaitable[R]) -> R:
         """Return what was read, all of it of this folder and not of one that has replaced it."""
         try:
             result = await reading
         except (CorruptCheckpointError, FileNotFoundError) as error:
-            await self._refuse_replaced()
+            await self.refuse_replaced()
             if isinstance(error, CorruptCheckpointError):
                 raise named(error, self.path) from error
             lost = error.filename or error
             raise CorruptCheckpointError(
                 f"{self.path}: its file {lost} is missing; use another checkpoint"
             ) from error
-        await self._refuse_replaced()
+        await self.refuse_replaced()
         return result
 
-    async def _refuse_replaced(self) -> None:
+    async def refuse_replaced(self) -> None:
+        """Raise CheckpointNotFoundError if another folder has taken the name, or none has it any more."""
         try:
             version = (await self.store.stat(FOLDER_MARK)).version
         except FileNotFoundError as error:
@@ -137,7 +157,7 @@ def _opened(where: str, files: Store, version: str, description: Description | N
         checkpoint = Checkpoint(None, where, {}, nbytes)
     else:
         checkpoint = checkpoint_of(where, description, description.nbytes or 0)  # as it is listed
-    return Folder(where, files, version, checkpoint, index)
+    return Folder(where, files, version, description, checkpoint, index)
 
 
 async def with_folder(read: Callable[[Folder], Awaitable[R]], store: Store, name: str) -> R:

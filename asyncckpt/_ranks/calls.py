@@ -6,7 +6,6 @@ import time
 from _thread import start_new_thread
 from contextlib import suppress
 from math import inf
-from queue import Empty, SimpleQueue
 from threading import Lock
 from typing import TYPE_CHECKING, Generic, TypeVar
 
@@ -25,6 +24,13 @@ _GRACE = 5.0
 _LOOK_AGAIN = 1.0  # seconds
 
 
+def _held_lock() -> Lock:
+    """Return a lock to wait for: CPython's `SimpleQueue.get` may block forever if its timeout is short."""
+    lock = Lock()
+    lock.acquire()
+    return lock
+
+
 class Call:
     """What running work looks at while it waits.
 
@@ -34,13 +40,13 @@ class Call:
 
     def __init__(self) -> None:
         self.stopped = False
-        self._wakeup: SimpleQueue[None] = SimpleQueue()
+        self._wakeup = _held_lock()
         self._began = time.monotonic()
 
     def stop(self) -> None:
         """End the pause of the work."""
         self.stopped = True
-        self._wakeup.put(None)
+        self._wakeup.release()
 
     def waited(self) -> float:
         """Return the seconds since the call, or `restart`."""
@@ -52,8 +58,8 @@ class Call:
 
     def pause(self, longest: float) -> None:
         """Sleep for an eighth of the time waited so far, in seconds, or until the caller waits no longer."""
-        with suppress(Empty):
-            self._wakeup.get(timeout=min(max(self.waited() / 8, _SHORTEST_PAUSE), longest))
+        if self._wakeup.acquire(timeout=min(max(self.waited() / 8, _SHORTEST_PAUSE), longest)):
+            self._wakeup.release()
 
 
 class StoppedError(Exception):
@@ -67,7 +73,7 @@ class _Work(Generic[T]):
         self._func = func
         self._requests = requests
         self._once = Lock()
-        self._ended: SimpleQueue[None] = SimpleQueue()
+        self._ended = _held_lock()
         self.call = Call()
         self.results: list[T] = []
         self.errors: list[BaseException] = []
@@ -80,15 +86,14 @@ class _Work(Generic[T]):
             self.results.append(self._func(self.call))
         except BaseException as error:  # noqa: BLE001 - raised by the caller
             self.errors.append(error)
-        self._ended.put(None)
+        self._ended.release()
 
     def wait(self, silence: float) -> None:
         """Wait until it ends; no longer if the store is silent for so many seconds."""
         while not self.results and not self.errors:
             if self._requests.silence() > silence:
                 raise _silence_error(self._requests)
-            with suppress(Empty):
-                self._ended.get(timeout=min(silence / 4, _LOOK_AGAIN))
+            self._ended.acquire(timeout=min(silence / 4, _LOOK_AGAIN))
 
 
 def call(func: Callable[[Call], T], undo: Callable[[], object], requests: Requests, timeout: float) -> T:
@@ -110,14 +115,14 @@ def call(func: Callable[[Call], T], undo: Callable[[], object], requests: Reques
     if requests.silence() > timeout:
         raise _silence_error(requests)
     work = _Work(func, requests)
-    undone: SimpleQueue[None] = SimpleQueue()
+    undone = _held_lock()
 
     def stop() -> None:
         work.run()  # unless it runs
         work.wait(inf)
         with suppress(RankError):
             undo()
-        undone.put(None)
+        undone.release()
 
     try:
         _start(work.run)
@@ -125,8 +130,7 @@ def call(func: Callable[[Call], T], undo: Callable[[], object], requests: Reques
     except BaseException as error:
         work.call.stop()
         _start(stop)
-        with suppress(Empty):
-            undone.get(timeout=0 if isinstance(error, RankError) else _GRACE)
+        undone.acquire(timeout=0 if isinstance(error, RankError) else _GRACE)
         raise
     if work.errors:
         raise work.errors[0]

@@ -99,6 +99,21 @@ class Round:
 
         call(work, lambda: None, self._requests, self._ranks.timeout)  # an interrupt does not unmake a commit
 
+    def linger(self, seconds: float) -> None:
+        """Wait until all ranks are through, for so many seconds at most (rank 0, after `end`); raises nothing.
+
+        The process that hosts the store may end then.
+        """
+
+        def work(running: Call) -> None:
+            while self._requests.peek(f"{self._key}/left") is not None and running.waited() < seconds:
+                if running.stopped:
+                    raise StoppedError
+                running.pause(_PAUSES * self._ranks.longest_pause)
+
+        with suppress(RankError):
+            call(work, lambda: None, self._requests, seconds)
+
     def outcome(self) -> str:
         """Wait for the end of the save, and return the text of `end` (other ranks).
 

@@ -53,6 +53,14 @@ def check_options(max_in_flight: int, when_busy: str, on_error: object, on_commi
         raise TypeError(f"on_commit must be a callable, not {on_commit!r}")
 
 
+def check_rank_timeout(timeout: object) -> None:
+    """Raise TypeError or ValueError if the time that a rank waits for others is invalid."""
+    if isinstance(timeout, bool) or not isinstance(timeout, (int, float)):
+        raise TypeError(f"rank_timeout must be a number of seconds, not {timeout!r}")
+    if not 0 < timeout < math.inf:
+        raise ValueError(f"rank_timeout must be positive and finite, not {timeout}")
+
+
 def check_timing(every: object, grace: object, *, has_signals: bool) -> None:
     """Raise TypeError or ValueError for an invalid schedule or grace period."""
     if every is not None and not is_schedule(every):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import time
-from collections import Counter
+import zlib
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import asdict
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import anyio
 import torch
 
+from asyncckpt._ranks.requests import Requests
 from asyncckpt._saving.targets import Target
 from asyncckpt._stateful import CONTAINERS, is_stateful
 from asyncckpt._threads import in_thread
@@ -29,8 +30,6 @@ if TYPE_CHECKING:
     from asyncckpt._saving.staging import Snapshot
     from asyncckpt._saving.targets import FileTarget
     from asyncckpt.types import SaveStats
-
-_made: Counter[str] = Counter()  # how many of each series
 
 # So many results stay in the store of the group, for ranks that are behind.
 _KEPT = 64
@@ -52,9 +51,8 @@ class OneWriter:
     """
 
     def __init__(self, group: ProcessGroup, series: str, timeout: float) -> None:
-        self._group = group
-        self._prefix = f"asyncckpt/files/{series}/{_made[series]}"
-        _made[series] += 1
+        self._rank = group.rank
+        self._requests = Requests(group, f"files/{series}")
         self._timeout = timeout
         self._number = 0  # of the next save
         self._decided: int | None = None
@@ -65,8 +63,7 @@ class OneWriter:
     def writer(self) -> int:
         """Return the rank that writes; the first one to ask does."""
         if self._decided is None:
-            key = f"{self._prefix}/writer"
-            self._decided = int(self._group.store.compare_set(key, "", str(self._group.rank)))
+            self._decided = int(self._requests.swap("writer", None, str(self._rank).encode()))
         return self._decided
 
     def save(  # noqa: PLR0913, PLR0917 - one save, and how it is started
@@ -89,7 +86,7 @@ class OneWriter:
             start: starts the save; called on the rank that writes.
         """
         number = self._next_save(state)
-        if self.writer() != self._group.rank:
+        if self.writer() != self._rank:
             saver.raise_failures("; the save that raised this was not started")
             return saver.follow(FollowedTarget(self, number, step, target, self._timeout), step, began)
         try:
@@ -105,12 +102,12 @@ class OneWriter:
         number, self._number = self._number, self._number + 1
         if self._entries is None:
             self._entries = dict(_entries(state, "state", set()))
-            if self.writer() == self._group.rank:
-                self._group.store.set(f"{self._prefix}/entries", json.dumps(self._entries))
+            if self.writer() == self._rank:
+                self._put("entries", self._entries)
         return number
 
     def _tell_failure(self, number: int, step: int, error: BaseException) -> None:
-        self._put(number, {"step": step, "error": f"{type(error).__name__}: {error}"})
+        self._put_result(number, {"step": step, "error": f"{type(error).__name__}: {error}"})
 
     def _tell_result(self, number: int, save: Save) -> None:
         error = Future.exception(save.committed)  # which does not count as retrieved by the user
@@ -119,14 +116,17 @@ class OneWriter:
             result["checkpoint"] = asdict(Future.result(save.committed))
         else:
             result["error"] = str(error)
-        self._put(number, result)
+        self._put_result(number, result)
 
-    def _put(self, number: int, result: dict[str, Any]) -> None:
-        text = json.dumps({**result, "host": socket.gethostname()})
-        with suppress(RuntimeError):  # the process that hosts the store may have ended
-            self._group.store.set(f"{self._prefix}/{number}", text)
-            if number >= _KEPT:
-                self._group.store.delete_key(f"{self._prefix}/{number - _KEPT}")
+    def _put_result(self, number: int, result: dict[str, Any]) -> None:
+        self._put(str(number), {**result, "host": socket.gethostname()})
+        if number >= _KEPT:
+            with suppress(RankError):
+                self._requests.delete(str(number - _KEPT))
+
+    def _put(self, key: str, value: dict[str, Any]) -> None:
+        with suppress(RankError):  # the file is written, whether the others learn of it or not
+            self._requests.append(key, zlib.compress(json.dumps(value).encode()))
 
     def result(self, number: int, step: int) -> dict[str, Any]:
         """Wait for what the writer tells of a save; called on a worker thread.
@@ -136,34 +136,34 @@ class OneWriter:
         """
         writer = self.writer()
         self._refuse_lost_entries(writer)
-        result: dict[str, Any] = json.loads(self._get(f"{self._prefix}/{number}", writer, step))
+        result = self._get(str(number), writer, step)
         if result["step"] != step:
             raise RankError(
-                f"rank {self._group.rank} saved step {step} where rank {writer}, which writes the files,"
+                f"rank {self._rank} saved step {step} where rank {writer}, which writes the files,"
                 f" saved step {result['step']}; call save on every rank with the same steps"
             )
         return result
 
     def has_result(self, number: int) -> bool:
         """Return whether the writer has told what became of a save."""
-        return bool(self._group.store.check([f"{self._prefix}/{number}"]))
+        return self._requests.peek(str(number)) is not None
 
     def _refuse_lost_entries(self, writer: int) -> None:
-        theirs = json.loads(self._get(f"{self._prefix}/entries", writer, None))
+        theirs = self._get("entries", writer, None)
         ours = self._entries or {}
         lost = [path for path, kind in ours.items() if theirs.get(path) != kind]
         if lost:
             more = f" and {len(lost) - _NAMED} more" if len(lost) > _NAMED else ""
             raise RankError(
                 f"rank {writer} writes the files of this series, and its state lacks"
-                f" {', '.join(lost[:_NAMED])}{more} of rank {self._group.rank}; save with"
+                f" {', '.join(lost[:_NAMED])}{more} of rank {self._rank}; save with"
                 " Checkpointer(sharded=True), which saves the state of every rank, or give each rank a"
                 " filename of its own"
             )
 
-    def _get(self, key: str, writer: int, step: int | None) -> bytes:
-        store, began, pause = self._group.store, time.monotonic(), _SHORTEST_PAUSE
-        while not store.check([key]):
+    def _get(self, key: str, writer: int, step: int | None) -> dict[str, Any]:
+        began, pause = time.monotonic(), _SHORTEST_PAUSE
+        while (value := self._requests.peek(key)) is None:
             if time.monotonic() - began > self._timeout:
                 what = "a first save" if step is None else f"its save of step {step}"
                 raise RankError(
@@ -172,8 +172,8 @@ class OneWriter:
                 )
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE)
-        data: bytes = store.get(key)
-        return data
+        found: dict[str, Any] = json.loads(zlib.decompress(value))
+        return found
 
 
 class FollowedTarget(Target):

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any
 
 from asyncckpt._ranks.coordination import Coordination
 from asyncckpt._ranks.group import ProcessGroup, process_group
+from asyncckpt._saving.arguments import check_rank_timeout
 from asyncckpt._saving.one_writer import OneWriter
 from asyncckpt._sharding.detect import is_sharded
 
@@ -46,10 +46,7 @@ class Ranked:
     ) -> None:
         if sharded is not None and not isinstance(sharded, bool):
             raise TypeError(f"sharded must be True, False or None, not {sharded!r}")
-        if isinstance(timeout, bool) or not isinstance(timeout, (int, float)):
-            raise TypeError(f"rank_timeout must be a number of seconds, not {timeout!r}")
-        if not 0 < timeout < math.inf:
-            raise ValueError(f"rank_timeout must be positive and finite, not {timeout}")
+        check_rank_timeout(timeout)
         self._sharded = sharded
         self._given = group
         self._timeout = timeout
@@ -57,10 +54,12 @@ class Ranked:
         self._saver = saver
         self._when_busy = when_busy
         self._alone = alone
+        self._store: Any = None  # of the group that the following belong to
         self._coordination: Coordination | None = None
         self._saves: ShardedSaves | None = None
         self._writer: OneWriter | None = None
-        self.writer()
+        if not sharded:
+            self.writer()
 
     @property
     def group(self) -> ProcessGroup | None:
@@ -75,7 +74,8 @@ class Ranked:
 
     def writer(self) -> OneWriter | None:
         """Return what decides which rank writes a state that is not sharded; None if there is one rank."""
-        if self._writer is None and (group := self.group) is not None:
+        group = self._renewed()
+        if self._writer is None and group is not None:
             self._writer = OneWriter(group, self._series, self._timeout)
         return self._writer
 
@@ -92,8 +92,9 @@ class Ranked:
                 'when_busy="replace" is not for sharded saves, which begin on each rank at another time; use'
                 ' "wait" or "skip"'
             )
+        coordination = self.coordination()
         if self._saves is None:
-            self._saves = ShardedSaves(self.coordination(), self._saver, skips=self._when_busy == "skip")
+            self._saves = ShardedSaves(coordination, self._saver, skips=self._when_busy == "skip")
         return self._saves
 
     def agree(self, what: str, flags: Collection[str], problem: str | None) -> Mapping[str, list[int]]:
@@ -119,9 +120,18 @@ class Ranked:
 
     def coordination(self) -> Coordination:
         """Return what the ranks agree through; of this process alone, if there are no others."""
+        group = self._renewed()
         if self._coordination is None:
-            self._coordination = Coordination(self.group or _alone(), self._series, self._timeout)
+            self._coordination = Coordination(group or _alone(), self._series, self._timeout)
         return self._coordination
+
+    def _renewed(self) -> ProcessGroup | None:
+        """Return the process group; what belonged to one before it is dropped."""
+        group = self.group
+        if group is not None and group.store is not self._store:
+            self._store = group.store
+            self._coordination = self._saves = self._writer = None
+        return group
 
 
 def _alone() -> ProcessGroup:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from asyncckpt._checksum import crc32
 from asyncckpt._saving.targets import Target
 from asyncckpt._saving.transfer import Transfer
 from asyncckpt._threads import in_thread
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 
 # Size of the file, number of tensors or -1 if rank 0 knows where they lie, number of other items.
 _REPORT = struct.Struct("<qqq")
+# Seconds in which the other ranks learn the outcome before this process, which may host the store, goes on.
+_LINGERS = 10.0
 
 
 @dataclass(slots=True, eq=False)
@@ -148,6 +151,9 @@ class ShardedTarget(Target):
             raise first from error  # the folder may have been removed for that reason
 
     async def evict(self, committed: Checkpoint) -> None:
+        """Remove older checkpoints, once all ranks know of this one."""
+        if self.rank == 0:
+            await in_thread(self.round.linger, _LINGERS)
         if self.series is not None:
             await self.series.evict(committed)
 
@@ -161,7 +167,7 @@ class ShardedTarget(Target):
         async with self.store.folder_draft(self.name) as folder, self._failing():
             await in_thread(self.round.begin, folder.attempt)
             for name, data in self.extras.items():
-                await _write_file(folder, name, data)
+                await _write_file(folder, folder.member(name), data)
             report = await self._write_part(folder, snapshot, stats)
             await in_thread(self.round.report, report)
             reports = await in_thread(self.round.reports)
@@ -208,7 +214,9 @@ class ShardedTarget(Target):
         extents, nbytes = self.plan.note_reports(reports)
         files = [data_file(rank) for rank in range(len(reports))]
         prefix = folder.member(files[0]).removesuffix(files[0])
-        description = replace(description, nbytes=nbytes, ranks=len(reports))
+        extras = {folder.member(name): (len(data), crc32(data)) for name, data in self.extras.items()}
+        nbytes += sum(map(len, self.extras.values()))
+        description = replace(description, nbytes=nbytes, ranks=len(reports), extras=extras)
         return description, seal(final.write(prefix, files, extents), description.encode())
 
 

@@ -14,10 +14,11 @@ from lightning_utilities.core.rank_zero import WarningCache, rank_zero_warn
 
 from asyncckpt._saving import operations
 from asyncckpt._saving.engine import get_engine, wait_for_pending
-from asyncckpt._trainer.checkpoint_io import BackgroundIO, background_io, refer
+from asyncckpt._trainer.checkpoint_io import BackgroundIO, background_io
 from asyncckpt._trainer.listing import SavedFile, Session, derive, is_last_epoch, listing_of
 from asyncckpt._trainer.locations import is_local, locate
 from asyncckpt._trainer.own_code import is_saved_by_users, may_change_parameters, refuse_other_package
+from asyncckpt._trainer.references import refer
 from asyncckpt._trainer.strategies import warn_if_passed_by
 from asyncckpt.errors import AsyncCkptError, SaveError, add_note
 
@@ -123,8 +124,8 @@ class BackgroundCheckpoint(Base):
         io = background_io(current) or self.io_class(current)
         if type(current).__name__ == "XLACheckpointIO":
             rank_zero_warn("asyncckpt saves in the foreground on XLA devices: all ranks have to take part.")
-        elif stage == "fit" and background_io(current) is None:
-            io.lend(trainer.strategy)
+        elif stage == "fit":
+            io.attach(trainer)
         if self.overlap:
             io.overlap()
         if io.overlaps and stage == "fit":
@@ -249,7 +250,7 @@ class BackgroundCheckpoint(Base):
         session.newest = saved
         if session.best[0] == filepath:
             session.best = ("", session.best[1])  # what it leads to is another one now
-        if saved.outcome is not None:
+        if trainer.is_global_zero and saved.outcome is not None:
             now = copy.copy(self)
             now.best_k_models = dict(self.best_k_models)
             session.unreported.append((saved.outcome, stats, trainer.global_step, now))
@@ -370,7 +371,7 @@ class BackgroundCheckpoint(Base):
         for path in (path for path in obsolete if path not in linked):
             session.io.causes = session.pending()
             super()._remove_checkpoint(trainer, path)
-            removal, _ = session.take(path)
+            removal, _ = session.io.submitted.take(path)
             if removal is not None:
                 session.removals[path] = removal
         session.io.causes = ()

@@ -17,14 +17,18 @@ from asyncckpt._loading.catalog import read_described
 from asyncckpt._loading.load import load_image
 from asyncckpt._loading.reader import read_file, read_image
 from asyncckpt._saving import operations
-from asyncckpt._saving.arguments import check_options
+from asyncckpt._saving.arguments import check_options, check_rank_timeout
 from asyncckpt._saving.engine import get_engine, wait_for_pending
 from asyncckpt._saving.overlapping import DEVICE_MEMORY, Overlapping
 from asyncckpt._saving.saver import Saver
 from asyncckpt._saving.targets import FileTarget
-from asyncckpt._trainer.locations import locate
+from asyncckpt._trainer.attachment import Attachment
+from asyncckpt._trainer.locations import locate, step_of
+from asyncckpt._trainer.sharded_writer import ShardedWriter
 from asyncckpt._trainer.state_target import StateTarget
-from asyncckpt.errors import AsyncCkptError, BusyError, SaveError, add_note
+from asyncckpt._trainer.strategies import takes_io
+from asyncckpt._trainer.submitted import Submitted
+from asyncckpt.errors import AsyncCkptError, BusyError, add_note
 from asyncckpt.layout.description import Description
 from asyncckpt.stores import open_store
 
@@ -38,10 +42,12 @@ if TYPE_CHECKING:
 
     from asyncckpt._saving.operations import Causes
     from asyncckpt._saving.overlapping import GuardKind
-    from asyncckpt._saving.save import Outcome
+    from asyncckpt._saving.save import Save
     from asyncckpt._saving.targets import Target
+    from asyncckpt._snapshot.deferred import Overlap
     from asyncckpt.stores.base import Store
-    from asyncckpt.types import SaveStats
+
+    Choose = Callable[[list[Any]], tuple[Overlap | None, str]]
 else:
     Base = object
 
@@ -68,6 +74,7 @@ class BackgroundIO(Base):
         guard: how a change is noticed that comes from anything but an optimizer's step: by the "version"
             counters of tensors, or also by a "checksum" of the memory.
         device_memory: bytes that overlapped saves may take on each device for clones.
+        rank_timeout: seconds that a rank waits for the others in a save of a sharded strategy.
 
     Raises:
         TypeError, ValueError: an argument is invalid.
@@ -78,11 +85,12 @@ class BackgroundIO(Base):
 
     in_hook: bool  # whether a ModelCheckpoint saves, whose HookFence comes before what may change parameters
     waits: bool  # whether saves and removals are complete when they return, as nobody waits for them later
-    submitted: dict[str, tuple[Outcome[Any], SaveStats | None]]  # what is not done, and no callback has taken
+    submitted: Submitted  # what no callback has taken
     _saver: Saver | None
     _overlapping: Overlapping
     causes: Causes  # removals, copies and links are left undone if one of these fails
-    _lender: tuple[Any, CheckpointIO] | None  # a strategy, and the CheckpointIO that it gets back
+    _attachment: Attachment | None  # to a strategy that was not given it as a plugin, or cannot take one
+    _sharded: ShardedWriter | None
     _handled: BaseException | None  # the exception that was being handled when the first save was made
     _thread: int | None  # which is making a save
 
@@ -95,22 +103,25 @@ class BackgroundIO(Base):
         overlap: bool = False,
         guard: GuardKind = "version",
         device_memory: int = DEVICE_MEMORY,
+        rank_timeout: float = 300.0,
     ) -> None:
         if isinstance(checkpoint_io, self.stock_async):
             checkpoint_io = checkpoint_io.checkpoint_io  # two of a kind: ours takes its place
         super().__init__(checkpoint_io)
         check_options(max_in_flight, "wait", "raise", None)
+        check_rank_timeout(rank_timeout)
         self._max_in_flight = max_in_flight
         self._preemption_timeout = preemption_timeout
         self._overlaps = overlap
         self._guard: GuardKind = guard
         self._device_memory = device_memory
+        self._rank_timeout = rank_timeout
         vars(self).update(self._idle())
 
     def _idle(self) -> dict[str, Any]:
-        unset = dict.fromkeys(("_saver", "_lender", "_handled", "_thread"))
-        flags = {"waits": False, "in_hook": False}
-        return {**unset, **flags, "submitted": {}, "causes": (), "_overlapping": self._new_overlapping()}
+        unset = ("_saver", "_sharded", "_attachment", "_handled", "_thread")
+        idle = {**dict.fromkeys(unset), "waits": False, "in_hook": False, "causes": ()}
+        return {**idle, "submitted": Submitted(), "_overlapping": self._new_overlapping()}
 
     def _new_overlapping(self) -> Overlapping:
         return Overlapping(self._overlaps, self._guard, self._device_memory, everyone=True)
@@ -128,7 +139,10 @@ class BackgroundIO(Base):
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        self.finish(error)
+        try:
+            self.finish(error)
+        finally:
+            self._detach()
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
@@ -144,33 +158,19 @@ class BackgroundIO(Base):
             TypeError: `storage_options` is given, and the writer takes none.
         """
         began = time.perf_counter()
-        if self._thread == threading.get_ident():
-            # A signal handler has come in between: the save it broke into holds the locks.
+        if self._is_broken_into():
             self._base().save_checkpoint(checkpoint, path, storage_options)
             return
-        # Lightning requeues the SLURM job right after the save to a file of this name.
-        is_requeued = os.path.basename(path).startswith("hpc_ckpt_")  # noqa: PTH119 - it may be a URL
-        is_complete = self.waits or is_requeued
-        with self._entered():
-            self._raise_failed_changes()
-            step = checkpoint.get("global_step")
-            step = step if isinstance(step, int) else None
-            if self._saver is None:
-                # Lightning's checkpoints hold objects of its own, and it loads them with its own default.
-                self._saver, self._handled = Saver(self._max_in_flight, warns=False), sys.exc_info()[1]
-            why_not = self._why_not_overlapped(checkpoint, is_complete=is_complete)
-            overlap, reason = self._overlapping.of(False if why_not else None, ())
-            target = self._target(path, step, storage_options)
-            save = self._saver.save(checkpoint, target, step, began, overlap)
-            save.stats.reason = save.stats.reason or reason or why_not
-            if not why_not:
-                self._overlapping.note(save, began)
-            self._note(path, save.committed, save.stats)
-        if is_complete:
-            try:
-                save.committed.result(self._preemption_timeout if is_requeued else None)
-            except FutureTimeoutError:
-                self._give_up()
+
+        def start(saver: Saver, choose: Choose) -> Save:
+            self.submitted.raise_failed_changes()
+            overlap, reason = choose([])
+            step = step_of(checkpoint)
+            save = saver.save(checkpoint, self._target(path, step, storage_options), step, began, overlap)
+            save.stats.reason = save.stats.reason or reason
+            return save
+
+        self._save(path, checkpoint, began, start)
 
     def fence(self) -> None:
         """Wait until parameters and optimizer state may be changed by hand; on a GPU, the host does not wait.
@@ -213,10 +213,10 @@ class BackgroundIO(Base):
                 remove = partial(self._base().remove_checkpoint, path)
                 full = posixpath.join(directory, name)
                 removal = operations.call(remove, full, exists=False, causes=self.causes)
-            self._note(path, removal)
+            self.submitted.note(str(path), removal)
         if self.waits:
             removal.exception()
-            self._raise_failed_changes()
+            self.submitted.raise_failed_changes()
 
     def _is_ours(self, path: str | Path) -> bool:
         """Return whether a file that asyncckpt wrote is at `path`; what a web server has is not looked at."""
@@ -238,13 +238,8 @@ class BackgroundIO(Base):
         end = None if timeout is None else time.monotonic() + timeout
         if self._saver is not None:
             self._saver.drain(timeout)
-        for outcome, stats in list(self.submitted.values()):
-            if stats is None:
-                try:
-                    outcome.exception(None if end is None else max(end - time.monotonic(), 0))
-                except FutureTimeoutError:
-                    raise BusyError(f"removals are still pending after {timeout} s; they continue") from None
-        self._raise_failed_changes()
+        self.submitted.wait_for_changes(None if end is None else max(end - time.monotonic(), 0))
+        self.submitted.raise_failed_changes()
         if self._saver is not None:
             self._saver.raise_failures()
 
@@ -264,9 +259,16 @@ class BackgroundIO(Base):
                 add_note(error, failure)
         finally:
             self._overlapping.close()
+            sharded, self._sharded = self._sharded, None
             saver, self._saver = self._saver, None
-            if saver is not None:
-                saver.close()
+            try:
+                if sharded is not None and error is None:
+                    sharded.end()
+            finally:
+                if sharded is not None:
+                    sharded.close()
+                if saver is not None:
+                    saver.close()
 
     def teardown(self) -> None:
         """Finish what is pending, and give the strategy back the CheckpointIO that it had before."""
@@ -275,16 +277,26 @@ class BackgroundIO(Base):
         try:
             self.finish(None if handled is self._handled else handled)
         finally:
-            if self._lender is not None:
-                (strategy, original), self._lender = self._lender, None
-                strategy.checkpoint_io = original
+            self._detach()
             if self.checkpoint_io is not None:
                 self.checkpoint_io.teardown()
 
-    def lend(self, strategy: Any) -> None:
-        """Take the place of the CheckpointIO of a strategy until `teardown`."""
-        self._lender = (strategy, strategy.checkpoint_io)
-        strategy.checkpoint_io = self
+    def attach(self, owner: Any) -> None:
+        """Make the saves of a Trainer or a Fabric asynchronous until `teardown` or the end of `with`.
+
+        Needed with sharded strategies, unless asyncckpt's `ModelCheckpoint` is there. Call it on every rank.
+        """
+        strategy = owner.strategy
+        if self._attachment is not None and self._attachment.strategy is strategy:
+            return
+        self._detach()
+        replaces = takes_io(strategy) and background_io(strategy.checkpoint_io) is None
+        self._attachment = Attachment(strategy, self, replaces=replaces)
+
+    def _detach(self) -> None:
+        attachment, self._attachment = self._attachment, None
+        if attachment is not None:
+            attachment.end()
 
     def overlap(self) -> None:
         """Overlap saves from now on."""
@@ -301,6 +313,43 @@ class BackgroundIO(Base):
     def writes_itself(self) -> bool:
         """Whether asyncckpt's writer makes the files."""
         return self.checkpoint_io is None or type(self.checkpoint_io) is self.torch_io
+
+    def _save(
+        self,
+        path: str | Path,
+        checkpoint: dict[str, Any],
+        began: float,
+        start: Callable[[Saver, Choose], Save],
+    ) -> None:
+        """Start a save by `start`, and wait for it if it is to be complete."""
+        # Lightning requeues the SLURM job right after the save to a file of this name.
+        is_requeued = os.path.basename(path).startswith("hpc_ckpt_")  # noqa: PTH119 - it may be a URL
+        is_complete = self.waits or is_requeued
+        with self._entered():
+            if self._saver is None:
+                # Lightning's checkpoints hold objects of its own, and it loads them with its own default.
+                self._saver, self._handled = Saver(self._max_in_flight, warns=False), sys.exc_info()[1]
+            why_not = self._why_not_overlapped(checkpoint, is_complete=is_complete)
+            save = start(self._saver, partial(self._overlapping.of, False if why_not else None))
+            save.stats.reason = save.stats.reason or why_not
+            if not why_not:
+                self._overlapping.note(save, began)
+            self.submitted.note(str(path), save.committed, save.stats)
+        if is_complete:
+            try:
+                save.committed.result(self._preemption_timeout if is_requeued else None)
+            except FutureTimeoutError:
+                self._give_up()
+
+    def _is_broken_into(self) -> bool:
+        """Return whether a signal handler calls this that interrupted a save, which holds the locks."""
+        return self._thread == threading.get_ident()
+
+    def _sharded_writer(self, saver: Saver) -> ShardedWriter:
+        """Return what saves the shards of all ranks; made at the first save, on each rank."""
+        if self._sharded is None:
+            self._sharded = ShardedWriter(saver, self._rank_timeout)
+        return self._sharded
 
     def _why_not_overlapped(self, checkpoint: dict[str, Any], *, is_complete: bool) -> str:
         if self.overlaps and is_complete:
@@ -328,20 +377,6 @@ class BackgroundIO(Base):
             )
         return FileTarget(self._open_store(directory), name, Description(0, step, {}, time.time()))
 
-    def _note(self, path: str | Path, outcome: Outcome[Any], stats: SaveStats | None = None) -> None:
-        for former, (ended, of_save) in list(self.submitted.items()):
-            if ended.done() and (of_save is not None or not ended.failed()):
-                del self.submitted[former]
-        self.submitted[str(path)] = outcome, stats
-
-    def _raise_failed_changes(self) -> None:
-        """Raise what failed of the removals, copies and links that no callback has taken."""
-        for path, (outcome, stats) in list(self.submitted.items()):
-            if stats is None and outcome.failed():
-                del self.submitted[path]
-                error = outcome.exception()
-                raise SaveError(f"{path} could not be removed or linked: {error}") from error
-
     def _give_up(self) -> None:
         paths = ", ".join(get_engine().give_up())
         message = f"the job is to go and {self._preemption_timeout} s are over: given up are {paths}"
@@ -362,15 +397,3 @@ def background_io(io: Any) -> BackgroundIO | None:
     while not isinstance(io, BackgroundIO) and hasattr(type(io), "checkpoint_io"):
         io = io.checkpoint_io
     return io if isinstance(io, BackgroundIO) else None
-
-
-def refer(
-    operation: Callable[..., Outcome[None]], source: str, target: str, io: BackgroundIO | None = None
-) -> None:
-    """Copy or link a checkpoint, which may be pending; in the background if there is an `io` for it."""
-    directory, name = locate(target)
-    relative = posixpath.relpath(posixpath.join(*locate(source)), directory)
-    if io is None:
-        operation(open_store(directory), relative, name).result()
-    else:
-        io._note(target, operation(io._open_store(directory), relative, name, causes=io.causes))

@@ -134,18 +134,11 @@ class Session:
 
     def note(self, saved: SavedFile) -> SaveStats | None:
         """Keep what was saved or linked until all ranks know its end; returns what it cost, on this rank."""
-        saved.outcome, stats = self.take(saved.path)
+        saved.outcome, stats = self.io.submitted.take(saved.path)
         self.saves.append(saved)
         if saved.path in self.obsolete:  # it is replaced instead
             self.obsolete.remove(saved.path)
         return stats
-
-    def take(self, path: str) -> tuple[Outcome[Any] | None, SaveStats | None]:
-        """Return outcome and cost of the last operation on a path; its failure is then ours to raise."""
-        outcome, stats = self.io.submitted.pop(path, (None, None))
-        if outcome is not None:
-            outcome.retrieved = True
-        return outcome, stats
 
     def is_linked(self, last: str, path: str) -> bool:
         """Return whether the link to the last or the best leads to a file, and nothing pending moves it."""

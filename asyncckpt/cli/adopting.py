@@ -1,4 +1,4 @@
-"""`asyncckpt adopt`: add descriptions to files of torch.save, so that a Checkpointer continues with them."""
+"""`asyncckpt adopt`: describe what other programs saved, so that a Checkpointer continues with it."""
 
 from __future__ import annotations
 
@@ -50,13 +50,14 @@ def adopt(
     option: StorageOptions = None,
     as_json: output.AsJson = False,
 ) -> None:
-    """Add descriptions to files of torch.save, in place, so that a Checkpointer continues with them.
+    """Add descriptions to files of torch.save and folders of DCP, so that a Checkpointer continues with them.
 
     Each file that fits the template and has no description is checked and atomically replaced by a copy with
-    one more record at its end, which torch.load ignores. Step and metrics come from the file name. The files
-    follow existing checkpoints in the order of commits, by step. Damaged files, files without checksums and
-    other formats are refused and named. Exit status: 1 if a file was refused, 2 if one could not be read or
-    written or if no file fits.
+    one more record at its end, which torch.load ignores. Of a folder of torch.distributed.checkpoint, every
+    item is checked, and .metadata is replaced so; dcp.load reads it as before. Step and metrics come from the
+    name. What is adopted follows existing checkpoints in the order of commits, by step. What is damaged, has
+    no checksums or is of another format is refused and named. Exit status: 1 if something was refused, 2 if
+    something could not be read or written or if nothing fits.
 
     Example: asyncckpt adopt runs/old --filename "ckpt_{step:03d}.pth"
     """
@@ -93,10 +94,13 @@ def adopt(
         found = {"dry_run": dry_run, "files": files, "described": seen.described, "others": seen.others}
         output.print_json(found)
     else:
-        text = f"{'would adopt' if dry_run else 'adopted'} {output.counted(counts['adopted'], 'file')}"
+        kind = "checkpoint" if seen.folders else "file"
+        text = f"{'would adopt' if dry_run else 'adopted'} {output.counted(counts['adopted'], kind)}"
         text += "".join(f"; {counts[status]} {status}" for status in _EXIT_STATUSES if counts[status])
         text += f"; {len(seen.described)} described already" if seen.described else ""
-        text += f"; {output.counted(len(seen.others), 'other file')} left alone" if seen.others else ""
+        folders = sum(name in seen.folders for name in seen.others)
+        for kind, count in {"file": len(seen.others) - folders, "folder": folders}.items():
+            text += f"; {output.counted(count, f'other {kind}')} left alone" if count else ""
         output.line(text + (" (--dry-run: nothing was changed)" if dry_run else ""), "dim")
         for newest in [outcome.checkpoint for outcome in outcomes if outcome.status == "adopted"][-1:]:
             name, is_newest = newest.path.rpartition("/")[2], "would be" if dry_run else "is"
@@ -106,6 +110,7 @@ def adopt(
 
 def _outcomes(store: Store, seen: Survey, names: NameTemplate, *, dry_run: bool) -> Iterator[_Outcome]:
     from asyncckpt._loading.adoption import adopt as adopt_file
+    from asyncckpt._loading.folder_adoption import adopt_folder
 
     sequence = seen.sequence
     for index, checkpoint in enumerate(seen.found, 1):
@@ -113,7 +118,9 @@ def _outcomes(store: Store, seen: Survey, names: NameTemplate, *, dry_run: bool)
         label = f"{index}/{len(seen.found)} {checkpoint.path.rpartition('/')[2]}"
         try:
             with output.bytes_progress(label, checkpoint.nbytes) as advance:
-                call(partial(adopt_file, store, placed, advance, dry_run=dry_run))
+                name = checkpoint.path.rpartition("/")[2]
+                adopt_it = adopt_folder if name in seen.folders else adopt_file
+                call(partial(adopt_it, store, placed, advance, dry_run=dry_run))
         except CorruptCheckpointError as error:
             yield _Outcome(checkpoint, "refused", output.message(error))
         except (AsyncCkptError, OSError) as error:

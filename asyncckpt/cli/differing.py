@@ -1,7 +1,8 @@
-"""`asyncckpt diff`: the differences of two files, without unpickling them."""
+"""`asyncckpt diff`: the differences of two checkpoints, without unpickling them."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -9,14 +10,14 @@ import typer
 from asyncckpt._inspection.contents import decoded_tensor
 from asyncckpt._inspection.isolation import look_at
 from asyncckpt._inspection.texts import clean, path_text
-from asyncckpt.cli.locations import StorageOptions, call, file_at, is_url, options_for
+from asyncckpt.cli.locations import StorageOptions, call, checkpoint_at, is_url, options_for
 from asyncckpt.cli.output import AsJson, bytes_progress, counted, line, new_table, number, print_json
 from asyncckpt.cli.states import ROWS, ShowAll, print_rest, print_rows, value_text
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from asyncckpt._inspection.tensor_values import Side
+    from asyncckpt.cli.sides import Compared
 
 A = Annotated[str, typer.Argument(metavar="A", show_default=False)]
 B = Annotated[str, typer.Argument(metavar="B", show_default=False)]
@@ -31,9 +32,11 @@ def diff(
 
     Compares entries, plain values, shapes, dtypes, all tensor elements, and which tensors share memory.
     Ignores devices, strides, requires_grad, and the difference between dict and OrderedDict. NaN equals NaN;
-    keys that are objects are equal if they print alike. Memory use does not grow with the tensors; a remote
-    file is copied to a temporary one first. Exit status: 0 if the files are equal, 1 if they differ, 2 if
-    they could not be compared.
+    keys that are objects are equal if they print alike. Folders, saved by any numbers of ranks, are compared
+    tensor by tensor, with each other or with a file; then keys are compared as texts, as such folders have
+    them, and shared memory is ignored, which they do not keep. Memory use does not grow with the tensors;
+    remote files are copied to temporary ones first. Exit status: 0 if the checkpoints are equal, 1 if they
+    differ, 2 if they could not be compared.
 
     Example: asyncckpt diff step-00000100.pt step-00000200.pt
     """
@@ -47,24 +50,29 @@ def diff(
         raise typer.Exit(_DIFFERENT)
 
 
-def _side(path: str, options: Sequence[str] | None) -> Side:
-    from asyncckpt._inspection.tensor_values import open_side
+def _side(path: str, options: Sequence[str] | None) -> Compared:
+    from asyncckpt.cli.sides import open_compared
 
-    store, file = file_at(path, options)
-    with bytes_progress(f"reading {path}", file.nbytes if is_url(path) else 0) as advance:
-        return call(open_side, store, file.name, advance)
+    store, file, is_folder = checkpoint_at(path, options)
+    nbytes = 0
+    if is_url(path):
+        files = call(store.folder(file.name).list) if is_folder else [file]
+        nbytes = sum(file.nbytes for file in files)
+    with bytes_progress(f"reading {path}", nbytes) as advance:
+        return call(partial(open_compared, store, file.name, advance, is_folder=is_folder))
 
 
-def _document(a: Side, b: Side) -> dict[str, Any]:
+def _document(a: Compared, b: Compared) -> dict[str, Any]:
     """Return the comparison as the JSON document."""
-    from asyncckpt._inspection.tensor_values import compare_values, nbytes_of
+    from asyncckpt._inspection.parts import compare_parts
+    from asyncckpt._inspection.tensor_values import nbytes_of
 
-    found = look_at("differences", [(side.records.path, side.records.pickle) for side in (a, b)])
+    found = look_at("differences", [*a.pickles, *b.pickles], [a.entries, b.entries])
     pairs = [(path, decoded_tensor(in_a), decoded_tensor(in_b)) for path, in_a, in_b in found["pairs"]]
     values = []
     with bytes_progress("comparing", sum(nbytes_of(tensor) or 0 for _, tensor, _ in pairs)) as advance:
         for path, in_a, in_b in pairs:
-            values.append((path, compare_values(a, b, in_a, in_b)))
+            values.append((path, compare_parts(a.parts(in_a), b.parts(in_b))))
             advance(nbytes_of(in_a) or 0)
     known = [(path, value) for path, value in values if value is not None]
     changed = [
@@ -79,8 +87,8 @@ def _document(a: Side, b: Side) -> dict[str, Any]:
         if value.differing
     ]
     return {
-        "a": a.records.path,
-        "b": b.records.path,
+        "a": a.path,
+        "b": b.path,
         "same": not (found["differences"] or found["sharing"] or changed),
         "differences": found["differences"],
         "tensors": changed,

@@ -18,17 +18,16 @@ if TYPE_CHECKING:
 # The header of the first record of a file by torch.save or asyncckpt: data.pkl, or a storage.
 _BEGINNING = re.compile(rb"PK\x03\x04.{26}[^/]+/data(\.pkl|/\d)", re.DOTALL)
 _SAFETENSORS = ".safetensors"
-_DCP_FILE, _DCP_METADATA = ".distcp", ".metadata"
-DCP = (
-    "of torch.distributed.checkpoint, whose files verify cannot check; `python -m"
-    " torch.distributed.checkpoint.format_utils dcp_to_torch DIR FILE` converts it to a file that it can"
-)
+_DATA_FILE = ".distcp"
+DCP = "torch.distributed.checkpoint"
+# What a folder with data files and without FOLDER_MARK is.
+INCOMPLETE = "the folder of a sharded save without .metadata: it is under way, or was not completed"
 
 
 async def looks_like_checkpoint(store: Store, file: StoredFile) -> bool:
     """Return whether a file, possibly damaged, looks like one of torch.save by suffix and first bytes."""
     suffix = PurePosixPath(file.name).suffix
-    if suffix in {_SAFETENSORS, _DCP_FILE}:
+    if suffix in {_SAFETENSORS, _DATA_FILE}:
         return False
     return suffix in SUFFIXES or _BEGINNING.match(await _head(store, file)) is not None
 
@@ -38,15 +37,14 @@ def is_safetensors(name: str) -> bool:
     return PurePosixPath(name).suffix == _SAFETENSORS
 
 
-def is_dcp(name: str) -> bool:
-    """Return whether a file is part of a checkpoint of torch.distributed.checkpoint, by its name."""
-    return PurePosixPath(name).suffix == _DCP_FILE
+def is_data_file(name: str) -> bool:
+    """Return whether a file is one of a rank in a folder of many, by its name."""
+    return PurePosixPath(name).suffix == _DATA_FILE
 
 
-def dcp_files(files: Iterable[StoredFile]) -> list[StoredFile]:
-    """Return the files of a directory that is a DCP checkpoint; none if it is not."""
-    found = [file for file in files if is_dcp(file.name) or file.name == _DCP_METADATA]
-    return found if {_DCP_METADATA} < {file.name for file in found} else []
+def has_data_files(files: Iterable[StoredFile]) -> bool:
+    """Return whether the files of ranks are among these."""
+    return any(is_data_file(file.name) for file in files)
 
 
 async def foreign_format(store: Store, file: StoredFile) -> str | None:

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from asyncckpt._inspection.texts import clean
 from asyncckpt.cli import output
-from asyncckpt.cli.formats import dcp_files, is_dcp, looks_like_checkpoint
+from asyncckpt.cli.formats import DCP, INCOMPLETE, has_data_files, is_data_file, looks_like_checkpoint
 from asyncckpt.cli.locations import (
     Directory,
     Recursive,
@@ -24,6 +23,7 @@ from asyncckpt.cli.locations import (
 from asyncckpt.cli.series import by_series, metric_names, parse_metric, require_metric, series_text
 from asyncckpt.errors import CorruptCheckpointError, StoreError
 from asyncckpt.retention import rank
+from asyncckpt.stores.base import FOLDER_MARK
 from asyncckpt.types import Checkpoint
 
 if TYPE_CHECKING:
@@ -42,6 +42,8 @@ Best = Annotated[
     ),
 ]
 
+# What to do with folders of stock DCP.
+_ADVICE = "asyncckpt.load reads them; after `asyncckpt adopt` a Checkpointer continues with them"
 # More metrics than this are named below the table.
 _METRIC_COLUMNS = 4
 
@@ -50,8 +52,10 @@ _METRIC_COLUMNS = 4
 class _Row:
     name: str
     checkpoint: Checkpoint  # `created` is the time of the snapshot, else of the last change, or 0.0
+    is_folder: bool = False
     writer: str | None = None
     epoch: int | None = None
+    ranks: int | None = None  # how many wrote a folder
     error: str | None = None  # why it cannot be read
     series: str = ""  # if the directory has several
     newest: bool = False
@@ -68,9 +72,10 @@ def ls(
 ) -> None:
     """List the checkpoints of a directory, and mark the newest and the best of each series.
 
-    Reads files of asyncckpt, Lightning and torch.save, without unpickling them. A file that looks like a
-    checkpoint but cannot be read is listed as `damaged?`. A series is the checkpoints of one filename
-    template; files of no series are marked only if there is no series.
+    Reads files of asyncckpt, Lightning and torch.save, and folders of asyncckpt and
+    torch.distributed.checkpoint, without unpickling them. What looks like a checkpoint but cannot be read is
+    listed as `damaged?`. A series is the checkpoints of one filename template; checkpoints of no series are
+    marked only if there is no series.
 
     Example: asyncckpt ls runs/gpt --best val_loss
     """
@@ -100,17 +105,19 @@ def ls(
 
 def _instead(directory: str, option: Sequence[str] | None) -> str:
     """Return other contents of a directory without checkpoints, as the end of a message."""
-    if dcp_files(call(store_at(directory, option).list)):
-        return "; it is a checkpoint of torch.distributed.checkpoint, which dcp.load reads"
-    return nested_hint(directory, option)
+    listed = call(store_at(directory, option).list)
+    if any(file.name == FOLDER_MARK for file in listed):
+        return f"; it is one itself: asyncckpt inspect {directory}"
+    return f"; it is {INCOMPLETE}" if has_data_files(listed) else nested_hint(directory, option)
 
 
 async def _read(store: Store) -> list[_Row]:
     from asyncckpt._loading.catalog import READERS
     from asyncckpt._threads import for_each
 
-    files = [file for file in await store.list() if not is_dcp(file.name)]
+    files = [file for file in await store.list() if not is_data_file(file.name)]
     rows = await for_each(partial(_row, store), files, READERS)
+    rows += await for_each(partial(_folder_row, store), await store.list_folders(), READERS)
     return [row for row in rows if row is not None]
 
 
@@ -126,10 +133,37 @@ async def _row(store: Store, file: StoredFile) -> _Row | None:
     except (CorruptCheckpointError, StoreError) as error:
         if not await looks_like_checkpoint(store, file):
             return None
-        unread = Checkpoint(None, store.path_of(file.name), {}, file.nbytes, file.modified)
-        return _Row(file.name, unread, error=output.message(error))
+        return _unread(store, file, output.message(error))
     checkpoint = replace(summary.checkpoint, created=summary.checkpoint.created or file.modified)
-    return _Row(file.name, checkpoint, summary.writer, summary.epoch)
+    return _Row(file.name, checkpoint, writer=summary.writer, epoch=summary.epoch)
+
+
+async def _folder_row(store: Store, folder: StoredFile) -> _Row | None:
+    """Return the row of a folder; None if it was removed since the listing."""
+    from asyncckpt.layout.description import checkpoint_of
+    from asyncckpt.layout.folder_mark import read_mark
+
+    path, files = store.path_of(folder.name), store.folder(folder.name)
+    try:
+        async with files.open(FOLDER_MARK) as mark:
+            description = await mark.answer(read_mark(mark.file.nbytes))
+        if description is None:
+            nbytes = sum(file.nbytes for file in await files.list())
+            checkpoint = Checkpoint(None, path, {}, nbytes, folder.modified)
+            return _Row(folder.name, checkpoint, is_folder=True, writer=DCP)
+    except FileNotFoundError:
+        return None
+    except CorruptCheckpointError as error:
+        return _unread(store, folder, f"{path}: {error}", is_folder=True)
+    except StoreError as error:
+        return _unread(store, folder, output.message(error), is_folder=True)
+    checkpoint = checkpoint_of(path, description, description.nbytes or 0)
+    return _Row(folder.name, checkpoint, is_folder=True, writer="asyncckpt", ranks=description.ranks)
+
+
+def _unread(store: Store, file: StoredFile, error: str, *, is_folder: bool = False) -> _Row:
+    unread = Checkpoint(None, store.path_of(file.name), {}, file.nbytes, file.modified)
+    return _Row(file.name, unread, is_folder=is_folder, error=error)
 
 
 def _order(row: _Row) -> tuple[bool, int, float, str]:
@@ -160,6 +194,8 @@ def _as_json(row: _Row) -> dict[str, Any]:
     return {
         "name": row.name,
         "path": checkpoint.path,
+        "folder": row.is_folder,
+        "ranks": row.ranks,
         "writer": row.writer,
         "series": checkpoint.filename,
         "step": checkpoint.step,
@@ -177,15 +213,21 @@ def _print_table(rows: Sequence[_Row]) -> None:
     epochs = ["epoch"] if any(row.epoch is not None for row in rows) else []
     series = ["series"] if any(row.series for row in rows) else []
     metrics = _metrics(rows)[:_METRIC_COLUMNS]
-    numbers = ["step", *epochs, *metrics, "size", "age"]
+    ranks = ["ranks"] if any(row.ranks is not None for row in rows) else []
+    numbers = ["step", *epochs, *metrics, *ranks, "size", "age"]
     table = output.new_table("name", *series, *numbers, "", right=numbers)
     now = time.time()
     for row in rows:
         checkpoint = row.checkpoint
-        values = [checkpoint.step, *(row.epoch for _ in epochs), *map(checkpoint.metrics.get, metrics)]
+        values = [
+            checkpoint.step,
+            *(row.epoch for _ in epochs),
+            *map(checkpoint.metrics.get, metrics),
+            *(row.ranks for _ in ranks),
+        ]
         marks = {"newest": row.newest, "best": row.best, "damaged?": row.error is not None}
         table.add_row(
-            clean(row.name),
+            output.name(row.name, is_folder=row.is_folder),
             *(row.series for _ in series),
             *("" if value is None else output.number(value) for value in values),
             output.size(checkpoint.nbytes),
@@ -203,6 +245,8 @@ def _print_captions(rows: Sequence[_Row], ranking: Ranking) -> None:
     among = f"; {len(unread)} cannot be read" if unread else ""
     total = output.size(sum(row.checkpoint.nbytes for row in rows))
     output.line(f"{output.counted(len(rows), 'checkpoint')}, {total}{among}", "dim")
+    if foreign := sum(row.writer == DCP for row in rows):
+        output.line(f"{output.counted(foreign, 'folder')} of {DCP}: {_ADVICE}", "dim")
     metrics = _metrics(rows)
     if ranking is not None:
         metric, mode = ranking

@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import json
 from contextlib import suppress
+from dataclasses import replace
 from itertools import islice
-from pathlib import PurePosixPath
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypeVar
 
 import typer
 from anyio.from_thread import start_blocking_portal
 from fsspec.core import split_protocol, url_to_fs
 
 from asyncckpt._naming import SUFFIXES
-from asyncckpt.cli.formats import is_dcp
+from asyncckpt.cli.formats import INCOMPLETE, has_data_files
 from asyncckpt.errors import CheckpointNotFoundError, StoreError
 from asyncckpt.stores import open_store
+from asyncckpt.stores.base import FOLDER_MARK, Store, StoredFile
 from asyncckpt.stores.errors import remote_errors
+from asyncckpt.stores.temporary import is_temporary
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator, Sequence
-
-    from asyncckpt.stores.base import Store, StoredFile
 
 T = TypeVar("T")
 
@@ -39,7 +40,7 @@ StorageOptions = Annotated[
 Recursive = Annotated[bool, typer.Option("--recursive", "-r", help="Include all directories below.")]
 
 _LOCAL = frozenset({"file", "local"})
-_DIRECTORIES = frozenset({"", ".", ".."})
+_DOTS = frozenset({".", ".."})
 # A hint searches a part of the tree only.
 _DEPTH = 3
 _LOOKED_AT = 1000
@@ -68,16 +69,59 @@ def store_at(directory: str, options: Sequence[str] | None) -> Store:
         raise typer.BadParameter(str(error), param_hint="--option") from error
 
 
+class Found(NamedTuple):
+    """A file, or a folder with the files of many ranks.
+
+    Attributes:
+        store: of its directory.
+        file: as the store lists it.
+        is_folder: whether it is a folder.
+    """
+
+    store: Store
+    file: StoredFile
+    is_folder: bool
+
+
+def checkpoint_at(path: str, options: Sequence[str] | None) -> Found:
+    """Return the file or the folder of a path.
+
+    Raises:
+        CheckpointNotFoundError: there is neither; the message tells of a folder that is incomplete.
+    """
+    directory, name = _split(path)
+    if name:
+        store = store_at(directory, options)
+        with suppress(FileNotFoundError):
+            return Found(store, call(store.stat, name), is_folder=False)
+        with suppress(FileNotFoundError):
+            mark = call(store.folder(name).stat, FOLDER_MARK)
+            return Found(store, replace(mark, name=name), is_folder=True)
+        if has_data_files(call(store.folder(name).list)):
+            raise CheckpointNotFoundError(f"{path} is {INCOMPLETE}")
+    raise CheckpointNotFoundError(f"there is no file or sharded checkpoint {path}")
+
+
 def file_at(path: str, options: Sequence[str] | None) -> tuple[Store, StoredFile]:
     """Return a file and the store of its directory; raises CheckpointNotFoundError if there is none."""
-    protocol, local = split_protocol(path.rstrip("/"))
-    directory, slash, name = local.rpartition("/")
-    place = f"{protocol}://{directory}" if is_url(path) else directory or slash
-    if name not in _DIRECTORIES:
-        store = store_at(place, options)
+    directory, name = _split(path)
+    if name:
+        store = store_at(directory, options)
         with suppress(FileNotFoundError):
             return store, call(store.stat, name)
     raise CheckpointNotFoundError(f"there is no file {path}")
+
+
+def _split(path: str) -> tuple[str, str]:
+    """Return the directory of a path, and its last name; none for the root of a file system."""
+    protocol, local = split_protocol(path.rstrip("/"))
+    if is_url(path):
+        directory, _, name = local.rpartition("/")
+        return f"{protocol}://{directory}", name
+    if local.rpartition("/")[2] in _DOTS:
+        local = str(Path(local).resolve())
+    directory, slash, name = local.rpartition("/")
+    return directory or slash, name
 
 
 def directory_at(path: str, options: Sequence[str] | None) -> Store:
@@ -97,9 +141,10 @@ def stores_at(
     store = store_at(path, options)
     exists = call(store.exists)
     if recursive and (exists or is_url(path)):  # a directory of an object store exists only if it has a file
-        for directory, _ in _walk(path, options):
+        for directory, names in _walk(path, options):
             exists = True
-            yield store_at(directory, options)
+            if directory == path or FOLDER_MARK not in names:  # its parent has it as one checkpoint
+                yield store_at(directory, options)
     elif exists:
         yield store
     if not exists:
@@ -109,11 +154,14 @@ def stores_at(
 
 def nested_hint(path: str, options: Sequence[str] | None) -> str:
     """Return the directories below that hold checkpoints, as the end of a message; empty if none does."""
-    found = []
+    found: list[str] = []
     with suppress(OSError):
         for directory, names in _walk(path, options, _DEPTH):
-            if directory != path and any(PurePosixPath(n).suffix in SUFFIXES or is_dcp(n) for n in names):
-                found.append(directory)
+            is_folder = FOLDER_MARK in names
+            place = directory.rpartition("/")[0] if is_folder else directory
+            is_checkpoint = is_folder or any(PurePosixPath(name).suffix in SUFFIXES for name in names)
+            if directory != path and is_checkpoint and place not in {path, *found}:
+                found.append(place)
     if not found:
         return ""
     more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
@@ -158,6 +206,8 @@ def _walk(
         found = sorted(islice(walked, _LOOKED_AT if depth else None), key=lambda entry: entry[0].split("/"))
     for directory, _, names in found:
         below = directory.rstrip("/").removeprefix(root)
+        if any(map(is_temporary, below.split("/"))):  # a draft
+            continue
         yield (path.rstrip("/") + below if below else path), names
     for error in errors:
         if not isinstance(error, FileNotFoundError):  # it was removed meanwhile

@@ -92,6 +92,11 @@ def bytes_progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
         yield partial(bar.advance, bar.add_task(clean(label), total=total))
 
 
+def name(text: str, *, is_folder: bool) -> str:
+    """Return the name of a file, or of a folder with a slash behind it, as a cell of a table."""
+    return clean(text) + "/" * is_folder
+
+
 def number(value: float) -> str:
     """Return a metric in five digits; a whole number as it is."""
     if isinstance(value, int):

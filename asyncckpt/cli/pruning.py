@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import defaultdict
 from dataclasses import dataclass
+from operator import methodcaller
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,7 +21,7 @@ from asyncckpt.retention import AnyOf, BestK, EveryN, LastN, evict
 from asyncckpt.stores.local import LocalStore
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
     from asyncckpt._loading.catalog import Entry
     from asyncckpt.retention import Policy
@@ -62,6 +63,7 @@ class _Decision:
     checkpoint: Checkpoint
     series: str | None  # its template; None for files of old versions
     why: list[str]  # what keeps it; empty if it has to go
+    is_folder: bool = False
     error: str | None = None  # why it could not be removed; of one that stays, how it is damaged
     done: str = "keep"  # as shown in the table
 
@@ -81,11 +83,11 @@ def prune(  # noqa: PLR0913 - the options of the command
 ) -> None:
     """Remove the checkpoints of a directory that no --keep keeps.
 
-    Considers checkpoints that a Checkpointer saved, each series (one filename template) on its own; other
-    files and copies under other names are left alone. The newest of each series always stays, and so do the
-    targets of symbolic links in the directory. Before anything is removed, the structure of every file that
-    stays is checked, and every byte of the newest of each series; if one is damaged, nothing is removed. Exit
-    status: 1 if one is damaged or could not be removed.
+    Considers checkpoints that a Checkpointer saved, files and folders alike, each series (one filename
+    template) on its own; other files, folders and copies under other names are left alone. The newest of each
+    series always stays, and so do the targets of symbolic links in the directory. Before anything is removed,
+    the structure of every checkpoint that stays is checked, and every byte of the newest of each series; if
+    one is damaged, nothing is removed. Exit status: 1 if one is damaged or could not be removed.
 
     Example: asyncckpt prune runs/gpt --keep best:3:val_loss --keep last:2
     """
@@ -95,7 +97,7 @@ def prune(  # noqa: PLR0913 - the options of the command
     policies = {spec: _parse_policy(spec) for spec in keep}
     store = directory_at(directory, option)
     entries = call(Catalog(store).entries)
-    decisions = _decide(policies, _series_in(entries, series), _links_in(store))
+    decisions = _decide(policies, _series_in(entries, series), _links_in(store), _folders_in(entries))
     damaged = call(_damaged, store, entries)
     staying = [decision for decision in decisions if decision.why]
     leaving = [decision for decision in decisions if not decision.why]
@@ -109,7 +111,12 @@ def prune(  # noqa: PLR0913 - the options of the command
                 call(store.remove, decision.name)
             except StoreError as error:
                 decision.failed("failed", error)
-    others = len(entries) - len(decisions) - len(damaged)
+    decided = {decision.checkpoint.path for decision in decisions}
+    others = [
+        entry
+        for entry in entries
+        if entry not in damaged and (entry.checkpoint is None or entry.checkpoint.path not in decided)
+    ]
     failed = [decision for decision in decisions if decision.error]
     removed = [decision for decision in leaving if decision.done == gone]
     if as_json:
@@ -121,23 +128,29 @@ def prune(  # noqa: PLR0913 - the options of the command
             "removed": [_entry(decision) for decision in removed],
             "failed": [_entry(decision) | {"error": decision.error} for decision in failed],
         }
-        output.print_json(document | {"damaged": found_damaged, "others": others})
+        output.print_json(document | {"damaged": found_damaged, "others": len(others)})
     else:
         _print_table(decisions, damaged)
         freed = output.size(sum(decision.checkpoint.nbytes for decision in removed))
         text = f"{gone} {output.counted(len(removed), 'checkpoint')}, {freed}"
         text += f"; {len(decisions) - len(removed)} stay"
-        text += f"; {output.counted(len(damaged), 'damaged file')} left alone" if damaged else ""
-        text += f"; {output.counted(others, 'other file')} left alone" if others else ""
+        text += "".join(_left_alone("damaged", damaged) + _left_alone("other", others))
         output.line(text + (" (--dry-run: nothing was removed)" if dry_run else ""), "dim")
     for decision in failed:
         output.complain(decision.error or decision.name)
     if blocked:
         output.complain(
-            "nothing was removed: files that stay are damaged; move or delete them, then prune again"
+            "nothing was removed: checkpoints that stay are damaged; move or delete them, then prune again"
         )
     if failed:
         raise typer.Exit(_FAILED)
+
+
+def _left_alone(what: str, entries: Sequence[Entry]) -> list[str]:
+    """Return how many files and how many folders are left alone, as the ends of a message."""
+    folders = sum(entry.is_folder for entry in entries)
+    counts = {"file": len(entries) - folders, "folder": folders}
+    return [f"; {output.counted(n, f'{what} {kind}')} left alone" for kind, n in counts.items() if n]
 
 
 def _parse_policy(spec: str) -> Policy:
@@ -170,6 +183,11 @@ def _series_in(entries: Sequence[Entry], only: str | None) -> Mapping[str | None
     return {only: found[only]}
 
 
+def _folders_in(entries: Sequence[Entry]) -> set[str]:
+    """Return the paths of the checkpoints that are folders."""
+    return {entry.checkpoint.path for entry in entries if entry.is_folder and entry.checkpoint}
+
+
 def _links_in(store: Store) -> Mapping[str, Sequence[str]]:
     """Return the names of the symbolic links in a local directory, by their targets in it."""
     links: defaultdict[str, list[str]] = defaultdict(list)
@@ -183,13 +201,18 @@ def _links_in(store: Store) -> Mapping[str, Sequence[str]]:
 
 
 async def _damaged(store: Store, entries: Sequence[Entry]) -> list[Entry]:
-    """Return the files that look like checkpoints and are damaged."""
+    """Return the files and folders that look like checkpoints and are damaged."""
     return [
         entry
         for entry in entries
         if entry.error is not None
-        and await looks_like_checkpoint(store, entry.file)
-        and await foreign_format(store, entry.file) is None
+        and (
+            entry.is_folder
+            or (
+                await looks_like_checkpoint(store, entry.file)
+                and await foreign_format(store, entry.file) is None
+            )
+        )
     ]
 
 
@@ -197,6 +220,7 @@ def _decide(
     policies: Mapping[str, Policy],
     found: Mapping[str | None, Sequence[Checkpoint]],
     links: Mapping[str, Sequence[str]],
+    folders: Collection[str],
 ) -> list[_Decision]:
     decisions = []
     for series, checkpoints in found.items():
@@ -212,24 +236,32 @@ def _decide(
             if not why and path not in leaving:
                 why = ["newest"]
             why += [f"target of {link}" for link in links.get(name, ())]
-            decisions.append(_Decision(name, checkpoint, series, why))
+            decisions.append(_Decision(name, checkpoint, series, why, path in folders))
     return decisions
 
 
 def _check(store: Store, staying: Sequence[_Decision], *, wholly: bool) -> None:
     """Check every byte of the newest of each series, or of all, and the structure of the others."""
+    from asyncckpt._loading.folder_structure import check_files
     from asyncckpt._loading.reader import read_file, verify_file
     from asyncckpt._loading.structure import check_structure
+    from asyncckpt.cli.folders import read_folder
 
     whole = staying if wholly else [*{decision.series: decision for decision in staying}.values()]
     for decision in staying:
+        name = decision.name
         try:
             if decision in whole:
-                label = f"{whole.index(decision) + 1}/{len(whole)} {decision.name}"
+                label = f"{whole.index(decision) + 1}/{len(whole)} {name}"
                 with output.bytes_progress(label, decision.checkpoint.nbytes) as advance:
-                    call(verify_file, store, decision.name, advance)
+                    if decision.is_folder:
+                        call(read_folder, methodcaller("verify", advance), store, name)
+                    else:
+                        call(verify_file, store, name, advance)
+            elif decision.is_folder:
+                call(read_folder, check_files, store, name)
             else:
-                call(read_file, check_structure, store, decision.name)
+                call(read_file, check_structure, store, name)
         except (AsyncCkptError, OSError) as error:
             decision.failed("damaged", error)
 
@@ -239,6 +271,7 @@ def _entry(decision: _Decision) -> dict[str, Any]:
     return {
         "name": decision.name,
         "path": checkpoint.path,
+        "folder": decision.is_folder,
         "series": decision.series,
         "step": checkpoint.step,
         "metrics": dict(checkpoint.metrics),
@@ -252,14 +285,15 @@ def _print_table(decisions: Sequence[_Decision], damaged: Sequence[Entry]) -> No
     for decision in decisions:
         table.add_row(
             decision.done,
-            clean(decision.name),
+            output.name(decision.name, is_folder=decision.is_folder),
             *(series_text(decision.series) for _ in series),
             output.size(decision.checkpoint.nbytes),
             clean(", ".join(decision.why)),
             style="red" if decision.error else None,
         )
     for entry in damaged:
-        name, nbytes = clean(entry.file.name), output.size(entry.file.nbytes)
+        name = output.name(entry.file.name, is_folder=entry.is_folder)
+        nbytes = "?" if entry.is_folder else output.size(entry.file.nbytes)
         table.add_row("damaged", name, *("" for _ in series), nbytes, str(entry.error))
     if table.row_count:
         output.print_table(table)

@@ -32,6 +32,7 @@ class Description:
         filename: the template that named it; None if it is not one of a series.
         nbytes: size of all files of a folder; None for a file.
         ranks: how many ranks wrote a folder; None for a file.
+        extras: size and CRC-32 of each file of a folder that is no data file, by name.
     """
 
     sequence: int
@@ -42,6 +43,7 @@ class Description:
     filename: str | None = None
     nbytes: int | None = None
     ranks: int | None = None
+    extras: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
     def encode(self) -> bytes:
         """Return the content of the record: JSON, with NaN and the infinities as Python writes them."""
@@ -58,7 +60,7 @@ class Description:
             "versions": {**versions, **self.versions},
             "filename": self.filename,
         }
-        of_folder = {"nbytes": self.nbytes, "ranks": self.ranks}
+        of_folder: dict[str, Any] = {"nbytes": self.nbytes, "ranks": self.ranks, "extras": dict(self.extras) or None}
         fields |= {name: value for name, value in of_folder.items() if value is not None}
         return json.dumps(fields).encode()
 
@@ -81,6 +83,7 @@ class Description:
                     None if fields.get("filename") is None else str(fields["filename"]),
                     None if fields.get("nbytes") is None else int(fields["nbytes"]),
                     None if fields.get("ranks") is None else int(fields["ranks"]),
+                    {str(name): (int(n), int(crc)) for name, (n, crc) in fields.get("extras", {}).items()},
                 )
             found = fields["format"]
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:

@@ -1,4 +1,4 @@
-"""torch.distributed.checkpoint's async_save, in a group of one process.
+"""torch.distributed.checkpoint's saves, in the process group there is, or in one of this process alone.
 
 As its tutorial has it, a save waits for the one before. The writer is `FileSystemWriter` as it comes: one
 synced file for each rank, written by one thread, since errors of the others would be lost.
@@ -44,14 +44,17 @@ class ThreadSaver(FuturePeer):
     executor: ClassVar[str] = "THREAD"
     _checkpoint: Any
     _distributed: Any
+    _is_alone: bool
     _staging: dict[str, Any]
 
     def start(self, state: Any) -> None:  # noqa: ARG002 - it is not warmed up
-        """Make a group of this process alone."""
+        """Make a group of this process alone, unless there is one."""
         self._checkpoint = import_module("torch.distributed.checkpoint")
         self._distributed = import_module("torch.distributed")
-        store = self._distributed.HashStore()
-        self._distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+        self._is_alone = not self._distributed.is_initialized()
+        if self._is_alone:
+            store = self._distributed.HashStore()
+            self._distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
         self._staging = {}
 
     def save(self, state: Any, name: str) -> None:
@@ -66,16 +69,17 @@ class ThreadSaver(FuturePeer):
         )
 
     def load(self, name: str, like: Any) -> Any:
-        """Fill fresh tensors."""
+        """Fill fresh tensors; objects with a `load_state_dict` are filled themselves."""
         state = empty_like(like)
         self._checkpoint.load(state, checkpoint_id=self.path(name))
         return state
 
     def close(self) -> None:
-        """Give up what stages, and the group."""
+        """Give up what stages, and the group that `start` made."""
         for stager in self._staging.values():
             _end(stager)
-        self._distributed.destroy_process_group()
+        if self._is_alone:
+            self._distributed.destroy_process_group()
 
 
 class CachedSaver(ThreadSaver):
@@ -86,7 +90,7 @@ class CachedSaver(ThreadSaver):
     shared: ClassVar[bool] = False
 
     def start(self, state: Any) -> None:
-        """Make the group, and the stager that is kept."""
+        """Make the group if there is none, and the stager that is kept."""
         super().start(state)
         staging = import_module("torch.distributed.checkpoint.staging")
         cuda = torch.cuda.is_available()
@@ -109,7 +113,7 @@ class ProcessSaver(CachedSaver):
     shared = True
 
     def start(self, state: Any) -> None:
-        """Make the group and the stager, and say where the process finds this one."""
+        """Make group and stager, and say where the process finds this one."""
         share_by_name()
         os.environ.setdefault("MASTER_ADDR", "localhost")
         super().start(state)
