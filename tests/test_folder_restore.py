@@ -262,10 +262,12 @@ def test_optimizer_with_other_parameter_groups_is_a_mismatch(tmp_path: Path) -> 
         checkpointer.save(1, {"model": model, "opt": opt})
     other = nn.Linear(2, 2)
     before = copy.deepcopy(other.state_dict())
-    groups = [[{"params": [other.weight]}, {"params": [other.bias]}], [{"params": [other.weight]}]]
-    messages = ["1 groups in the checkpoint, 2 in the optimizer", "only in the checkpoint bias"]
-    for group, message in zip(groups, messages, strict=True):
-        live = {"model": other, "opt": torch.optim.SGD(group, lr=0.1, momentum=0.9)}
+    first, second = {"params": [other.weight]}, {"params": [other.bias]}
+    for groups, message in (
+        ([first, second], "1 groups in the checkpoint, 2 in the optimizer"),
+        ([first], "only in the checkpoint bias"),
+    ):
+        live = {"model": other, "opt": torch.optim.SGD(groups, lr=0.1, momentum=0.9)}
         with pytest.raises(StateMismatchError, match=message):
             restored(tmp_path / "step-00000001", live)
         assert_same(other.state_dict(), before)

@@ -12,7 +12,7 @@ from asyncckpt import CheckpointNotFoundError, CorruptCheckpointError, StoreErro
 from asyncckpt._finder import Finder
 from asyncckpt._loading.agreement import Ranks
 from asyncckpt.stores.local import LocalStore
-from folders import DATA, save_described
+from folders import DATA, save_by_stock, save_described
 from rank_threads import Stores, together
 from support import flip
 
@@ -139,6 +139,21 @@ def test_object_of_one_rank_that_refuses_a_file_stops_all_ranks(tmp_path: Path) 
     assert type(other).__name__ == "StateMismatchError"
     assert taking.n == 1
     assert not any(state["a"].any() for state in live)
+
+
+def test_object_of_one_rank_that_refuses_a_folder_stops_all_ranks(tmp_path: Path) -> None:
+    path = save_by_stock(tmp_path / "saved", {"a": torch.ones(500), "o": {"n": 2}})
+    taking, live = Taking(), states()
+    live[0]["o"], live[1]["o"] = taking, Refusing()
+    one, other = restored(tmp_path, live, which=path)
+    assert type(one).__name__ == "RankError"
+    assert "o: ValueError: not" in str(one)
+    assert type(other).__name__ == "StateMismatchError"
+    assert taking.n == 1
+    assert not any(state["a"].any() for state in live)
+    live[1]["o"] = Taking()
+    restored(tmp_path, live, which=path)
+    assert [state["o"].n for state in live] == [2, 2]
 
 
 def raising(error: Exception) -> Callable[[], None]:

@@ -92,7 +92,9 @@ class Ranks(NamedTuple):
         flag = next((flag for flag in _FLAGS if found.get(flag)), own)
         if flag is not None and flag != own:
             shown = ", ".join(map(str, found[flag]))
-            raise _FLAGS[flag][1](f"{what}: the checkpoint is {flag}, as rank {shown} found, whose error says more")
+            raise _FLAGS[flag][1](
+                f"{what}: the checkpoint is {flag}, as rank {shown} found; its error says more"
+            )
 
     def _tell(self, what: str, error: BaseException) -> None:
         """Tell the other ranks of an error that is then raised here.
