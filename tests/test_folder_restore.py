@@ -262,12 +262,10 @@ def test_optimizer_with_other_parameter_groups_is_a_mismatch(tmp_path: Path) -> 
         checkpointer.save(1, {"model": model, "opt": opt})
     other = nn.Linear(2, 2)
     before = copy.deepcopy(other.state_dict())
-    first, second = {"params": [other.weight]}, {"params": [other.bias]}
-    for groups, message in (
-        ([first, second], "1 groups in the checkpoint, 2 in the optimizer"),
-        ([first], "only in the checkpoint bias"),
-    ):
-        live = {"model": other, "opt": torch.optim.SGD(groups, lr=0.1, momentum=0.9)}
+    parts: list[dict[str, Any]] = [{"params": [other.weight]}, {"params": [other.bias]}]
+    messages = ["only in the checkpoint bias", "1 groups in the checkpoint, 2 in the optimizer"]
+    for count, message in enumerate(messages, 1):
+        live = {"model": other, "opt": torch.optim.SGD(parts[:count], lr=0.1, momentum=0.9)}
         with pytest.raises(StateMismatchError, match=message):
             restored(tmp_path / "step-00000001", live)
         assert_same(other.state_dict(), before)
