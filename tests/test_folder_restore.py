@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import errno
+import gc
 import shutil
 from contextlib import asynccontextmanager
 from functools import partial
@@ -24,6 +25,7 @@ from asyncckpt import (
 )
 from asyncckpt._loading.folder import open_folder
 from asyncckpt._loading.folder_index import cover_problem
+from asyncckpt._loading.folder_restore import FolderPlan
 from asyncckpt._saving.engine import get_engine
 from asyncckpt.stores import LocalStore
 from folders import DATA, change_metadata, save_by_stock, save_described, some_state
@@ -158,6 +160,17 @@ def test_map_keys_for_dicts_of_tensors(tmp_path: Path) -> None:
         restored(path, live)
     restored(path, live, map_keys=lambda key: key.removeprefix("module."))
     assert_same(live, {"model": some_state(1)["model"]})
+
+
+def test_restore_leaves_nothing_to_the_collection_of_garbage(tmp_path: Path) -> None:
+    path = save_by_stock(tmp_path / "saved", {"a": torch.ones(2)})
+    gc.collect()
+    gc.disable()
+    try:
+        restored(path, {"a": torch.zeros(2)})
+        assert not [found for found in gc.get_objects() if type(found) is FolderPlan]
+    finally:
+        gc.enable()
 
 
 def test_rank_states(tmp_path: Path) -> None:
