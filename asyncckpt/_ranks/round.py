@@ -102,7 +102,7 @@ class Round:
         call(work, lambda: None, self._requests, self._ranks.timeout)  # an interrupt does not unmake a commit
 
     def linger(self, seconds: float) -> None:
-        """Wait until all ranks are through, for so many seconds at most (rank 0, after `end`); raises nothing.
+        """Wait until all ranks are through, so many seconds at most (rank 0, after `end`); raises nothing.
 
         The process that hosts the store may end then.
         """

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from asyncckpt._ranks.round import Round
@@ -17,7 +16,7 @@ from asyncckpt.errors import RankError
 from asyncckpt.types import SaveStats
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator
+    from collections.abc import Callable, Collection
 
     from torch.distributed.checkpoint.planner import SavePlanner
 
@@ -140,18 +139,17 @@ class ShardedSaves:
         if self._skips and self._saver.is_full():
             flags.append(_BUSY)
         part = _Part()
-        with self._awaited(same):
-            try:
-                self._collect(part, wanted, stats)  # on all ranks: FSDP1 has collectives in it
-                if self._coordination.leads:
-                    wanted.refuse()
-                if self._plan is None or self._plan.fingerprint != part.plan.fingerprint:
-                    flags.append(_CHANGED)
-                else:
-                    part.frozen = self._stager.freeze((self._plan.kept, part.plan.flat), stats)
-            except Exception as found:  # noqa: BLE001 - whatever it is, the other ranks wait to be told
-                error = found
-            return part, self._agree(same, flags, error, stats)
+        try:
+            self._collect(part, wanted, stats)  # on all ranks: FSDP1 has collectives in it
+            if self._coordination.leads:
+                wanted.refuse()
+            if self._plan is None or self._plan.fingerprint != part.plan.fingerprint:
+                flags.append(_CHANGED)
+            else:
+                part.frozen = self._stager.freeze((self._plan.kept, part.plan.flat), stats)
+        except Exception as found:  # noqa: BLE001 - whatever it is, the other ranks wait to be told
+            error = found
+        return part, self._agree(same, flags, error, stats)
 
     def _collect(self, part: _Part, wanted: ShardedSave, stats: SaveStats) -> None:
         began = time.perf_counter()
@@ -169,14 +167,13 @@ class ShardedSaves:
         plan: SharedPlan | None = None
         self._plan, error = None, None
         same = f"the plan of {same}"
-        with self._awaited(same):
-            try:
-                plan = self._plan_together(part, made, stats)
-                part.frozen = self._stager.freeze((plan.kept, part.plan.flat), stats)
-            except Exception as found:  # noqa: BLE001 - as in `_begin`
-                made.fail(f"{type(found).__name__}: {found}")
-                error = found
-            self._agree(same, (), error, stats)
+        try:
+            plan = self._plan_together(part, made, stats)
+            part.frozen = self._stager.freeze((plan.kept, part.plan.flat), stats)
+        except Exception as found:  # noqa: BLE001 - as in `_begin`
+            made.fail(f"{type(found).__name__}: {found}")
+            error = found
+        self._agree(same, (), error, stats)
         self._plan = plan
         return part
 
@@ -228,16 +225,6 @@ class ShardedSaves:
             raise
         finally:
             stats.agreement += time.perf_counter() - began
-
-    @contextmanager
-    def _awaited(self, same: str) -> Iterator[None]:
-        """Tell the other ranks, which wait for this one, if it does not come to them (a Ctrl-C)."""
-        number = self._coordination.number
-        try:
-            yield
-        except BaseException as error:
-            self._coordination.refuse(number, same, type(error).__name__)
-            raise
 
     def _raise_failures(self, ranks: list[int]) -> NoReturn:
         """Raise the failure of an earlier save, of which not all ranks may have heard yet."""

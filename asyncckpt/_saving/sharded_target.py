@@ -114,11 +114,6 @@ class ShardedTarget(Target):
     def path(self) -> str:  # type: ignore[override]
         return self.store.path_of(self.name)
 
-    @property
-    def overlaps(self) -> bool:  # type: ignore[override]
-        """Whether writes of the store do not slow the training thread down."""
-        return self.store.overlaps
-
     async def write(self, snapshot: Snapshot, stats: SaveStats) -> Checkpoint:
         """Write this rank's file, and wait until the folder is committed.
 
