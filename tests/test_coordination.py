@@ -76,6 +76,19 @@ def test_problems_are_an_error_on_all_ranks_that_names_them(stores: Stores) -> N
     assert together(ranks, lambda ranks: ranks.exchange("save(2)")) == [Exchange(1)] * 4
 
 
+def test_long_problems_and_many_calls_are_shortened(tmp_path: Path) -> None:
+    ranks = Stores("tcp", tmp_path, size=12).coordinations()
+    texts = failures(
+        together(
+            ranks, lambda ranks: ranks.exchange(f"save({ranks.rank})", problem=f"{ranks.rank} " * 100_000)
+        )
+    )
+    assert len(set(texts)) == 1
+    assert texts[0].startswith("RankError: rank ")
+    assert len(texts[0]) < 10_000
+    assert ", …; make the same calls" in texts[0]
+
+
 def test_ranks_that_do_not_come_are_named(stores: Stores) -> None:
     ranks = stores.coordinations()
     late(ranks)

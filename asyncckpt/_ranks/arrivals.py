@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from asyncckpt._ranks.requests import Requests
 
 _NOTE = 1 << 32  # what a rank with a note adds to the counter, beside 1
-_MOST_PROBLEMS, _LONGEST_PROBLEM = 8, 1000  # of a decision, which every rank reads
+_MOST_PROBLEMS, _MOST_CALLS = 8, 8  # of a decision, which every rank reads
+_LONGEST_PROBLEM = 1000  # in a note, which is appended by one request
 _ADVICE = "make the same calls on every rank, in the same order"
 
 
@@ -87,6 +88,7 @@ class Arrivals:
             return state
         amount = 1
         if note.flags or note.problem is not None or note.same != state.same:
+            note = note._replace(problem=note.problem and note.problem[:_LONGEST_PROBLEM])
             self._requests.append(f"{self._key}/notes", json.dumps(note).encode() + b"\n")
             amount += _NOTE
         total = self._requests.add(f"{self._key}/count", amount)
@@ -167,12 +169,14 @@ class Arrivals:
             if note.same != same:
                 calls.setdefault(note.same, []).append(note.rank)
             if note.problem is not None:
-                problems.setdefault(note.problem[:_LONGEST_PROBLEM], []).append(note.rank)
+                problems.setdefault(note.problem, []).append(note.rank)
         texts = [f"{named(ranks)}: {problem}" for problem, ranks in problems.items()][:_MOST_PROBLEMS]
         if len(calls) > 1:
             others = {rank for ranks in calls.values() for rank in ranks}
             calls[same] = [rank for rank in range(self._size) if rank not in others]
-            each = ", ".join(f"{named(ranks)} {what}" for what, ranks in calls.items())
+            most = list(calls.items())[:_MOST_CALLS]
+            each = ", ".join(f"{named(ranks)} {what}" for what, ranks in most)
+            each += ", …" if len(calls) > len(most) else ""
             texts.append(f"the ranks call different things: {each}; {_ADVICE}")
         return texts
 

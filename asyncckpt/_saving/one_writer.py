@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import socket
 import time
-import zlib
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import asdict
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import anyio
 import torch
 
+from asyncckpt._ranks.frames import packed, unpacked
 from asyncckpt._ranks.requests import Requests
 from asyncckpt._saving.targets import Target
 from asyncckpt._stateful import CONTAINERS, is_stateful
@@ -129,7 +129,8 @@ class OneWriter:
 
     def _put(self, key: str, value: dict[str, Any]) -> None:
         with suppress(RankError):  # the file is written, whether the others learn of it or not
-            self._requests.append(key, zlib.compress(json.dumps(value).encode()))
+            for frame in packed(self._rank, json.dumps(value).encode()):
+                self._requests.append(key, frame)
 
     def result(self, number: int, step: int) -> dict[str, Any]:
         """Wait for what the writer tells of a save; called on a worker thread.
@@ -184,7 +185,7 @@ class OneWriter:
 
     def _get(self, key: str, writer: int, step: int | None) -> dict[str, Any]:
         began, pause = time.monotonic(), _SHORTEST_PAUSE
-        while (value := self._requests.peek(key)) is None:
+        while (data := unpacked(self._requests.peek(key) or b"").get(writer)) is None:
             if time.monotonic() - began > self._timeout:
                 what = "a first save" if step is None else f"its save of step {step}"
                 raise RankError(
@@ -193,7 +194,7 @@ class OneWriter:
                 )
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE)
-        found: dict[str, Any] = json.loads(zlib.decompress(value))
+        found: dict[str, Any] = json.loads(data)
         return found
 
 
