@@ -28,6 +28,6 @@ def test_what_is_committed_is_reported_though_the_other_ranks_cannot_be_told(tmp
                 requests: Any = ckpt._ranked.coordination().requests
                 requests._store = _Gone()
 
-    with Checkpointer(store=Store(LocalStore(tmp_path)), sharded=True) as ckpt:
+    with Checkpointer(store=Store(LocalStore(str(tmp_path))), sharded=True) as ckpt:
         save = ckpt.save(1, {"w": torch.ones(3)})
         assert save.committed.result() == ckpt.latest()
