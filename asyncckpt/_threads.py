@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import sys
 import time
-from _thread import RLock, start_new_thread
+from _thread import LockType, RLock, allocate_lock, start_new_thread
 from contextlib import asynccontextmanager, suppress
-from queue import Empty, SimpleQueue
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from anyio import create_task_group, sleep_forever, to_thread
@@ -47,6 +47,17 @@ async def in_thread(func: Callable[..., T], *args: Any, limiter: CapacityLimiter
         if called:
             raise
         return func(*args)
+
+
+def held_lock() -> LockType:
+    """Return a lock to wait for, which its holder releases.
+
+    CPython's `SimpleQueue.get` waits forever if its timeout is over when it has taken a lock that was free,
+    or when a signal handler has returned that interrupted it.
+    """
+    lock = allocate_lock()
+    lock.acquire()
+    return lock
 
 
 def uninterrupted(func: Callable[[], T]) -> T:
@@ -123,7 +134,7 @@ class Condition:
     release = _lock.release
 
     def __init__(self) -> None:
-        self._wakeups: set[SimpleQueue[None]] = set()
+        self._wakeups: set[LockType] = set()
 
     def until(self, attempt: Callable[[], T], timeout: float | None = None) -> T:
         """Call `attempt` under the lock, and again after each change, until its result is true.
@@ -141,7 +152,7 @@ class Condition:
         if result or timeout == 0:
             return result
         end = None if timeout is None else time.monotonic() + timeout
-        wakeup: SimpleQueue[None] = SimpleQueue()
+        wakeup = held_lock()
         try:
             self._wakeups.add(wakeup)
             while True:
@@ -150,15 +161,15 @@ class Condition:
                 left = _LOOK_AGAIN if end is None else min(end - time.monotonic(), _LOOK_AGAIN)
                 if result or left <= 0:
                     return result
-                with suppress(Empty):
-                    wakeup.get(timeout=left)
+                wakeup.acquire(timeout=left)
         finally:
             self._wakeups.discard(wakeup)
 
     def notify_all(self) -> None:
         """Wake all waiters."""
         for wakeup in tuple(self._wakeups):
-            wakeup.put(None)
+            with suppress(RuntimeError):  # it was woken, and has not looked yet
+                wakeup.release()
 
 
 os.register_at_fork(after_in_child=_lock._at_fork_reinit)  # type: ignore[attr-defined]

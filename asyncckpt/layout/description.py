@@ -60,7 +60,11 @@ class Description:
             "versions": {**versions, **self.versions},
             "filename": self.filename,
         }
-        of_folder: dict[str, Any] = {"nbytes": self.nbytes, "ranks": self.ranks, "extras": dict(self.extras) or None}
+        of_folder: dict[str, Any] = {
+            "nbytes": self.nbytes,
+            "ranks": self.ranks,
+            "extras": dict(self.extras) or None,
+        }
         fields |= {name: value for name, value in of_folder.items() if value is not None}
         return json.dumps(fields).encode()
 
