@@ -21,7 +21,7 @@ def interpreter() -> Iterator[Interpreter]:
 
 
 @pytest.mark.parametrize("victim", [0, 1])
-@pytest.mark.parametrize(("plans", "points"), [(False, 300), (True, 700)])
+@pytest.mark.parametrize(("plans", "points"), [(False, 300), (True, 600)])
 def test_an_interrupted_save_leaves_the_ranks_in_step(  # noqa: PLR0913 - fixtures
     interpreter: Interpreter, tmp_path: Path, victim: int, points: int, stride: int, *, plans: bool
 ) -> None:
