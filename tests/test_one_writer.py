@@ -1,4 +1,4 @@
-"""States that are not sharded, on several ranks: one rank writes the files, and all know what became of each."""
+"""States that are not sharded, on several ranks: one writes the files, all know what became of each."""
 
 from __future__ import annotations
 
