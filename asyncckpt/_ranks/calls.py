@@ -9,6 +9,7 @@ from math import inf
 from threading import Lock
 from typing import TYPE_CHECKING, Generic, TypeVar
 
+from asyncckpt._threads import held_lock
 from asyncckpt.errors import RankError
 
 if TYPE_CHECKING:
@@ -24,13 +25,6 @@ _GRACE = 5.0
 _LOOK_AGAIN = 1.0  # seconds
 
 
-def _held_lock() -> Lock:
-    """Return a lock to wait for: CPython's `SimpleQueue.get` may block forever if its timeout is short."""
-    lock = Lock()
-    lock.acquire()
-    return lock
-
-
 class Call:
     """What running work looks at while it waits.
 
@@ -40,7 +34,7 @@ class Call:
 
     def __init__(self) -> None:
         self.stopped = False
-        self._wakeup = _held_lock()
+        self._wakeup = held_lock()
         self._began = time.monotonic()
 
     def stop(self) -> None:
@@ -73,7 +67,7 @@ class _Work(Generic[T]):
         self._func = func
         self._requests = requests
         self._once = Lock()
-        self._ended = _held_lock()
+        self._ended = held_lock()
         self.call = Call()
         self.results: list[T] = []
         self.errors: list[BaseException] = []
@@ -115,7 +109,7 @@ def call(func: Callable[[Call], T], undo: Callable[[], object], requests: Reques
     if requests.silence() > timeout:
         raise _silence_error(requests)
     work = _Work(func, requests)
-    undone = _held_lock()
+    undone = held_lock()
 
     def stop() -> None:
         work.run()  # unless it runs

@@ -102,7 +102,7 @@ class Round:
         call(work, lambda: None, self._requests, self._ranks.timeout)  # an interrupt does not unmake a commit
 
     def linger(self, seconds: float) -> None:
-        """Wait until all ranks are through, so many seconds at most (rank 0, after `end`); raises nothing.
+        """Wait until all ranks are through, no longer than so many seconds (rank 0, after `end`).
 
         The process that hosts the store may end then.
         """
@@ -183,9 +183,8 @@ class Round:
         def send() -> State | None:
             if self._ranks.leads:
                 self._own = payload
-            else:
-                for frame in packed(self._ranks.rank, payload):
-                    self._requests.append(f"{self._key}/{kind}", frame)
+            for frame in packed(self._ranks.rank, b"" if self._ranks.leads else payload):
+                self._requests.append(f"{self._key}/{kind}", frame)
             sent = self._requests.add(f"{self._key}/{kind}/count", 1)
             return self._decision.advance(last) if sent == self._ranks.size else None
 
@@ -197,7 +196,7 @@ class Round:
         return [self._own, *(payloads[rank] for rank in range(1, self._ranks.size))]
 
     def _wait(self, phase: Phase, running: Call, late: Callable[[], str]) -> State:
-        """Wait for a phase; behind the deadline, fail the save for the reason that `late` returns."""
+        """Wait for a phase; behind the deadline, fail the save for the reason that `late` returns, if any."""
         running.restart()
         decided = False
         while (state := self._use(self._decision.look)).phase < phase:
@@ -211,8 +210,10 @@ class Round:
                 running.pause(_PAUSES * self._ranks.longest_pause)
             elif decided:
                 raise self._doubt()
+            elif why := f"rank {self._ranks.rank} was cancelled" if cancelled else late():
+                self._fail(why)
             else:
-                self._fail(f"rank {self._ranks.rank} was cancelled" if cancelled else late())
+                running.restart()
         if state.phase is Phase.FAILED:
             raise self._failure(state)
         return state
@@ -280,14 +281,18 @@ class Round:
                 kinds += [f"to/{rank}" for rank in range(1, self._ranks.size) if scattered]
                 self._requests.delete(*(f"{self._key}/{kind}" for kind in kinds))
 
-    def _missing(self, kind: str) -> list[int]:
-        """Return the ranks that have not sent a payload of a kind."""
+    def _missing(self, kind: str, last: Phase) -> list[int]:
+        """Return the ranks that have not sent a payload of a kind; if there are none, go on to a phase.
+
+        A rank may have died when it had sent the last one.
+        """
 
         def missing() -> list[int]:
             there = unpacked(self._requests.peek(f"{self._key}/{kind}") or b"").keys()
-            count = int(self._requests.peek(f"{self._key}/{kind}/count") or 0)
-            others = [rank for rank in range(1, self._ranks.size) if rank not in there]
-            return others if count > len(there) else [0, *others]
+            others = [rank for rank in range(self._ranks.size) if rank not in there]
+            if not others:
+                self._decision.advance(last)
+            return others
 
         return self._use(missing)
 
@@ -297,11 +302,14 @@ class Round:
         )
 
     def _late_plan(self) -> str:
-        if self._use(self._decision.look).phase >= Phase.GATHERED:
-            return self._late([0], "sent the plan")
-        return self._late(self._missing("plans"), "sent its plan")
+        return self._late_payloads("plans", Phase.GATHERED, "sent the plan", "sent its plan")
 
     def _late_end(self) -> str:
-        if self._use(self._decision.look).phase >= Phase.REPORTED:
-            return self._late([0], "decided to commit")
-        return self._late(self._missing("reports"), "written its part")
+        return self._late_payloads("reports", Phase.REPORTED, "decided to commit", "written its part")
+
+    def _late_payloads(self, kind: str, last: Phase, what: str, each: str) -> str:
+        """Return which ranks have not sent a payload; nothing if it turns out that all have."""
+        if self._use(self._decision.look).phase >= last:
+            return self._late([0], what)
+        missing = self._missing(kind, last)
+        return self._late(missing, each) if missing else ""
