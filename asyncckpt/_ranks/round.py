@@ -99,7 +99,8 @@ class Round:
             self._change(lambda: self._decision.advance(Phase.ENDED, text))
             self._leave()
 
-        call(work, lambda: None, self._requests, self._ranks.timeout)  # an interrupt does not unmake a commit
+        # An interrupt does not unmake a commit.
+        call(work, lambda _: None, self._requests, self._ranks.timeout)
 
     def linger(self, seconds: float) -> None:
         """Wait until all ranks are through, no longer than so many seconds (rank 0, after `end`).
@@ -114,7 +115,7 @@ class Round:
                 running.pause(_PAUSES * self._ranks.longest_pause)
 
         with suppress(RankError):
-            call(work, lambda: None, self._requests, seconds)
+            call(work, lambda _: None, self._requests, seconds)
 
     def outcome(self) -> str:
         """Wait for the end of the save, and return the text of `end` (other ranks).
@@ -142,14 +143,14 @@ class Round:
         """
         why = f"rank {self._ranks.rank}: {why}"
         try:
-            return call(lambda _: self._fail(why), lambda: None, self._requests, self._ranks.timeout)
+            return call(lambda _: self._fail(why), lambda _: None, self._requests, self._ranks.timeout)
         except RankError:
             return False
 
     def _call(self, work: Callable[[Call], T]) -> T:
         """Call `work`; an exception in the caller (Ctrl-C) fails the save."""
-        why = f"rank {self._ranks.rank} was interrupted"
-        return call(work, lambda: self._fail(why), self._requests, self._ranks.timeout)
+        why = f"rank {self._ranks.rank}"
+        return call(work, lambda how: self._fail(f"{why} {how}"), self._requests, self._ranks.timeout)
 
     def _gather(self, payload: bytes, running: Call) -> list[bytes] | None:
         self._send("plans", payload, Phase.GATHERED)

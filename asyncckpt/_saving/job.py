@@ -76,15 +76,18 @@ class Job(Operation):
                 snapshot.deferred.state = state
                 snapshot.deferred.released = partial(_release, self.save)  # not of this job: that is a cycle
                 snapshot.deferred.start()
+            self._target.confirm()
             self._saver.submit(self)
         elif self._target.overlaps and snapshot.body.nbytes >= _OVERLAP_FROM:
             try:
+                self._target.confirm()
                 self._saver.submit(self)
                 self._copy(snapshot)
             finally:
                 snapshot.end_copy()
         else:
             self._copy(snapshot)
+            self._target.confirm()
             self.save.stats.stall = time.perf_counter() - self._began
             self._saver.submit(self)
         self.thread = None
