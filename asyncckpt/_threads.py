@@ -49,6 +49,17 @@ async def in_thread(func: Callable[..., T], *args: Any, limiter: CapacityLimiter
         return func(*args)
 
 
+def held_lock() -> LockType:
+    """Return a lock to wait for, which its holder releases.
+
+    CPython's `SimpleQueue.get` waits forever if its timeout is over when it has taken a lock that was free,
+    or when a signal handler has returned that interrupted it.
+    """
+    lock = allocate_lock()
+    lock.acquire()
+    return lock
+
+
 def uninterrupted(func: Callable[[], T]) -> T:
     """Call `func` in another thread, where no signal handler interrupts it, and return its result."""
     answer: SimpleQueue[tuple[T | None, BaseException | None]] = SimpleQueue()
@@ -141,8 +152,7 @@ class Condition:
         if result or timeout == 0:
             return result
         end = None if timeout is None else time.monotonic() + timeout
-        wakeup = allocate_lock()  # `SimpleQueue.get` may block forever if its timeout is short
-        wakeup.acquire()
+        wakeup = held_lock()
         try:
             self._wakeups.add(wakeup)
             while True:
@@ -158,7 +168,7 @@ class Condition:
     def notify_all(self) -> None:
         """Wake all waiters."""
         for wakeup in tuple(self._wakeups):
-            with suppress(RuntimeError):  # it is woken already
+            with suppress(RuntimeError):  # it was woken, and has not looked yet
                 wakeup.release()
 
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from asyncckpt._saving.save import Save
 
 _PATIENCE = 80.0
-_DEADLINE = 8.0  # seconds that ranks wait for each other
+_DEADLINE = 30.0  # seconds that ranks wait for each other
 
 
 class Trigger:

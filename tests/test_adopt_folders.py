@@ -14,7 +14,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
 from typer.testing import CliRunner
 
-from asyncckpt import CheckpointNotFoundError, Checkpointer
+from asyncckpt import Checkpointer, CheckpointNotFoundError
 from asyncckpt._loading.folder_adoption import adopt_folder
 from asyncckpt.cli.app import app
 from asyncckpt.layout.folder_mark import seal

@@ -228,6 +228,22 @@ def test_a_rank_that_hangs_is_named_on_all_others(
     assert stores.left() == 0
 
 
+@pytest.mark.parametrize("operation", ["add", "swap"])
+def test_a_save_goes_on_if_a_rank_dies_that_has_sent_the_last_report(hashed: Stores, operation: str) -> None:
+    saves = rounds(hashed, timeout=0.5)
+    saves[0].begin("folder")
+    for save in saves[:3]:
+        save.report(b"")
+
+    def die(*_: object) -> None:
+        raise RankError("killed")
+
+    setattr(saves[3]._requests, operation, die)
+    with pytest.raises(RankError, match="killed"):
+        saves[3].report(b"3")
+    assert saves[0].reports() == [b"", b"", b"", b"3"]
+
+
 def test_a_save_may_be_committed_if_rank_0_is_silent_behind_its_decision(stores: Stores) -> None:
     saves = rounds(stores, timeout=0.5)
     results = together(saves, lambda save: play(save, "end" if leads(save) else ""))

@@ -49,10 +49,10 @@ def states(model, opt, step):
 
 model, opt = trained(0)
 state = states(model, opt, 3)
-with torch.no_grad():
-    # Before the save: stock DCP makes collectives in the background.
+with torch.no_grad():  # before the save: stock DCP uses the same group in the background
     before = [p.full_tensor().clone() for p in model.parameters()]
-    future = dcp.async_save(state, checkpoint_id=f"{{directory}}/1")
+future = dcp.async_save(state, checkpoint_id=f"{{directory}}/1")
+with torch.no_grad():
     for p in model.parameters():
         p.zero_()
 future.result()

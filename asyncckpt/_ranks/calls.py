@@ -9,6 +9,7 @@ from math import inf
 from threading import Lock
 from typing import TYPE_CHECKING, Generic, TypeVar
 
+from asyncckpt._threads import held_lock
 from asyncckpt.errors import RankError
 
 if TYPE_CHECKING:
@@ -24,13 +25,6 @@ _GRACE = 5.0
 _LOOK_AGAIN = 1.0  # seconds
 
 
-def _held_lock() -> Lock:
-    """Return a lock to wait for: CPython's `SimpleQueue.get` may block forever if its timeout is short."""
-    lock = Lock()
-    lock.acquire()
-    return lock
-
-
 class Call:
     """What running work looks at while it waits.
 
@@ -40,7 +34,7 @@ class Call:
 
     def __init__(self) -> None:
         self.stopped = False
-        self._wakeup = _held_lock()
+        self._wakeup = held_lock()
         self._began = time.monotonic()
 
     def stop(self) -> None:
@@ -73,7 +67,7 @@ class _Work(Generic[T]):
         self._func = func
         self._requests = requests
         self._once = Lock()
-        self._ended = _held_lock()
+        self._ended = held_lock()
         self.call = Call()
         self.results: list[T] = []
         self.errors: list[BaseException] = []
@@ -96,45 +90,82 @@ class _Work(Generic[T]):
             self._ended.acquire(timeout=min(silence / 4, _LOOK_AGAIN))
 
 
-def call(func: Callable[[Call], T], undo: Callable[[], object], requests: Requests, timeout: float) -> T:
-    """Call `func` on a thread of its own, and wait for its result.
+class Running(Generic[T]):
+    """A call on a thread of its own, for whose result the caller waits now or later.
 
     A signal handler interrupts the wait only: no request is made halfway, and a store that does not answer
     holds up nobody.
 
     Args:
         func: looks at the `Call` between its requests, and raises `StoppedError` soon if it was stopped.
-        undo: called behind `func`, even if that succeeded, if the wait was broken off: by a signal handler,
-            or since the store does not answer; then it is called once it does.
+        undo: called behind `func`, even if that succeeded, if the call is given up, with the reason; if the
+            store does not answer, once it does.
         requests: that `func` makes.
         timeout: seconds that the store may take for a request.
-
-    Raises:
-        RankError: the store does not answer.
     """
-    if requests.silence() > timeout:
-        raise _silence_error(requests)
-    work = _Work(func, requests)
-    undone = _held_lock()
 
-    def stop() -> None:
-        work.run()  # unless it runs
-        work.wait(inf)
-        with suppress(RankError):
-            undo()
-        undone.release()
+    def __init__(
+        self,
+        func: Callable[[Call], T],
+        undo: Callable[[str], object],
+        requests: Requests,
+        timeout: float,
+    ) -> None:
+        self._work = _Work(func, requests)
+        self._undo = undo
+        self._requests = requests
+        self._timeout = timeout
+        self._is_given_up = False
 
-    try:
-        _start(work.run)
-        work.wait(timeout)
-    except BaseException as error:
-        work.call.stop()
+    def call(self) -> T:
+        """Start it, and return its result; an exception in the caller (Ctrl-C) gives it up.
+
+        Raises:
+            RankError: the store does not answer.
+        """
+        if self._requests.silence() > self._timeout:
+            raise _silence_error(self._requests)
+        try:
+            self.start()
+            self._work.wait(self._timeout)
+        except BaseException as error:
+            self.give_up("was interrupted", 0 if isinstance(error, RankError) else _GRACE)
+            raise
+        return self.result()
+
+    def start(self) -> None:
+        """Begin, and do not wait."""
+        _start(self._work.run)
+
+    def result(self) -> T:
+        """Wait for the result; raises what `func` raised, or RankError if the store does not answer."""
+        self._work.wait(self._timeout)
+        if self._work.errors:
+            raise self._work.errors[0]
+        return self._work.results[0]
+
+    def give_up(self, why: str, seconds: float = _GRACE) -> None:
+        """Stop and undo it, in the background if that takes more than so many seconds; raises no error."""
+        if self._is_given_up:
+            return
+        self._is_given_up = True
+        undone = held_lock()
+
+        def stop() -> None:
+            self._work.run()  # unless it runs
+            self._work.wait(inf)
+            with suppress(RankError):
+                self._undo(why)
+            undone.release()
+
+        self._work.call.stop()
         _start(stop)
-        undone.acquire(timeout=0 if isinstance(error, RankError) else _GRACE)
-        raise
-    if work.errors:
-        raise work.errors[0]
-    return work.results[0]
+        undone.acquire(timeout=seconds)
+
+
+def call(func: Callable[[Call], T], undo: Callable[[str], object], requests: Requests, timeout: float) -> T:
+    """Call `func`, and wait for its result; the arguments are those of `Running`."""
+    return Running(func, undo, requests, timeout).call()
 
 
 def _start(func: Callable[[], None]) -> None:

@@ -11,7 +11,7 @@ from threading import Lock
 from typing import TYPE_CHECKING
 
 from asyncckpt._ranks.arrivals import Arrivals, Note, Stage, State
-from asyncckpt._ranks.calls import Call, StoppedError, call
+from asyncckpt._ranks.calls import Call, Running, StoppedError, call
 from asyncckpt._ranks.decision import Decision, Phase
 from asyncckpt._ranks.ranges import from_ranges
 from asyncckpt._ranks.requests import Requests
@@ -89,6 +89,12 @@ class Coordination:
                 exchange. The next exchange is a new one on all ranks. Also: the store does not answer.
             BusyError: another call of this rank has not ended within the timeout.
         """
+        return self.exchanging(same, flags, problem).call()
+
+    def exchanging(
+        self, same: str, flags: Collection[str] = (), problem: str | None = None
+    ) -> Running[Exchange]:
+        """Return an exchange that is still to be started; the caller may do something else meanwhile."""
         note = Note(self.rank, same, sorted(flags), problem)
         begun: list[int] = []
 
@@ -102,10 +108,10 @@ class Coordination:
             finally:
                 self._exchanging.release()
 
-        def undo() -> None:
-            self._break_off(begun[-1] if begun else self._next(), same, f"was interrupted in {same}")
+        def undo(why: str) -> None:
+            self._break_off(begun[-1] if begun else self._next(), same, f"{why} in {same}")
 
-        return call(work, undo, self.requests, self.timeout)
+        return Running(work, undo, self.requests, self.timeout)
 
     def refuse(self, number: int, same: str, why: str) -> None:
         """Fail an exchange on all ranks, without waiting for them; raises no error.
@@ -124,7 +130,7 @@ class Coordination:
                 self._break_off(self._next(), same, f"gave up {same}: {why}")
 
         with suppress(RankError):
-            call(work, lambda: None, self.requests, self.timeout)
+            call(work, lambda _: None, self.requests, self.timeout)
 
     def flags(self, number: int) -> AbstractSet[str] | None:
         """Return the flags of the last exchange, if that is its number and it is done; None otherwise."""
@@ -141,7 +147,7 @@ class Coordination:
                 self.requests.delete("closed")
 
         with suppress(RankError):
-            call(work, lambda: None, self.requests, min(self.timeout, _CLOSING))
+            call(work, lambda _: None, self.requests, min(self.timeout, _CLOSING))
 
     def _exchange(self, note: Note, running: Call, begun: list[int]) -> Exchange:
         while True:

@@ -99,10 +99,11 @@ class Round:
             self._change(lambda: self._decision.advance(Phase.ENDED, text))
             self._leave()
 
-        call(work, lambda: None, self._requests, self._ranks.timeout)  # an interrupt does not unmake a commit
+        # An interrupt does not unmake a commit.
+        call(work, lambda _: None, self._requests, self._ranks.timeout)
 
     def linger(self, seconds: float) -> None:
-        """Wait until all ranks are through, so many seconds at most (rank 0, after `end`); raises nothing.
+        """Wait until all ranks are through, no longer than so many seconds (rank 0, after `end`).
 
         The process that hosts the store may end then.
         """
@@ -114,7 +115,7 @@ class Round:
                 running.pause(_PAUSES * self._ranks.longest_pause)
 
         with suppress(RankError):
-            call(work, lambda: None, self._requests, seconds)
+            call(work, lambda _: None, self._requests, seconds)
 
     def outcome(self) -> str:
         """Wait for the end of the save, and return the text of `end` (other ranks).
@@ -142,14 +143,14 @@ class Round:
         """
         why = f"rank {self._ranks.rank}: {why}"
         try:
-            return call(lambda _: self._fail(why), lambda: None, self._requests, self._ranks.timeout)
+            return call(lambda _: self._fail(why), lambda _: None, self._requests, self._ranks.timeout)
         except RankError:
             return False
 
     def _call(self, work: Callable[[Call], T]) -> T:
         """Call `work`; an exception in the caller (Ctrl-C) fails the save."""
-        why = f"rank {self._ranks.rank} was interrupted"
-        return call(work, lambda: self._fail(why), self._requests, self._ranks.timeout)
+        why = f"rank {self._ranks.rank}"
+        return call(work, lambda how: self._fail(f"{why} {how}"), self._requests, self._ranks.timeout)
 
     def _gather(self, payload: bytes, running: Call) -> list[bytes] | None:
         self._send("plans", payload, Phase.GATHERED)
@@ -183,9 +184,8 @@ class Round:
         def send() -> State | None:
             if self._ranks.leads:
                 self._own = payload
-            else:
-                for frame in packed(self._ranks.rank, payload):
-                    self._requests.append(f"{self._key}/{kind}", frame)
+            for frame in packed(self._ranks.rank, b"" if self._ranks.leads else payload):
+                self._requests.append(f"{self._key}/{kind}", frame)
             sent = self._requests.add(f"{self._key}/{kind}/count", 1)
             return self._decision.advance(last) if sent == self._ranks.size else None
 
@@ -197,7 +197,7 @@ class Round:
         return [self._own, *(payloads[rank] for rank in range(1, self._ranks.size))]
 
     def _wait(self, phase: Phase, running: Call, late: Callable[[], str]) -> State:
-        """Wait for a phase; behind the deadline, fail the save for the reason that `late` returns."""
+        """Wait for a phase; behind the deadline, fail the save for the reason that `late` returns, if any."""
         running.restart()
         decided = False
         while (state := self._use(self._decision.look)).phase < phase:
@@ -211,8 +211,10 @@ class Round:
                 running.pause(_PAUSES * self._ranks.longest_pause)
             elif decided:
                 raise self._doubt()
+            elif why := f"rank {self._ranks.rank} was cancelled" if cancelled else late():
+                self._fail(why)
             else:
-                self._fail(f"rank {self._ranks.rank} was cancelled" if cancelled else late())
+                running.restart()
         if state.phase is Phase.FAILED:
             raise self._failure(state)
         return state
@@ -280,14 +282,18 @@ class Round:
                 kinds += [f"to/{rank}" for rank in range(1, self._ranks.size) if scattered]
                 self._requests.delete(*(f"{self._key}/{kind}" for kind in kinds))
 
-    def _missing(self, kind: str) -> list[int]:
-        """Return the ranks that have not sent a payload of a kind."""
+    def _missing(self, kind: str, last: Phase) -> list[int]:
+        """Return the ranks that have not sent a payload of a kind; if there are none, go on to a phase.
+
+        A rank may have died when it had sent the last one.
+        """
 
         def missing() -> list[int]:
             there = unpacked(self._requests.peek(f"{self._key}/{kind}") or b"").keys()
-            count = int(self._requests.peek(f"{self._key}/{kind}/count") or 0)
-            others = [rank for rank in range(1, self._ranks.size) if rank not in there]
-            return others if count > len(there) else [0, *others]
+            others = [rank for rank in range(self._ranks.size) if rank not in there]
+            if not others:
+                self._decision.advance(last)
+            return others
 
         return self._use(missing)
 
@@ -297,11 +303,14 @@ class Round:
         )
 
     def _late_plan(self) -> str:
-        if self._use(self._decision.look).phase >= Phase.GATHERED:
-            return self._late([0], "sent the plan")
-        return self._late(self._missing("plans"), "sent its plan")
+        return self._late_payloads("plans", Phase.GATHERED, "sent the plan", "sent its plan")
 
     def _late_end(self) -> str:
-        if self._use(self._decision.look).phase >= Phase.REPORTED:
-            return self._late([0], "decided to commit")
-        return self._late(self._missing("reports"), "written its part")
+        return self._late_payloads("reports", Phase.REPORTED, "decided to commit", "written its part")
+
+    def _late_payloads(self, kind: str, last: Phase, what: str, each: str) -> str:
+        """Return which ranks have not sent a payload; nothing if it turns out that all have."""
+        if self._use(self._decision.look).phase >= last:
+            return self._late([0], what)
+        missing = self._missing(kind, last)
+        return self._late(missing, each) if missing else ""

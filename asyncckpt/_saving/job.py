@@ -10,9 +10,9 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from asyncckpt._saving.engine import Operation
-from asyncckpt._saving.save import Save
+from asyncckpt._saving.save import Save, resolve_skipped
 from asyncckpt._threads import in_thread
-from asyncckpt.errors import SaveError
+from asyncckpt.errors import SaveError, SaveSkipped
 
 if TYPE_CHECKING:
     from asyncckpt._saving.saver import Saver
@@ -76,15 +76,18 @@ class Job(Operation):
                 snapshot.deferred.state = state
                 snapshot.deferred.released = partial(_release, self.save)  # not of this job: that is a cycle
                 snapshot.deferred.start()
+            self._target.confirm()
             self._saver.submit(self)
         elif self._target.overlaps and snapshot.body.nbytes >= _OVERLAP_FROM:
             try:
+                self._target.confirm()
                 self._saver.submit(self)
                 self._copy(snapshot)
             finally:
                 snapshot.end_copy()
         else:
             self._copy(snapshot)
+            self._target.confirm()
             self.save.stats.stall = time.perf_counter() - self._began
             self._saver.submit(self)
         self.thread = None
@@ -128,6 +131,9 @@ class Job(Operation):
                     # A write may fail during the copy; the buffer is free only after the copy.
                     await in_thread(snapshot.filled.wait_for_end)
                 saver.free(self)
+        except SaveSkipped as error:  # on the rank that writes it
+            self.effects = {}
+            await in_thread(resolve_skipped, save, error)
         except BaseException as error:  # noqa: BLE001 - reported, whatever it is
             self.effects = {}
             # On a worker thread, where callbacks may use the engine.

@@ -103,9 +103,14 @@ class Save:
 
 def skipped(save: Save, why: str) -> Save:
     """Resolve a save as skipped, which is not a failure."""
+    return resolve_skipped(save, SaveSkipped(f"{save.path} was not saved: {why}"))
+
+
+def resolve_skipped(save: Save, error: SaveSkipped) -> Save:
+    """Do what `skipped` does, with an error that says why."""
     save.skipped = True
     save.committed.retrieved = True
     if not save.snapshotted.done():
         save.snapshotted.set_result(None)
-    save.committed.set_exception(SaveSkipped(f"{save.path} was not saved: {why}"))
+    save.committed.set_exception(error)
     return save

@@ -16,10 +16,11 @@ from asyncckpt.errors import RankError
 from asyncckpt.types import SaveStats
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection
+    from collections.abc import Callable
 
     from torch.distributed.checkpoint.planner import SavePlanner
 
+    from asyncckpt._ranks.calls import Running
     from asyncckpt._ranks.coordination import Coordination, Exchange
     from asyncckpt._saving.saver import Saver
     from asyncckpt._saving.sharded_save import ShardedSave
@@ -55,21 +56,55 @@ class ShardedSaves:
         """
         self._refuse_to_wait("save()")
         same = f"save({wanted.step}) as {wanted.name}"
-        return self._all_or_none(same, lambda rounds: self._save(wanted, same, rounds))
+        return self._all_or_none(same, lambda attempt: self._save(wanted, same, attempt))
 
-    def _save(self, wanted: ShardedSave, same: str, rounds: list[Round]) -> Save:
+    def _save(self, wanted: ShardedSave, same: str, attempt: _Attempt) -> Save:
         stats = SaveStats()
-        part, exchange = self._begin(wanted, same, stats)
+        part, flags, error = self._prepared(wanted, stats)
+        exchanging = attempt.exchange = self._coordination.exchanging(same, flags, _text(error))
+        if part.frozen is None or flags:
+            exchange = self._agreed(exchanging.call, error, stats)
+            save = self._save_differing(wanted, same, part, exchange, attempt, stats)
+        else:
+            exchanging.start()
+            try:
+                save = self._start(wanted, part, lambda: self._same(exchanging, attempt, stats))
+            except _DifferentError as found:
+                save = self._save_differing(wanted, same, part, found.exchange, attempt, stats)
+        save.stats.freeze += stats.freeze
+        save.stats.agreement = stats.agreement
+        return save
+
+    def _same(self, exchanging: Running[Exchange], attempt: _Attempt, stats: SaveStats) -> Round:
+        """Return the round of a save whose state was copied while the ranks agreed.
+
+        Raises:
+            _DifferentError: a rank has raised a flag.
+        """
+        exchange = self._agreed(exchanging.result, None, stats)
+        if exchange.flags:
+            raise _DifferentError(exchange)
+        return attempt.begin(self._coordination, exchange)
+
+    def _save_differing(  # noqa: PLR0913, PLR0917 - what `_save` knows
+        self,
+        wanted: ShardedSave,
+        same: str,
+        part: _Part,
+        exchange: Exchange,
+        attempt: _Attempt,
+        stats: SaveStats,
+    ) -> Save:
+        """Do what all ranks do for the flags that one of them has raised; nothing is copied yet."""
+        if not {_FAILED, _BUSY}.isdisjoint(exchange.flags):
+            attempt.exchange = None  # nobody waits for a round
         if _FAILED in exchange.flags:
             self._raise_failures(exchange.flags[_FAILED])
         if _BUSY in exchange.flags:
             save = Save(wanted.step, wanted.store.path_of(wanted.name))
             return skipped(save, f"ranks {exchange.flags[_BUSY]} are still writing earlier saves")
-        rounds.append(made := Round(self._coordination, exchange.number, _is_given_up))
-        save = self._start(wanted, self._planned(part, exchange, made, same, stats), made)
-        save.stats.freeze += stats.freeze
-        save.stats.agreement = stats.agreement
-        return save
+        made = attempt.begin(self._coordination, exchange)
+        return self._start(wanted, self._planned(part, exchange, made, same, stats), lambda: made)
 
     def reserve(self, wanted: ShardedSave) -> int:
         """Plan a save, and allocate host memory for its snapshots; return the size of one on this rank.
@@ -79,33 +114,37 @@ class ShardedSaves:
             SaveError: this rank cannot save.
         """
         self._refuse_to_wait("reserve()")
-        return self._all_or_none("reserve()", lambda rounds: self._reserve(wanted, rounds))
+        return self._all_or_none("reserve()", lambda attempt: self._reserve(wanted, attempt))
 
-    def _reserve(self, wanted: ShardedSave, rounds: list[Round]) -> int:
+    def _reserve(self, wanted: ShardedSave, attempt: _Attempt) -> int:
         stats, same = SaveStats(), "reserve()"
-        part, exchange = self._begin(wanted, same, stats)
-        rounds.append(made := Round(self._coordination, exchange.number, _is_given_up))
-        part = self._planned(part, exchange, made, same, stats)
+        part, flags, error = self._prepared(wanted, stats)
+        attempt.exchange = self._coordination.exchanging(same, flags, _text(error))
+        exchange = self._agreed(attempt.exchange.call, error, stats)
+        made = attempt.begin(self._coordination, exchange)
+        frozen = self._planned(part, exchange, made, same, stats).frozen
         made.fail("nothing is saved by reserve()")
-        frozen, _ = part.frozen
-        return self._saver.reserve_frozen(frozen, self._stager)
+        assert frozen is not None  # noqa: S101 - it is planned
+        return self._saver.reserve_frozen(frozen[0], self._stager)
 
-    def _all_or_none(self, same: str, work: Callable[[list[Round]], T]) -> T:
+    def _all_or_none(self, same: str, work: Callable[[_Attempt], T]) -> T:
         """Call `work`; if it raises, the other ranks do not wait for this one.
 
         Args:
             same: the call.
-            work: is given a list for the round that it makes.
+            work: notes in its argument what the other ranks may wait for.
         """
-        number, rounds = self._coordination.number, list[Round]()
+        number, attempt = self._coordination.number, _Attempt()
         try:
-            return work(rounds)
+            return work(attempt)
         except BaseException as error:
             why = f"{type(error).__name__}: {error}"
-            if rounds:
-                rounds[0].fail(why)
+            if attempt.round is not None:
+                attempt.round.fail(why)
+            elif attempt.exchange is not None and not isinstance(error, RankError):
+                attempt.exchange.give_up(f"gave up ({why})")
             if not isinstance(error, Exception):  # of others the ranks are told in the exchanges
-                self._give_up(number, same, why, rounds)
+                self._give_up(number, same, why, [attempt.round] if attempt.round else [])
             raise
 
     def _give_up(self, number: int, same: str, why: str, rounds: list[Round]) -> None:
@@ -130,9 +169,8 @@ class ShardedSaves:
         if _CHANGED in flags:
             ranks.refuse(last + 1, f"the plan of {same}", why)
 
-    def _begin(self, wanted: ShardedSave, same: str, stats: SaveStats) -> tuple[_Part, Exchange]:
-        """Collect this rank's state and tell the others of it, also of an error; return what they said."""
-        error: Exception | None = None
+    def _prepared(self, wanted: ShardedSave, stats: SaveStats) -> tuple[_Part, list[str], Exception | None]:
+        """Return this rank's part, frozen if the last plan still holds, and what the others have to know."""
         flags = []
         if self._saver.reports.has_failures():
             flags.append(_FAILED)
@@ -147,9 +185,9 @@ class ShardedSaves:
                 flags.append(_CHANGED)
             else:
                 part.frozen = self._stager.freeze((self._plan.kept, part.plan.flat), stats)
-        except Exception as found:  # noqa: BLE001 - whatever it is, the other ranks wait to be told
-            error = found
-        return part, self._agree(same, flags, error, stats)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks wait to be told
+            return part, flags, error
+        return part, flags, None
 
     def _collect(self, part: _Part, wanted: ShardedSave, stats: SaveStats) -> None:
         began = time.perf_counter()
@@ -173,7 +211,7 @@ class ShardedSaves:
         except Exception as found:  # noqa: BLE001 - as in `_begin`
             made.fail(f"{type(found).__name__}: {found}")
             error = found
-        self._agree(same, (), error, stats)
+        self._agreed(self._coordination.exchanging(same, (), _text(error)).call, error, stats)
         self._plan = plan
         return part
 
@@ -186,13 +224,13 @@ class ShardedSaves:
         stats.agreement += time.perf_counter() - began
         return plan
 
-    def _start(self, wanted: ShardedSave, part: _Part, made: Round) -> Save:
+    def _start(self, wanted: ShardedSave, part: _Part, agree: Callable[[], Round]) -> Save:
         assert self._plan is not None  # noqa: S101 - it is planned
         target = ShardedTarget(
             wanted.store,
             wanted.name,
             wanted.description,
-            made,
+            agree,
             self._coordination.rank,
             self._plan,
             wanted.series if self._coordination.leads else None,
@@ -212,13 +250,11 @@ class ShardedSaves:
         save.stats.reason = save.stats.reason or reason
         return save
 
-    def _agree(
-        self, same: str, flags: Collection[str], error: Exception | None, stats: SaveStats
-    ) -> Exchange:
+    def _agreed(self, wait: Callable[[], Exchange], error: Exception | None, stats: SaveStats) -> Exchange:
+        """Return the end of an exchange, which `wait` returns."""
         began = time.perf_counter()
-        problem = None if error is None else f"{type(error).__name__}: {error}"
         try:
-            return self._coordination.exchange(same, flags, problem)
+            return wait()
         except RankError:
             if error is not None:
                 raise error from None  # of this rank, which says more
@@ -256,4 +292,28 @@ class _Part:
     plan: LocalPlan
     planner: SavePlanner | None
     objects: list[Any]
-    frozen: Frozen
+    frozen: Frozen | None = None
+
+
+class _Attempt:
+    """What the other ranks may wait for in a call of this one: an exchange, then the round behind it."""
+
+    exchange: Running[Exchange] | None = None
+    round: Round | None = None
+
+    def begin(self, ranks: Coordination, exchange: Exchange) -> Round:
+        """Make the round behind an exchange."""
+        self.round = Round(ranks, exchange.number, _is_given_up)
+        return self.round
+
+
+class _DifferentError(Exception):
+    """The ranks do not all save the same as last time."""
+
+    def __init__(self, exchange: Exchange) -> None:
+        super().__init__(str(exchange))
+        self.exchange = exchange
+
+
+def _text(error: Exception | None) -> str | None:
+    return None if error is None else f"{type(error).__name__}: {error}"

@@ -21,7 +21,7 @@ from asyncckpt.layout.folder_mark import seal
 from asyncckpt.types import Checkpoint
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Mapping, Sequence
+    from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 
     from asyncckpt._ranks.round import Round
     from asyncckpt._saving.series_writer import SeriesWriter
@@ -94,7 +94,7 @@ class ShardedTarget(Target):
     Attributes:
         store, name: the folder.
         description: what it says of itself; a series adds the sequence number.
-        round: what the ranks tell each other of this save.
+        agree: waits until all ranks take part; returns what they tell each other of this save.
         rank: of this process.
         plan: what each rank writes.
         series: the series that numbers and evicts; None for a single folder, and on other ranks than 0.
@@ -104,15 +104,19 @@ class ShardedTarget(Target):
     store: Store
     name: str
     description: Description
-    round: Round
+    agree: Callable[[], Round]
     rank: int
     plan: SharedPlan
     series: SeriesWriter | None = None
     extras: Mapping[str, bytes] = field(default_factory=dict)
+    round: Round = field(init=False)
 
     @property
     def path(self) -> str:  # type: ignore[override]
         return self.store.path_of(self.name)
+
+    def confirm(self) -> None:
+        self.round = self.agree()
 
     async def write(self, snapshot: Snapshot, stats: SaveStats) -> Checkpoint:
         """Write this rank's file, and wait until the folder is committed.

@@ -34,6 +34,12 @@ class Target(ABC):
     async def write(self, snapshot: Snapshot, stats: SaveStats) -> Checkpoint:
         """Write a snapshot durably; its copy may still be running, and the caller releases its lease."""
 
+    def confirm(self) -> None:  # noqa: B027 - most targets have nothing to wait for
+        """Return once the snapshot may be written; called on the training thread, behind the copy.
+
+        It raises if the snapshot is to be dropped.
+        """
+
     async def evict(self, committed: Checkpoint) -> None:  # noqa: B027 - most targets have nothing to evict
         """Remove older checkpoints after a commit."""
 
