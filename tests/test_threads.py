@@ -15,7 +15,7 @@ def test_waits_end_however_short_they_are() -> None:
     condition = Condition()
 
     def wait() -> None:
-        for _ in range(20_000):
+        for _ in range(2_000):
             condition.until(lambda: False, 1e-6)
 
     waiting = threading.Thread(target=wait, daemon=True)
