@@ -392,6 +392,6 @@ class Checkpointer(Finder):
     def _release(self) -> None:
         """Release the engine."""
         self._overlapping.close()
-        self._ranked.close()
         self._due.close()
         self._saver.close()
+        self._ranked.close()  # may wait for other ranks

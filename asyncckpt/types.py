@@ -61,7 +61,7 @@ class SaveStats:
     Attributes:
         stall: duration of the call of `save`, which the training thread lost.
         wait: part of `stall`: waiting for an earlier save.
-        agreement: part of `stall`: waiting for the other ranks of a sharded save.
+        agreement: part of `stall`: waiting for the other ranks of a sharded save, and planning with them.
         freeze: part of `stall`: pickling everything but the tensors' bytes.
         copy: part of `stall`: copying tensors to host memory, or cloning them on their device.
         overlapped: whether a part was copied after `save` had returned.

@@ -30,7 +30,7 @@ class Stores:
     """
 
     def __init__(self, kind: str, directory: Path, size: int) -> None:
-        self.size = size
+        self.kind, self.size = kind, size
         if kind == "file":
             self.stores: list[Any] = [dist.FileStore(str(directory / "store"), size) for _ in range(size)]
         elif kind == "tcp":

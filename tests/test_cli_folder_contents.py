@@ -19,7 +19,7 @@ from asyncckpt._inspection import isolation
 from asyncckpt.cli import inspecting_folder
 from asyncckpt.cli.app import app
 from asyncckpt.layout.folder_mark import seal
-from folders import DATA, MARK, change_metadata, save_by_stock, save_described
+from folders import DATA, MARK, change_metadata, save_by_stock, save_described, some_state
 from process_groups import on_ranks
 from programs import Interpreter
 from sharded_models import MODELS
@@ -237,6 +237,19 @@ def test_folder_of_more_files_than_a_process_opens_by_default(tmp_path: Path) ->
     """
     status, _, errors = run_python(script, str(tmp_path))
     assert status == 0, errors
+
+
+@pytest.mark.parametrize("name", [MARK, DATA])
+def test_whatever_byte_is_damaged_the_result_is_a_document_or_an_error(tmp_path: Path, name: str) -> None:
+    path, good = save_by_stock(tmp_path / "a", some_state()), save_by_stock(tmp_path / "b", some_state())
+    content = (path / name).read_bytes()
+    for offset in range(0, len(content), len(content) // 12):
+        flip(path / name, offset, offset % 8)
+        for command in (["inspect", path], ["diff", path, good]):
+            result = run(*command)
+            assert isinstance(result.exception, SystemExit) or result.exception is None, (offset, result)
+            assert result.exit_code != 2 or str(path) in result.stderr, (offset, result.output)
+        (path / name).write_bytes(content)
 
 
 def hostile_mark() -> bytes:

@@ -13,8 +13,11 @@ from fsspec.implementations.memory import MemoryFileSystem
 from typer.testing import CliRunner
 
 from asyncckpt import Checkpointer
+from asyncckpt._checksum import crc32
 from asyncckpt.cli import output
 from asyncckpt.cli.app import app
+from asyncckpt.layout.description import Description
+from asyncckpt.layout.folder_mark import seal, unseal
 from folders import DATA, MARK, change_metadata, save_by_stock, save_described
 from support import flip, run_python
 
@@ -236,6 +239,25 @@ def test_damaged_folder_that_stays_blocks_the_pruning(tmp_path: Path, problem: s
     assert "nothing was removed: checkpoints that stay are damaged" in result.stderr
     assert str(data.parent) in result.stderr
     assert (tmp_path / "step-00000001" / MARK).exists()
+
+
+def test_other_files_of_a_folder_are_shown_and_checked(tmp_path: Path) -> None:
+    path = save_by_stock(tmp_path / "1", STATE)
+    described = Description(1, 1, {}, 1.5, {}, "{step}", ranks=1, extras={"meta.pt": (5, crc32(b"12345"))})
+    mark = path / MARK
+    mark.write_bytes(seal(mark.read_bytes(), described.encode()))
+    (path / "meta.pt").write_bytes(b"12345")
+    assert run("verify", path).exit_code == 0
+    assert {"name": "meta.pt", "items": 0, "nbytes": 5} in document("inspect", path)["files"]
+    assert "\nbeside them: meta.pt, 5 B\n" in run("inspect", path).stdout
+    shutil.copytree(path, tmp_path / "2")
+    newer = Description(2, 2, {}, 2.5, {}, "{step}", ranks=1)
+    (tmp_path / "2" / MARK).write_bytes(seal(unseal(mark.read_bytes()), newer.encode()))
+    (path / "meta.pt").write_bytes(b"1234")
+    for command in (["verify", path], ["inspect", path], ["prune", tmp_path, "--keep", "last:2", "--verify"]):
+        result = run(*command)
+        assert result.exit_code in {1, 2}
+        assert "its file meta.pt" in result.output
 
 
 def test_folder_with_a_damaged_description_is_left_alone(directory: Path) -> None:

@@ -13,6 +13,7 @@ from asyncckpt._ranks.coordination import Coordination, Exchange
 from asyncckpt._ranks.group import ProcessGroup
 from asyncckpt._ranks.round import Round
 from asyncckpt.errors import BusyError, RankError
+from interrupts import wait_until
 from rank_threads import hash_store, together
 
 if TYPE_CHECKING:
@@ -161,7 +162,7 @@ def check(seed: int) -> None:
 
 
 def heal(seed: int, ranks: list[Rank], store: Any) -> None:
-    """Check that the ranks find each other again, and leave only what a silent store made them leave."""
+    """Check that the ranks find each other again, and leave no keys."""
     for rank in ranks:
         rank.ranks.timeout = 30
     for call in ("end(1)", "end(2)", "end(3)"):  # one may meet a call that the store did not answer in time
@@ -170,7 +171,8 @@ def heal(seed: int, ranks: list[Rank], store: Any) -> None:
             break
     assert all(said == ends[0] and isinstance(said, Exchange) for said in ends), (seed, ends)
     together(ranks, lambda rank: rank.ranks.close())
-    assert store.num_keys() <= 3 * sum(rank.silences for rank in ranks), seed
+    # A call that the store did not answer in time may still be broken off.
+    wait_until(lambda: store.num_keys() == 0, f"seed {seed}: keys are left")
 
 
 @pytest.mark.parametrize("first", [0, pytest.param(1000, marks=pytest.mark.slow)])

@@ -82,7 +82,10 @@ def test_later_saves_need_no_plan_and_may_overlap(stores: Stores) -> None:
 
 
 def test_payloads_may_be_longer_than_a_request(stores: Stores) -> None:
-    long = os.urandom(9 << 20)  # a TCPStore refuses more than 8 MiB at once
+    # A FileStore writes a value anew with each piece.
+    long = os.urandom(
+        (1 if stores.kind == "file" else 9) << 20
+    )  # a TCPStore refuses more than 8 MiB at once, in torch 2.7 much less
 
     def plan(save: Round) -> bytes:
         plans = save.gather(long if save._ranks.rank == 2 else b"")

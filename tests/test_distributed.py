@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -17,6 +18,8 @@ from programs import Interpreter
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from torch.distributed.checkpoint.planner import SavePlan
 
 PROGRAM = """
 import {module} as dcp
@@ -96,6 +99,25 @@ def test_a_checkpoint_is_replaced_as_a_whole(path: str) -> None:
         dcp.async_save(_state(value), checkpoint_id=path)
     dcp.wait()
     assert asyncckpt.load(path)["n"] == 2
+
+
+class _Some(DefaultSavePlanner):
+    """Plans a part of a state."""
+
+    names: tuple[str, ...] = ("n",)
+
+    def create_local_plan(self) -> SavePlan:
+        plan = super().create_local_plan()
+        return replace(plan, items=[item for item in plan.items if item.index.fqn in self.names])
+
+
+def test_a_plan_is_not_kept_for_another_planner(path: str) -> None:
+    some, saved = _Some(), []
+    for planner in (some, None, some, some):
+        dcp.save(_state(1.0), checkpoint_id=path, planner=planner, no_dist=True)
+        saved.append(sorted(asyncckpt.load(path)))
+        some.names = ("w",)
+    assert saved == [["n"], sorted(_state(1.0)), ["w"], ["w"]]
 
 
 def test_the_arguments_of_dcp(path: str) -> None:

@@ -158,6 +158,25 @@ told.append([[c.step for c in ckpt.checkpoints()] for ckpt in (own, other)])
     assert dues
 
 
+def test_a_rank_may_be_in_several_groups(interpreter: Interpreter, tmp_path: Path) -> None:
+    told = on_ranks(
+        interpreter,
+        tmp_path,
+        PREPARE
+        + """
+for others in (1, 2):
+    group = dist.new_group([0, others])
+    if rank in (0, others):
+        name = f"{others}-{{step}}.pt"
+        with Checkpointer(directory, filename=name, every=Every(steps=2), process_group=group) as ckpt:
+            told.append([ckpt.due(step) for step in range(1, 5)])
+""",
+        3,
+    )
+    dues = [False, True, True, True]
+    assert told == [[dues, dues], [dues], [dues]]
+
+
 def test_a_failed_save_of_rank_0_is_due_again_on_all_ranks(interpreter: Interpreter, tmp_path: Path) -> None:
     told = on_ranks(
         interpreter,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import errno
+import gc
 import shutil
 from contextlib import asynccontextmanager
 from functools import partial
@@ -24,6 +25,7 @@ from asyncckpt import (
 )
 from asyncckpt._loading.folder import open_folder
 from asyncckpt._loading.folder_index import cover_problem
+from asyncckpt._loading.folder_restore import FolderPlan
 from asyncckpt._saving.engine import get_engine
 from asyncckpt.stores import LocalStore
 from folders import DATA, change_metadata, save_by_stock, save_described, some_state
@@ -160,6 +162,17 @@ def test_map_keys_for_dicts_of_tensors(tmp_path: Path) -> None:
     assert_same(live, {"model": some_state(1)["model"]})
 
 
+def test_restore_leaves_nothing_to_the_collection_of_garbage(tmp_path: Path) -> None:
+    path = save_by_stock(tmp_path / "saved", {"a": torch.ones(2)})
+    gc.collect()
+    gc.disable()
+    try:
+        restored(path, {"a": torch.zeros(2)})
+        assert not [found for found in gc.get_objects() if type(found) is FolderPlan]
+    finally:
+        gc.enable()
+
+
 def test_rank_states(tmp_path: Path) -> None:
     saved = {"a": torch.ones(2), "n": 5, "rank_state": {"0": {"seed": 3, "rng": torch.arange(4)}}}
     path = save_by_stock(tmp_path / "saved", saved)
@@ -243,6 +256,32 @@ def test_folder_that_is_replaced_while_its_mark_is_read_is_read_again(
         checkpointer.restore(live, path.name)
     assert live == {"a": 1}
     assert not Disturbed.errors
+
+
+@pytest.mark.parametrize("best", [None, 1.5])
+def test_entries_that_are_none(tmp_path: Path, best: float | None) -> None:
+    path = save_by_stock(tmp_path / "saved", {"best": best, "deep": [torch.ones(1), best]})
+    live = {"best": None, "deep": [torch.zeros(1), None]}
+    restored(path, live)
+    assert_same(live, {"best": best, "deep": [torch.ones(1), best]})
+
+
+def test_optimizer_with_other_parameter_groups_is_a_mismatch(tmp_path: Path) -> None:
+    model = nn.Linear(2, 2)
+    opt = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
+    model(torch.ones(1, 2)).sum().backward()
+    opt.step()
+    with Checkpointer(tmp_path, sharded=True) as checkpointer:
+        checkpointer.save(1, {"model": model, "opt": opt})
+    other = nn.Linear(2, 2)
+    before = copy.deepcopy(other.state_dict())
+    parts: list[dict[str, Any]] = [{"params": [other.weight]}, {"params": [other.bias]}]
+    messages = ["only in the checkpoint bias", "1 groups in the checkpoint, 2 in the optimizer"]
+    for count, message in enumerate(messages, 1):
+        live = {"model": other, "opt": torch.optim.SGD(parts[:count], lr=0.1, momentum=0.9)}
+        with pytest.raises(StateMismatchError, match=message):
+            restored(tmp_path / "step-00000001", live)
+        assert_same(other.state_dict(), before)
 
 
 def test_map_location(tmp_path: Path) -> None:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 
-from asyncckpt import CheckpointNotFoundError, CorruptCheckpointError
+from asyncckpt import CheckpointNotFoundError, CorruptCheckpointError, StoreError
 from asyncckpt._finder import Finder
 from asyncckpt._loading.agreement import Ranks
 from asyncckpt.stores.local import LocalStore
-from folders import DATA, save_described
+from folders import DATA, save_by_stock, save_described
 from rank_threads import Stores, together
 from support import flip
 
@@ -87,6 +88,24 @@ def test_ranks_that_fall_back_to_different_checkpoints_get_an_error(tmp_path: Pa
     assert not any(state["a"].any() for state in live)
 
 
+def test_rank_that_cannot_list_the_directory_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path, 1)
+    listed = Hiding.list_folders
+
+    async def refused(self: Hiding) -> Sequence[StoredFile]:
+        if self.hidden:
+            raise StoreError(errno.EIO, "the network is down")
+        return await listed(self)
+
+    monkeypatch.setattr(Hiding, "list_folders", refused)
+    one, other = restored(tmp_path, states(), [[], ["all"]])
+    assert type(one).__name__ == "RankError"
+    assert "the network is down" in str(one)
+    assert type(other).__name__ == "StoreError"
+
+
 class Refusing:
     """An object that does not take its state."""
 
@@ -120,6 +139,21 @@ def test_object_of_one_rank_that_refuses_a_file_stops_all_ranks(tmp_path: Path) 
     assert type(other).__name__ == "StateMismatchError"
     assert taking.n == 1
     assert not any(state["a"].any() for state in live)
+
+
+def test_object_of_one_rank_that_refuses_a_folder_stops_all_ranks(tmp_path: Path) -> None:
+    path = save_by_stock(tmp_path / "saved", {"a": torch.ones(500), "o": {"n": 2}})
+    taking, live = Taking(), states()
+    live[0]["o"], live[1]["o"] = taking, Refusing()
+    one, other = restored(tmp_path, live, which=path)
+    assert type(one).__name__ == "RankError"
+    assert "o: ValueError: not" in str(one)
+    assert type(other).__name__ == "StateMismatchError"
+    assert taking.n == 1
+    assert not any(state["a"].any() for state in live)
+    live[1]["o"] = Taking()
+    restored(tmp_path, live, which=path)
+    assert [state["o"].n for state in live] == [2, 2]
 
 
 def raising(error: Exception) -> Callable[[], None]:

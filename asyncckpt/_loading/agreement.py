@@ -81,7 +81,7 @@ class Ranks(NamedTuple):
             self.agree("restore: find no checkpoint", (), None)
             raise
         except BaseException as error:
-            self._tell("restore: find a checkpoint", error)
+            self._tell_problem("restore: find a checkpoint", error)
             raise
         self.agree(f"restore {text(found)}", (), None)
         return found
@@ -92,7 +92,9 @@ class Ranks(NamedTuple):
         flag = next((flag for flag in _FLAGS if found.get(flag)), own)
         if flag is not None and flag != own:
             shown = ", ".join(map(str, found[flag]))
-            raise _FLAGS[flag][1](f"{what}: the checkpoint is {flag}, as rank {shown} found")
+            raise _FLAGS[flag][1](
+                f"{what}: the checkpoint is {flag}, as rank {shown} found; its error says more"
+            )
 
     def _tell(self, what: str, error: BaseException) -> None:
         """Tell the other ranks of an error that is then raised here.
@@ -104,7 +106,11 @@ class Ranks(NamedTuple):
         flag = next((flag for flag, (kinds, _) in _FLAGS.items() if isinstance(error, kinds)), None)
         if flag is not None:
             self._agree(what, flag)
-            return
+        else:
+            self._tell_problem(what, error)
+
+    def _tell_problem(self, what: str, error: BaseException) -> None:
+        """Let the other ranks raise an error with the text of one that is then raised here."""
         text = str(error) if isinstance(error, AsyncCkptError) else f"{type(error).__name__}: {error}"
         with suppress(Exception):  # this rank raises its own
             self.agree(what, (), text)

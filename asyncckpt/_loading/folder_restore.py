@@ -15,7 +15,8 @@ from asyncckpt._loading.folder_match import NOTHING, carry_over, copied, matched
 from asyncckpt._loading.item_tensor import ItemTensors
 from asyncckpt._loading.load import load_image
 from asyncckpt._loading.restore import carry_out, mismatch, raise_misfits
-from asyncckpt._loading.restore_plan import Plan
+from asyncckpt._loading.restore_plan import Change, Plan
+from asyncckpt._loading.undo import hold_stateful
 from asyncckpt._sharding import states
 from asyncckpt._sharding.resharding import local_parts
 from asyncckpt._snapshot.local_tensors import is_dtensor
@@ -73,7 +74,7 @@ class FolderRestore:
         problems = states.fit_optimizers(self._target.state, self._collected, index.metadata)
         tree = self._own_entries(index.tree)
         held = {id(copy) for pair in self._pairs for _, copy in copied(*pair)}
-        held |= {id(self._live), id(self._live.get(states.RANK_STATE))}
+        held |= {id(self._live), id(self._live.get(states.RANK_STATE, self._live))}
 
         def is_whole(live: Any) -> bool:
             return id(live) not in held and is_plain(live)
@@ -86,7 +87,15 @@ class FolderRestore:
         self._plan.problems += problems
         if self._target.subset:
             self._plan.unexpected.clear()
-        self._plan.changes += [carry_over(*pair) for pair in self._pairs]
+        self._early: set[int] = set()
+        for pair in self._pairs:
+            objects = states.without_tensors(*pair)
+            self._early |= set(objects)
+            self._plan.changes += [
+                Change(path, partial(hold_stateful, value), partial(states.apply, *pair, {key}.__contains__))
+                for key, (path, value) in objects.items()
+            ]
+            self._plan.changes.append(carry_over(*pair))
         raise_misfits(self._plan, self._folder.path)
 
     def read(self) -> None:
@@ -119,7 +128,7 @@ class FolderRestore:
         def apply() -> None:
             self._plan.note_changes()
             for pair in self._pairs:
-                states.apply(*pair)
+                states.apply(*pair, lambda key: key not in self._early)
 
         carry_out(
             self._plan,

@@ -30,3 +30,9 @@ async def check_files(folder: Folder) -> None:
                 f" {place.end:,}; it was cut off, or is of another checkpoint"
             )
             raise CorruptCheckpointError(f"{folder.path}: its file {place.file} {problem}")
+    for name, (nbytes, _) in (folder.description.extras if folder.description else {}).items():
+        if sizes.get(name) != nbytes:
+            await folder.refuse_replaced()
+            raise CorruptCheckpointError(
+                f"{folder.path}: its file {name} is missing, or has other than {nbytes:,} bytes"
+            )

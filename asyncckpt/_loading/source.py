@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 from typing import TYPE_CHECKING
 
-from asyncckpt._loading.folder import Folder, with_folder
+from asyncckpt._loading.folder import Folder, open_folder, with_folder
 from asyncckpt._loading.folder_load import FolderImage, load_folder, read_folder_image
 from asyncckpt._loading.load import load_image
 from asyncckpt._loading.reader import read_image, verify_file
@@ -39,6 +39,16 @@ async def read_checkpoint(store: Store, name: str) -> Image | FolderImage:
         if not await has_folder(store, name):
             raise
     return await with_folder(read_folder_image, store, name)
+
+
+async def open_checkpoint(store: Store, name: str) -> Image | Folder:
+    """Read all of a file, or the metadata of a folder; raises what `read_checkpoint` does."""
+    try:
+        return await read_image(store, name)
+    except CheckpointNotFoundError:
+        if not await has_folder(store, name):
+            raise
+    return await open_folder(store, name)
 
 
 async def verify_checkpoint(store: Store, name: str, progress: Callable[[int], None] | None = None) -> None:

@@ -7,13 +7,12 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from asyncckpt._loading.agreement import ALONE, Ranks
-from asyncckpt._loading.folder import Folder, open_folder
+from asyncckpt._loading.folder import Folder
 from asyncckpt._loading.folder_restore import FolderRestore
 from asyncckpt._loading.load import Loaded, load_image
-from asyncckpt._loading.reader import read_image
 from asyncckpt._loading.restore import restore
-from asyncckpt._loading.source import has_folder
-from asyncckpt.errors import CheckpointNotFoundError, warn_caller
+from asyncckpt._loading.source import open_checkpoint
+from asyncckpt.errors import warn_caller
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -71,15 +70,10 @@ class RestoreTarget:
         return restoring
 
     def _read(self, store: Store, name: str) -> Loaded | Folder:
-        """Read all of a file, or the metadata of a folder."""
-        try:
-            image: Image = self.call(read_image, store, name)
-        except CheckpointNotFoundError:
-            if not self.call(has_folder, store, name):
-                raise
-            folder: Folder = self.call(open_folder, store, name)
-            return folder
-        return load_image(image, "cpu", weights_only=self.weights_only)
+        found: Image | Folder = self.call(open_checkpoint, store, name)
+        if isinstance(found, Folder):
+            return found
+        return load_image(found, "cpu", weights_only=self.weights_only)
 
     def _reader(self, folder: Folder) -> Callable[[Sequence[Place]], dict[Place, Image]]:
         def read(places: Sequence[Place]) -> dict[Place, Image]:

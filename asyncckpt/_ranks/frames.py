@@ -5,8 +5,10 @@ from __future__ import annotations
 import struct
 import zlib
 
+from asyncckpt._ranks.requests import PIECE
+
 _HEADER = struct.Struct("<II")  # rank, bytes that follow
-_MOST = 2 << 20  # bytes in a frame: each is appended at once, whole
+_MOST = PIECE - _HEADER.size  # bytes in a frame: each is appended by one request
 
 
 def packed(rank: int, payload: bytes) -> list[bytes]:

@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 
 # No value is this. A `compare_set` that expects it changes nothing, and returns the value, or else this.
 _NOTHING = b"\x00"
-# A TCPStore closes the connection on more than 8 MiB in one value.
-_PIECE = 4 << 20
+# Bytes of a value in one request. A TCPStore closes the connection on more than 8 MiB; that of torch 2.7, at
+# times, on more than 64 KiB.
+PIECE = 32 << 10
 # How many have been made of each name and rank, by store: a group that is formed again starts from 0.
 _made: WeakKeyDictionary[Any, Counter[tuple[str, int]]] = WeakKeyDictionary()
 
@@ -62,8 +63,8 @@ class Requests:
 
     def append(self, key: str, value: bytes) -> None:
         """Append to a value, of any length."""
-        for start in range(0, len(value), _PIECE):
-            self._request("append", key, value[start : start + _PIECE])
+        for start in range(0, len(value), PIECE):
+            self._request("append", key, value[start : start + PIECE])
 
     def delete(self, *keys: str) -> None:
         """Delete keys, which need not exist."""

@@ -6,8 +6,8 @@ import json
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from itertools import count
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 from asyncckpt.errors import AsyncCkptError, BusyError, SaveError
 
@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from asyncckpt._ranks.group import ProcessGroup
 
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 1e-4, 0.02
-_numbers = count()
+# How many have been made, by store: ranks may be in several groups.
+_made: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +50,9 @@ class Agreement:
     def __init__(self, group: ProcessGroup) -> None:
         self._group = group
         self._store = group.store
-        self._prefix = f"asyncckpt/due/{next(_numbers)}"
+        number = _made.get(group.store, 0)
+        _made[group.store] = number + 1
+        self._prefix = f"asyncckpt/due/{number}"
         self._number = 0  # of the next verdict
         self._step = self._until = 0  # of the last call, and of the next verdict
 

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 _KEPT = 64
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 1e-3, 0.2
 _NAMED = 3  # entries in a message
+_LEAVING = 10.0  # seconds that the writer waits at the end
 
 
 class OneWriter:
@@ -59,6 +60,8 @@ class OneWriter:
         self._entries: dict[str, str] | None = None
         if group.rank == 0:
             self.writer()
+        else:
+            self.has_result(0)  # the first request counts them
 
     def writer(self) -> int:
         """Return the rank that writes; the first one to ask does."""
@@ -135,14 +138,32 @@ class OneWriter:
             RankError: the writer tells nothing in time, saves another step, or lacks entries of this rank.
         """
         writer = self.writer()
-        self._refuse_lost_entries(writer)
-        result = self._get(str(number), writer, step)
+        self._requests.add("waiting", 1)
+        try:
+            self._refuse_lost_entries(writer)
+            result = self._get(str(number), writer, step)
+        finally:
+            with suppress(RankError):
+                self._requests.add("waiting", -1)
         if result["step"] != step:
             raise RankError(
                 f"rank {self._rank} saved step {step} where rank {writer}, which writes the files,"
                 f" saved step {result['step']}; call save on every rank with the same steps"
             )
         return result
+
+    def close(self) -> None:
+        """Wait until the ranks that wait for a result have it, for a few seconds at most.
+
+        The store ends with the process that hosts it, which is that of rank 0 as a rule.
+        """
+        if not self._number or self._decided != self._rank:
+            return
+        end, pause = time.monotonic() + min(self._timeout, _LEAVING), _SHORTEST_PAUSE
+        with suppress(RankError):
+            while int(self._requests.peek("waiting") or 0) and time.monotonic() < end:
+                time.sleep(pause)
+                pause = min(2 * pause, _LONGEST_PAUSE)
 
     def has_result(self, number: int) -> bool:
         """Return whether the writer has told what became of a save."""

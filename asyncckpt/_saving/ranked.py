@@ -115,8 +115,11 @@ class Ranked:
 
     def close(self) -> None:
         """Leave nothing in the store of the group."""
-        if self._coordination is not None:
-            self._coordination.close()
+        coordination, self._coordination = self._coordination, None  # once: the ranks are counted
+        if coordination is not None:
+            coordination.close()
+        if self._writer is not None:
+            self._writer.close()
 
     def coordination(self) -> Coordination:
         """Return what the ranks agree through; of this process alone, if there are no others."""
@@ -128,8 +131,9 @@ class Ranked:
     def _renewed(self) -> ProcessGroup | None:
         """Return the process group; what belonged to one before it is dropped."""
         group = self.group
-        if group is not None and group.store is not self._store:
-            self._store = group.store
+        store = None if group is None else group.store
+        if store is not self._store:
+            self._store = store
             self._coordination = self._saves = self._writer = None
         return group
 

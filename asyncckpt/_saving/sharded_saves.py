@@ -140,9 +140,9 @@ class ShardedSaves:
             flags.append(_BUSY)
         part = _Part()
         try:
+            self._collect(part, wanted, stats)  # on all ranks: FSDP1 has collectives in it
             if self._coordination.leads:
                 wanted.refuse()
-            self._collect(part, wanted, stats)
             if self._plan is None or self._plan.fingerprint != part.plan.fingerprint:
                 flags.append(_CHANGED)
             else:
@@ -166,21 +166,25 @@ class ShardedSaves:
             return part
         plan: SharedPlan | None = None
         self._plan, error = None, None
+        same = f"the plan of {same}"
         try:
-            plan = self._plan_together(part, made)
+            plan = self._plan_together(part, made, stats)
             part.frozen = self._stager.freeze((plan.kept, part.plan.flat), stats)
         except Exception as found:  # noqa: BLE001 - as in `_begin`
             made.fail(f"{type(found).__name__}: {found}")
             error = found
-        self._agree(f"the plan of {same}", (), error, stats)
+        self._agree(same, (), error, stats)
         self._plan = plan
         return part
 
-    def _plan_together(self, part: _Part, made: Round) -> SharedPlan:
+    def _plan_together(self, part: _Part, made: Round, stats: SaveStats) -> SharedPlan:
+        began = time.perf_counter()
         payloads = made.gather(part.plan.encode())
         final = None if payloads is None else global_plan(payloads, part.planner)
         kept = made.scatter(None if final is None else final.kept)
-        return SharedPlan(part.plan.fingerprint, part.plan.keep(kept), final)
+        plan = SharedPlan(part.plan.fingerprint, part.plan.keep(kept), final)
+        stats.agreement += time.perf_counter() - began
+        return plan
 
     def _start(self, wanted: ShardedSave, part: _Part, made: Round) -> Save:
         assert self._plan is not None  # noqa: S101 - it is planned

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import struct
 import time
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from asyncckpt.stores.base import FolderDraft, Store
     from asyncckpt.types import Offsets, SaveStats
 
-# Size of the file, number of tensors or -1 if rank 0 knows where they lie, number of other items.
-_REPORT = struct.Struct("<qqq")
+# Size of the file, number of tensors or -1 if rank 0 knows where they lie.
+_REPORT = struct.Struct("<qq")
 # Seconds in which the other ranks learn the outcome before this process, which may host the store, goes on.
 _LINGERS = 10.0
 
@@ -60,7 +60,7 @@ class SharedPlan:
     def report(self, plan: ItemPlan | None) -> bytes:
         """Return what rank 0 has to know of this rank's file; None if it has none."""
         if plan is None:
-            return _REPORT.pack(0, 0, 0)
+            return _REPORT.pack(0, 0)
         count = len(plan.body.starts)
         self._sent = plan.extents[:count]
         # A tensor with other strides has another record, which may be longer.
@@ -68,8 +68,7 @@ class SharedPlan:
             extents = plan.extents[count:]
         else:
             self.told, extents = None, plan.extents
-        counts = -1 if is_known else count, len(plan.extents) - count
-        return _REPORT.pack(plan.size, *counts) + extents.astype("<i8").tobytes()
+        return _REPORT.pack(plan.size, -1 if is_known else count) + extents.astype("<i8").tobytes()
 
     def note_commit(self) -> None:
         """Note that rank 0 knows the extents that were reported last."""
@@ -79,7 +78,7 @@ class SharedPlan:
         """Return the extents of all items in each rank's file, and the size of all files; on rank 0."""
         found, total = [], 0
         for rank, report in enumerate(reports):
-            size, count, _ = _REPORT.unpack_from(report)
+            size, count = _REPORT.unpack_from(report)
             extents = np.frombuffer(report, "<i8", offset=_REPORT.size).reshape(-1, 2)
             if count >= 0:
                 self.extents[rank], extents = extents[:count], extents[count:]
@@ -114,11 +113,6 @@ class ShardedTarget(Target):
     @property
     def path(self) -> str:  # type: ignore[override]
         return self.store.path_of(self.name)
-
-    @property
-    def overlaps(self) -> bool:  # type: ignore[override]
-        """Whether writes of the store do not slow the training thread down."""
-        return self.store.overlaps
 
     async def write(self, snapshot: Snapshot, stats: SaveStats) -> Checkpoint:
         """Write this rank's file, and wait until the folder is committed.
@@ -177,7 +171,8 @@ class ShardedTarget(Target):
             stats.commit += time.perf_counter() - written
         self.plan.note_commit()
         checkpoint = checkpoint_of(self.path, description, description.nbytes or 0)
-        await in_thread(self.round.end, json.dumps(asdict(checkpoint)))
+        with suppress(RankError):  # it is committed, whether the others learn of it or not
+            await in_thread(self.round.end, json.dumps(asdict(checkpoint)))
         return checkpoint
 
     async def _follow(self, snapshot: Snapshot, stats: SaveStats) -> Checkpoint:

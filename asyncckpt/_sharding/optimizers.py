@@ -108,6 +108,9 @@ def optimizer_misfits(
     if _flat_module(optimizer, modules) is not None:
         return []
     keys, where = list(_parameters(optimizer, modules)), ".".join(map(str, path))
+    groups, saved = len(optimizer.param_groups), len(state["param_groups"])
+    if groups != saved:
+        return [f"{where}.param_groups: {saved} groups in the checkpoint, {groups} in the optimizer"]
     problems, start = [], 0
     for number, (group, loaded) in enumerate(zip(optimizer.param_groups, state["param_groups"], strict=True)):
         own, start = keys[start : start + len(group["params"])], start + len(group["params"])

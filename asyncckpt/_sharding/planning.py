@@ -77,6 +77,8 @@ class LocalPlan:
         flattened = flatten(state) if planner is None else None
         self.flat, self._paths = self._set_up() if flattened is None else flattened
         self.fingerprint: Fingerprint = fingerprint(self.flat, self._paths)
+        if planner is not None:
+            self.fingerprint.append(_options(planner))
 
     def encode(self) -> bytes:
         """Return the plan for rank 0.
@@ -206,6 +208,15 @@ def global_plan(payloads: Sequence[bytes], planner: SavePlanner | None = None) -
         except (ValueError, AssertionError) as error:
             raise SaveError(f"the states of the ranks do not fit together: {error}") from error
         return GlobalPlan(asked, decided, metadata)
+
+
+def _options(planner: Any) -> tuple[Any, ...]:
+    """Return what else a plan depends on: one that a planner of the user's has made is for one save."""
+    from torch.distributed.checkpoint.default_planner import DefaultSavePlanner  # noqa: PLC0415 - see __init__
+
+    if type(planner) is not DefaultSavePlanner:
+        return (object(),)
+    return planner.flatten_state_dict, planner.flatten_sharded_tensors, planner.dedup_save_to_lowest_rank
 
 
 def _default_planner() -> Any:

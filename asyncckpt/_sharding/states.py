@@ -13,11 +13,11 @@ import torch
 
 from asyncckpt._sharding.modules import load_module, module_state
 from asyncckpt._sharding.optimizers import fit_optimizer, load_optimizer, optimizer_misfits, optimizer_state
-from asyncckpt._stateful import CONTAINERS, collect, is_stateful
+from asyncckpt._stateful import CONTAINERS, collect, is_plain, is_stateful
 from asyncckpt.errors import SaveError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from torch.distributed.checkpoint.metadata import Metadata
 
@@ -95,15 +95,30 @@ def misfits(state: Any, collected: dict[str, Any]) -> list[str]:
     return problems
 
 
-def apply(state: Any, collected: dict[str, Any]) -> None:
+def without_tensors(state: Any, collected: dict[str, Any]) -> dict[int, tuple[str, Any]]:
+    """Return the objects whose state dicts have no tensors to read into, and their paths, by identity.
+
+    They can be given their state before any tensor is changed. Modules and optimizers are not among them.
+    """
+    return {
+        id(value): (".".join(map(str, path)), value)
+        for path, value, part in _pairs(state, collected)
+        if not isinstance(value, (torch.nn.Module, torch.optim.Optimizer)) and is_plain(part)
+    }
+
+
+def apply(state: Any, collected: dict[str, Any], takes: Callable[[int], bool] = lambda _: True) -> None:
     """Give each stateful object of `state` its state back.
 
     Args:
         state: the live state.
         collected: of `collect_sharded(state)`, with what was loaded in it.
+        takes: whether the object with this identity is to get it now; by default all are.
     """
     modules = _modules(state)
     for _, value, part in _pairs(state, collected):
+        if not takes(id(value)):
+            continue
         if isinstance(value, torch.nn.Module):
             load_module(value, part)
         elif isinstance(value, torch.optim.Optimizer):

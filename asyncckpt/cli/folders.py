@@ -6,7 +6,9 @@ from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 from asyncckpt._inspection.isolation import look_at
-from asyncckpt._loading.folder import with_folder
+from asyncckpt._loading.folder import replaced_error, with_folder
+from asyncckpt._loading.reader import ATTEMPTS
+from asyncckpt._loading.source import has_folder
 from asyncckpt._threads import in_thread
 from asyncckpt.errors import CheckpointNotFoundError, CorruptCheckpointError
 from asyncckpt.layout.folder_mark import unseal
@@ -38,13 +40,18 @@ async def read_folder(read: Callable[[Folder], Awaitable[R]], store: Store, name
 
 async def _check_metadata(store: Store, name: str) -> None:
     path = store.path_of(name)
-    try:
-        async with store.folder(name).open(FOLDER_MARK) as mark:
-            data = bytearray(mark.file.nbytes)
-            await mark.read(0, memoryview(data))
-        pickled = unseal(bytes(data))
-    except FileNotFoundError as error:
-        raise CheckpointNotFoundError(f"there is no checkpoint {path}") from error
-    except CorruptCheckpointError as error:
-        raise CorruptCheckpointError(f"{path}: {error}") from error
-    await in_thread(partial(look_at, "nothing", [(path, pickled)], record=FOLDER_MARK))
+    for _ in range(ATTEMPTS):
+        try:
+            async with store.folder(name).open(FOLDER_MARK) as mark:
+                data = bytearray(mark.file.nbytes)
+                await mark.read(0, memoryview(data))
+            pickled = unseal(bytes(data))
+        except FileNotFoundError as error:
+            if not await has_folder(store, name):
+                raise CheckpointNotFoundError(f"there is no checkpoint {path}") from error
+            continue  # it was replaced meanwhile
+        except CorruptCheckpointError as error:
+            raise CorruptCheckpointError(f"{path}: {error}") from error
+        await in_thread(partial(look_at, "nothing", [(path, pickled)], record=FOLDER_MARK))
+        return
+    raise replaced_error(path)

@@ -82,6 +82,8 @@ def folder_document(store: Store, name: str, depth: int) -> dict[str, Any]:
         file = files.setdefault(place.file, {"name": place.file, "items": 0, "nbytes": 0})
         file["items"] += 1
         file["nbytes"] += place.length
+    for extra, (nbytes, _) in (description.extras if description else {}).items():
+        files[extra] = {"name": extra, "items": 0, "nbytes": nbytes}
     return {
         "path": folder.path,
         "nbytes": checkpoint.nbytes,
@@ -161,17 +163,21 @@ def print_folder(found: dict[str, Any], limit: int | None) -> None:
     """Print what `folder_document` returns."""
     print_header(found)
     rows, total, files = found["tensors"], found["total"], found["files"]
+    data = [file for file in files if file["items"]]
     if rows:
         table = new_table("tensor", "dtype", "shape", "bytes", "parts", right=("bytes", "parts"))
         for row in rows[:limit]:
             dtype, parts = clean(row["dtype"]), str(len(row["parts"]))
             table.add_row(path_text(row["path"]), dtype, shape_text(row), nbytes_text(row), parts)
         print_rows(table, len(rows), limit)
-    stored = size(sum(file["nbytes"] for file in files))
+    stored = size(sum(file["nbytes"] for file in data))
     line(
         f"{counted(total['tensors'], 'tensor')} of {total['elements']:,} elements, {size(total['nbytes'])},"
-        f" in {counted(total['parts'], 'part')}; {counted(len(files), 'file')} of {stored}"
+        f" in {counted(total['parts'], 'part')}; {counted(len(data), 'file')} of {stored}"
     )
+    for file in files:
+        if not file["items"]:  # such as Lightning's meta.pt
+            line(f"beside them: {file['name']}, {size(file['nbytes'])}")
     print_modules(found["modules"], limit)
     print_values(found["values"], limit)
     for row in found["too_large"][:limit]:

@@ -48,7 +48,7 @@ Only = Annotated[
 Verify = Annotated[
     bool,
     typer.Option(
-        "--verify", help="Check every byte of all files that stay, not only of the newest of each series."
+        "--verify", help="Check every byte of all that stays, not only of the newest of each series."
     ),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be removed; remove nothing.")]

@@ -49,7 +49,8 @@ def async_save(  # noqa: PLR0913 - the arguments are those of DCP
         state_dict: as DCP takes it.
         checkpoint_id: path or URL of the folder.
         storage_writer: a `FileSystemWriter`, of which only the path is used.
-        planner: DCP's; not one with a plan cache of its own, as plans are kept here.
+        planner: DCP's; not one with a plan cache of its own. What a `DefaultSavePlanner` has planned is kept
+            here for later saves; any other plans each save.
         process_group: of the ranks; None for the default group.
         async_checkpointer_type: of no effect: there is one way.
         async_stager: of no effect on the copy; with one that stages asynchronously, the result is an
