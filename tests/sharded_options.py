@@ -83,7 +83,7 @@ def again(path: str) -> Any:
         ckpt.save(1, state(1)).committed.result(_PATIENCE)
         ckpt.save(1, state(2)).committed.result(_PATIENCE)
         dist.barrier()
-        seen = [values(ckpt)]
+        seen: list[Any] = [values(ckpt)]
         try:
             ckpt.save(2, state(3))
         except asyncckpt.SaveError as error:
@@ -143,8 +143,9 @@ def changing(path: str) -> Any:
     rank, seen = dist.get_rank(), []
     with Checkpointer(path, sharded=True, rank_timeout=_PATIENCE) as ckpt:
         assert ckpt.reserve(state(0)) > 0
-        for step, more in enumerate(({}, {"c": torch.ones(3)}, {}, {"c": torch.ones(4)}, {"c": "text"})):
-            ckpt.save(step, {**state(step), **more}, rank_state={"rank": torch.tensor([rank, step])})
+        extras: list[dict[str, Any]] = [{}, {"c": torch.ones(3)}, {}, {"c": torch.ones(4)}, {"c": "text"}]
+        for step, more in enumerate(extras):
+            ckpt.save(step, state(step) | more, rank_state={"rank": torch.tensor([rank, step])})
         ckpt.wait()
         dist.barrier()
         for step in range(5):
