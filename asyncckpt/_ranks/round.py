@@ -108,7 +108,6 @@ class Round:
 
         The process that hosts the store may end then.
         """
-
         seconds = min(seconds, self._ranks.timeout / 4)
 
         def work(running: Call) -> None:
