@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -41,7 +42,11 @@ def results(path: str) -> Any:
     assert [checkpoint.step for checkpoint in ckpt.checkpoints()] == [6, 7]
     live = state(0)
     ckpt.restore(live)
-    return [[c.step, c.metrics["loss"] * c.step, c.sequence] for c in found], live["w"].tolist(), live["step"]
+    return (
+        [[c.step, c.metrics["loss"] * (c.step or 0), c.sequence] for c in found],
+        live["w"].tolist(),
+        live["step"],
+    )
 
 
 def failures(path: str) -> Any:
@@ -51,7 +56,7 @@ def failures(path: str) -> Any:
     dist.barrier()
     store.fail("commit", OSError(28, "No space left on device"))
     seen = [outcome(lambda: ckpt.save(1, state(1))), outcome(lambda: ckpt.save(2, state(2)))]
-    broken = {"w": (i for i in ())} if dist.get_rank() == 0 else state(3)
+    broken = {"w": threading.Lock()} if dist.get_rank() == 0 else state(3)
     seen += [outcome(lambda: ckpt.save(3, broken)), outcome(lambda: ckpt.save(4, state(4)))]
     ckpt.close()
     dist.barrier()

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 RANKS = 3
-TIMEOUT = 3.0  # seconds that ranks wait for each other
+TIMEOUT = 4.0  # seconds that ranks wait for each other
 
 
 @pytest.fixture(scope="module")

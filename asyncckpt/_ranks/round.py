@@ -105,8 +105,11 @@ class Round:
     def linger(self, seconds: float) -> None:
         """Wait until all ranks are through, no longer than so many seconds (rank 0, after `end`).
 
+        Nor longer than a quarter of the timeout, within which the next save has to begin.
+
         The process that hosts the store may end then.
         """
+        seconds = min(seconds, self._ranks.timeout / 4)
 
         def work(running: Call) -> None:
             while self._requests.peek(f"{self._key}/left") is not None and running.waited() < seconds:
