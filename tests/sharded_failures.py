@@ -264,6 +264,8 @@ def _seen(case: Case, call: Callable[[Case], Save | None], timeout: float) -> di
     error = _error_of(case, call)
     seconds = time.monotonic() - began
     case.barrier()
+    case.ckpt._saver.drain(_PATIENCE)  # what is evicted is gone
+    dist.barrier()
     coordination.timeout = LONG
     wrong = _wrong(case, 2 if error is None and case.found() == [2] else 1)
     dist.barrier()

@@ -107,7 +107,7 @@ class Running(Generic[T]):
     def __init__(
         self,
         func: Callable[[Call], T],
-        undo: Callable[[str], object],
+        undo: Callable[[str | None], object],
         requests: Requests,
         timeout: float,
     ) -> None:
@@ -128,10 +128,12 @@ class Running(Generic[T]):
         try:
             self.start()
             self._work.wait(self._timeout)
+            if self._work.results:
+                return self._work.results[0]
         except BaseException as error:
-            self.give_up("was interrupted", 0 if isinstance(error, RankError) else _GRACE)
+            self.give_up(seconds=0 if isinstance(error, RankError) else _GRACE)
             raise
-        return self.result()
+        raise self._work.errors[0]
 
     def start(self) -> None:
         """Begin, and do not wait."""
@@ -144,8 +146,13 @@ class Running(Generic[T]):
             raise self._work.errors[0]
         return self._work.results[0]
 
-    def give_up(self, why: str, seconds: float = _GRACE) -> None:
-        """Stop and undo it, in the background if that takes more than so many seconds; raises no error."""
+    def give_up(self, why: str | None = None, seconds: float = _GRACE) -> None:
+        """Stop and undo it, in the background if that takes more than so many seconds; raises no error.
+
+        Args:
+            why: the reason; None for an interrupt.
+            seconds: how long to wait.
+        """
         if self._is_given_up:
             return
         self._is_given_up = True
@@ -163,7 +170,9 @@ class Running(Generic[T]):
         undone.acquire(timeout=seconds)
 
 
-def call(func: Callable[[Call], T], undo: Callable[[str], object], requests: Requests, timeout: float) -> T:
+def call(
+    func: Callable[[Call], T], undo: Callable[[str | None], object], requests: Requests, timeout: float
+) -> T:
     """Call `func`, and wait for its result; the arguments are those of `Running`."""
     return Running(func, undo, requests, timeout).call()
 

@@ -108,8 +108,9 @@ class Coordination:
             finally:
                 self._exchanging.release()
 
-        def undo(why: str) -> None:
-            self._break_off(begun[-1] if begun else self._next(), same, f"{why} in {same}")
+        def undo(why: str | None) -> None:
+            how = f" was interrupted in {same}" if why is None else f": {why}"
+            self._break_off(begun[-1] if begun else self._next(), same, how)
 
         return Running(work, undo, self.requests, self.timeout)
 
@@ -127,7 +128,7 @@ class Coordination:
 
         def work(_: Call) -> None:
             if self.number == number:
-                self._break_off(self._next(), same, f"gave up {same}: {why}")
+                self._break_off(self._next(), same, f" gave up {same}: {why}")
 
         with suppress(RankError):
             call(work, lambda _: None, self.requests, self.timeout)
@@ -189,9 +190,9 @@ class Coordination:
             running.pause(self.longest_pause)
         return state
 
-    def _break_off(self, number: int, same: str, why: str) -> None:
+    def _break_off(self, number: int, same: str, how: str) -> None:
         """Fail an exchange that this rank has given up; its round, if it is done."""
-        text = f"rank {self.rank} {why}"
+        text = f"rank {self.rank}{how}"
         state = Arrivals(self.requests, number, self.size).fail(same, text)
         self._note(number, state)
         if state.stage is Stage.FAILED:

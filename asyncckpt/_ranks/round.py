@@ -152,8 +152,8 @@ class Round:
 
     def _call(self, work: Callable[[Call], T]) -> T:
         """Call `work`; an exception in the caller (Ctrl-C) fails the save."""
-        why = f"rank {self._ranks.rank}"
-        return call(work, lambda how: self._fail(f"{why} {how}"), self._requests, self._ranks.timeout)
+        why = f"rank {self._ranks.rank} was interrupted"
+        return call(work, lambda _: self._fail(why), self._requests, self._ranks.timeout)
 
     def _gather(self, payload: bytes, running: Call) -> list[bytes] | None:
         self._send("plans", payload, Phase.GATHERED)

@@ -142,7 +142,7 @@ class ShardedSaves:
             if attempt.round is not None:
                 attempt.round.fail(why)
             elif attempt.exchange is not None and not isinstance(error, RankError):
-                attempt.exchange.give_up(f"gave up ({why})")
+                attempt.exchange.give_up(why if isinstance(error, Exception) else None)
             if not isinstance(error, Exception):  # of others the ranks are told in the exchanges
                 self._give_up(number, same, why, [attempt.round] if attempt.round else [])
             raise
