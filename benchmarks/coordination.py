@@ -21,7 +21,7 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import time
-from collections import Counter
+from collections import defaultdict
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
@@ -70,7 +70,7 @@ class Simulation:
 
     def save(self, number: int) -> dict[str, float]:
         """Make a save, and return what it cost; the first one is planned."""
-        costs: Counter[str] = Counter()
+        costs: defaultdict[str, float] = defaultdict(float)
         self._others("training", costs, "come", number)
         self._lead("training", costs, lambda ranks: ranks.act("come", number))
         self._others("training", costs, "learn", number)
@@ -104,7 +104,7 @@ class Simulation:
         assert len(save.reports()) == self._total
         save.end("committed")
 
-    def _others(self, part: str, costs: Counter[str], phase: str, number: int) -> None:
+    def _others(self, part: str, costs: defaultdict[str, float], phase: str, number: int) -> None:
         with self._measured(part, costs):
             for worker in self._workers:
                 worker.send((phase, number))
@@ -113,7 +113,7 @@ class Simulation:
                 costs[f"{part} requests, others"] += requests / (self._total - 1)
                 costs[f"{part} bytes, others"] += nbytes / (self._total - 1)
 
-    def _lead(self, part: str, costs: Counter[str], act: Callable[[Ranks], object]) -> None:
+    def _lead(self, part: str, costs: defaultdict[str, float], act: Callable[[Ranks], object]) -> None:
         store = self._ranks.store
         before = store.requests, store.bytes
         began = time.perf_counter()
@@ -124,7 +124,7 @@ class Simulation:
         costs[f"{part} bytes, rank 0"] += store.bytes - before[1]
 
     @contextmanager
-    def _measured(self, part: str, costs: Counter[str]) -> Iterator[None]:
+    def _measured(self, part: str, costs: defaultdict[str, float]) -> Iterator[None]:
         began, used = time.perf_counter(), processor_time(self._processes[0].pid)
         yield
         costs[f"{part} seconds, all"] += time.perf_counter() - began

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import product
+from itertools import pairwise, product
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,7 +26,7 @@ def part(begins: Sequence[int], ends: Sequence[int]) -> Part:
 
 
 def parts(grid: Grid) -> list[Part]:
-    cells = product(*(list(zip(cuts, cuts[1:], strict=False)) for cuts in grid))
+    cells = product(*(list(pairwise(cuts)) for cuts in grid))
     return [part([begin for begin, _ in cell], [end for _, end in cell]) for cell in cells]
 
 
