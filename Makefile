@@ -17,12 +17,13 @@ N      ?= 20
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow test-all test-repeat test-matrix lint format bench bench-quick bench-sharded bench-targets bench-gpu bench-lightning clean
+.PHONY: help demo test test-slow test-soak test-all test-repeat test-matrix lint format bench bench-quick bench-sharded bench-targets bench-gpu bench-lightning clean
 
 help:
 	@echo 'make demo             train a small GPT, kill it, resume it, and show what its saves cost (2 minutes)'
 	@echo 'make test             run the tests, without those marked slow (minutes)'
 	@echo 'make test-slow        run those marked slow: benchmark scripts, every point of a sweep, ...'
+	@echo 'make test-soak        run those marked soak: hundreds of killed ranks, all pairs of numbers of ranks, ...'
 	@echo 'make test-all         run all of them'
 	@echo 'make test-repeat      run the tests N=20 times beside a busy process, until one fails'
 	@echo 'make test-matrix      run all tests on each Python and torch that is declared (see .ci/matrix)'
@@ -49,17 +50,20 @@ demo: $(DONE)/demo
 	$(BIN)/python examples/demo.py
 
 test: $(DONE)/test
-	$(PYTEST) -m 'not slow' $(ARGS)
+	$(PYTEST) -m 'not slow and not soak' $(ARGS)
 
 # By file: what a benchmark script has measured is looked at by all the tests of its file.
 test-slow: $(DONE)/test
-	$(PYTEST) -m slow --dist loadfile $(ARGS)
+	$(PYTEST) -m 'slow and not soak' --dist loadfile $(ARGS)
+
+test-soak: $(DONE)/test
+	$(PYTEST) -m soak --dist loadfile $(ARGS)
 
 test-all: $(DONE)/test
 	$(PYTEST) $(ARGS)
 
 test-repeat: $(DONE)/test
-	$(BIN)/python tests/repeat.py $(N) $(PYTEST) -m 'not slow' $(ARGS)
+	$(BIN)/python tests/repeat.py $(N) $(PYTEST) -m 'not slow and not soak' $(ARGS)
 
 # ONLY names some of its environments; ARGS go to pytest.
 test-matrix:

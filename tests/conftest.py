@@ -31,7 +31,8 @@ for number, default in ((signal.SIGINT, signal.default_int_handler), (signal.SIG
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Give slow tests the time that they need on a busy machine; skip those of a GPU where there is none."""
     for item in items:
-        if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
+        is_long = item.get_closest_marker("slow") or item.get_closest_marker("soak")
+        if is_long and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(600))
     on_gpu = [item for item in items if item.get_closest_marker("gpu")]
     if on_gpu:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from asyncckpt._ranks.arrivals import Arrivals, Stage, State
 from asyncckpt._ranks.coordination import Coordination, Exchange
 from asyncckpt._ranks.group import ProcessGroup
 from asyncckpt._ranks.ranges import named
@@ -215,3 +216,14 @@ def test_ranks_are_named_in_ranges() -> None:
     assert named([3]) == "rank 3"
     assert named([5, 0, 1, 2]) == "ranks 0-2, 5"
     assert named(range(0, 100, 2)).endswith("28, 30, …")
+
+
+def test_an_exchange_whose_keys_are_gone_is_not_changed_for_ever() -> None:
+    ranks = Coordination(ProcessGroup(hash_store(), 0, 1), "gone", 5.0)
+    requests = ranks.requests
+    arrivals = Arrivals(requests, 0, 1)
+    opened = State(Stage.OPEN, "save").encoded()
+    peek = requests.peek
+    requests.peek = lambda key: opened if key == "e0" else peek(key)  # type: ignore[method-assign]
+    assert arrivals.fail("save", "given up").stage is Stage.FAILED
+    assert peek("e0") is None

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-STRIDE = 131
+STRIDE = 331
 
 
 @pytest.fixture
@@ -50,18 +50,19 @@ def refused(path: Path, kind: type[Exception] = CorruptCheckpointError) -> str:
 
 @pytest.mark.parametrize("bit", [0, 5])
 def test_flipped_bit_in_a_data_file_is_found_or_changes_nothing(path: Path, bit: int) -> None:
-    state = asyncckpt.load(path)
     found = 0
-    for offset in range(bit, (path / DATA).stat().st_size, STRIDE):
-        flip(path / DATA, offset, bit)
-        try:
-            loaded = asyncckpt.load(path)
-        except CorruptCheckpointError as error:
-            found += str(path / DATA) in str(error)
-        else:
-            assert_same(loaded, state)
-        flip(path / DATA, offset, bit)
-    assert found > 100
+    with Checkpointer(path.parent, create=False) as ckpt:
+        state = ckpt.load(path)
+        for offset in range(bit, (path / DATA).stat().st_size, STRIDE):
+            flip(path / DATA, offset, bit)
+            try:
+                loaded = ckpt.load(path)
+            except CorruptCheckpointError as error:
+                found += str(path / DATA) in str(error)
+            else:
+                assert_same(loaded, state)
+            flip(path / DATA, offset, bit)
+    assert found > 40
 
 
 def test_flipped_bit_of_each_item_is_found_by_verify(path: Path) -> None:

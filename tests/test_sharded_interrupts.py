@@ -20,6 +20,15 @@ def interpreter() -> Iterator[Interpreter]:
         yield interpreter
 
 
+@pytest.fixture(
+    params=[pytest.param(1, id="every point", marks=pytest.mark.soak), pytest.param(29, id="some")]
+)
+def stride(request: pytest.FixtureRequest) -> int:
+    """How far apart the points are, of which there are many here."""
+    number: int = request.param
+    return number
+
+
 @pytest.mark.parametrize("victim", [0, 1])
 @pytest.mark.parametrize(("plans", "points"), [(False, 300), (True, 600)])
 def test_an_interrupted_save_leaves_the_ranks_in_step(  # noqa: PLR0913 - fixtures

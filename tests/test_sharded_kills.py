@@ -88,6 +88,6 @@ def test_killed_ranks_are_named_and_committed_steps_stay(interpreter: Interprete
     kill_again_and_again(interpreter, tmp_path, 2, 3)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_ranks_killed_a_hundred_times(interpreter: Interpreter, tmp_path: Path) -> None:
     kill_again_and_again(interpreter, tmp_path, 20, 5)

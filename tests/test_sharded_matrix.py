@@ -42,7 +42,7 @@ def saved(
 @pytest.mark.parametrize(
     ("saving", "loading"),
     [
-        pytest.param(saving, loading, marks=[] if (saving, loading) in {(2, 3), (4, 1)} else pytest.mark.slow)
+        pytest.param(saving, loading, marks=[] if (saving, loading) in {(2, 3), (4, 1)} else pytest.mark.soak)
         for saving in (1, 2, 3, 4)
         for loading in (1, 2, 3, 4)
     ],

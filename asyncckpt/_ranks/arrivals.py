@@ -148,7 +148,9 @@ class Arrivals:
         found = self._requests.peek(self._key)
         while (state := _decoded(found)).stage in stages:
             new = change(state)
-            found = self._requests.swap(self._key, found, new.encoded())
+            before, found = found, self._requests.swap(self._key, found, new.encoded())
+            if found == before:  # the key is gone: all ranks are past this exchange
+                return new
         return state
 
     def _decide(self, same: str, *, noted: bool) -> State:

@@ -71,6 +71,8 @@ class Decision:
             found = self._requests.swap(self.key, seen, new)
             if found == new:
                 return State(phase, text)
+            if found == seen:  # the key is gone: all ranks have left
+                break
             seen = found
         return _decoded(seen)
 
