@@ -31,7 +31,10 @@ def hashed(tmp_path: Path) -> Stores:
 
 
 def rounds(stores: Stores, timeout: float = 60.0) -> list[Round]:
-    return [Round(ranks, 0) for ranks in stores.coordinations(timeout)]
+    coordinations = stores.coordinations(timeout)
+    for ranks in coordinations:
+        ranks.requests.peek("connected")  # which may take longer than some timeouts
+    return [Round(ranks, 0) for ranks in coordinations]
 
 
 def leads(save: Round) -> bool:
