@@ -13,7 +13,7 @@ from asyncckpt._ranks.arrivals import Arrivals, Stage, State
 from asyncckpt._ranks.coordination import Coordination, Exchange
 from asyncckpt._ranks.group import ProcessGroup
 from asyncckpt._ranks.ranges import named
-from asyncckpt.errors import RankError
+from asyncckpt.errors import BusyError, RankError
 from interrupts import wait_until
 from rank_threads import KINDS, Stores, failures, hash_store, tcp_store, together
 
@@ -178,20 +178,10 @@ def test_an_exchange_beside_another_of_the_same_rank_waits_for_it() -> None:
 
 
 def test_an_exchange_is_refused_if_another_of_the_same_rank_does_not_end() -> None:
-    store = hash_store()
-    ranks = Coordination(ProcessGroup(store, 0, 2), "test", 60)
-
-    def save(first: bool) -> Exchange:  # noqa: FBT001 - given by place
-        if first:
-            return ranks.exchange("save(1)")
-        wait_until(lambda: store.num_keys() > 0, "the rank does not come")
-        ranks.timeout = 0.3
-        return ranks.exchange("save(2)")
-
-    texts = failures(together([True, False], save))
-    assert any(
-        "save(2) cannot begin: an earlier call of rank 0 still waits for others" in text for text in texts
-    )
+    ranks = Coordination(ProcessGroup(hash_store(), 0, 2), "test", 0.1)
+    message = r"save\(2\) cannot begin: an earlier call of rank 0 still waits for others"
+    with ranks._exchanging, pytest.raises(BusyError, match=message):
+        ranks.exchange("save(2)")
 
 
 def test_a_store_that_does_not_answer_is_given_up() -> None:
