@@ -29,6 +29,7 @@ def stores(request: pytest.FixtureRequest, tmp_path: Path) -> Stores:
 def late(ranks: list[Coordination], timeout: float = 0.3) -> None:
     """Make ranks wait for a short time only."""
     for rank in ranks:
+        rank.requests.peek("connected")  # which may take longer than the timeout
         rank.timeout = timeout
 
 
