@@ -256,3 +256,16 @@ def test_the_collector_of_garbage_is_as_it_was(stock: bytes) -> None:
     with pytest.raises(CorruptCheckpointError):
         load_metadata(b"\x80\x04.", "here")
     assert gc.isenabled()
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("hidden", [b"", b"Nb", b"(e", b"(u"], ids=["plain", "built", "extended", "updated"])
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_a_key_whose_hash_would_take_for_ever_is_refused(protocol: int, hidden: bytes) -> None:
+    """Each tuple of the tower holds the one before twice."""
+    data = b"\x80\x02}(K\x01\x85" if protocol == 2 else b"\x80\x04}(K\x01\x85"
+    for place in range(101):
+        note = bytes([ord("q"), place]) if protocol == 2 else b"\x94"
+        data += hidden + note + bytes([ord("h"), place, ord("h"), place, 0x86])
+    with pytest.raises(CorruptCheckpointError, match="tuple twice"):
+        load_metadata(data + b"u.", "here")
