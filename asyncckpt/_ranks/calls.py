@@ -118,15 +118,26 @@ class Running(Generic[T]):
         self._is_given_up = False
 
     def call(self) -> T:
-        """Start it, and return its result; an exception in the caller (Ctrl-C) gives it up.
-
-        Raises:
-            RankError: the store does not answer.
-        """
+        """Start it, and return its result; see `result`."""
         if self._requests.silence() > self._timeout:
             raise _silence_error(self._requests)
+        return self._finish(self.start)
+
+    def start(self) -> None:
+        """Begin, and do not wait."""
+        _start(self._work.run)
+
+    def result(self) -> T:
+        """Wait for the result; an exception in the caller (Ctrl-C) gives the call up.
+
+        Raises:
+            RankError: the store does not answer; or what `func` raised.
+        """
+        return self._finish(lambda: None)
+
+    def _finish(self, begin: Callable[[], None]) -> T:
         try:
-            self.start()
+            begin()
             self._work.wait(self._timeout)
             if self._work.results:
                 return self._work.results[0]
@@ -134,17 +145,6 @@ class Running(Generic[T]):
             self.give_up(seconds=0 if isinstance(error, RankError) else _GRACE)
             raise
         raise self._work.errors[0]
-
-    def start(self) -> None:
-        """Begin, and do not wait."""
-        _start(self._work.run)
-
-    def result(self) -> T:
-        """Wait for the result; raises what `func` raised, or RankError if the store does not answer."""
-        self._work.wait(self._timeout)
-        if self._work.errors:
-            raise self._work.errors[0]
-        return self._work.results[0]
 
     def give_up(self, why: str | None = None, seconds: float = _GRACE) -> None:
         """Stop and undo it, in the background if that takes more than so many seconds; raises no error.

@@ -1,4 +1,4 @@
-"""Refuse saves of several ranks to the same files."""
+"""Refuse saves of several ranks to the same file."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 
 
 def claim(directory: str, filename: str) -> Callable[[], object]:
-    """Claim a file, or all names of a template, for this rank; idempotent.
+    """Claim a file for this rank; idempotent.
 
     With several ranks, this is one request to the store of the process group; no other rank takes part.
 
     Args:
         directory: path or URL of the directory.
-        filename: name or template.
+        filename: its name.
 
     Returns:
         A function that releases the claim.
@@ -41,8 +41,7 @@ def claim(directory: str, filename: str) -> Callable[[], object]:
     if owner != rank:
         raise SaveError(
             f"rank {rank} saves to {directory} under {filename!r}, as rank {owner} does: they would replace"
-            " and evict each other's checkpoints; let one rank save, or give each rank a filename of its own"
-            f' (filename=f"rank{rank}-{{step}}.pt")'
+            " each other's file; let one rank save, or give each rank a path of its own"
         )
     return partial(_release, group.store, key, rank)
 

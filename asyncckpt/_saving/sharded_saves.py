@@ -144,27 +144,27 @@ class ShardedSaves:
             elif attempt.exchange is not None and not isinstance(error, RankError):
                 attempt.exchange.give_up(why if isinstance(error, Exception) else None)
             if not isinstance(error, Exception):  # of others the ranks are told in the exchanges
-                self._give_up(number, same, why, [attempt.round] if attempt.round else [])
+                self._give_up(number, same, why, attempt.round)
             raise
 
-    def _give_up(self, number: int, same: str, why: str, rounds: list[Round]) -> None:
+    def _give_up(self, number: int, same: str, why: str, made: Round | None) -> None:
         """Tell the ranks of an interrupted call, wherever they wait.
 
         Args:
             number: of the first exchange that the call could take part in.
             same: the call.
             why: the reason.
-            rounds: the round that the call has made, if it has.
+            made: the round that the call has made, if it has.
         """
         ranks = self._coordination
         if ranks.number == number:
             ranks.refuse(number, same, why)
             return
-        last = rounds[0].number if rounds else ranks.number - 1
+        last = ranks.number - 1 if made is None else made.number
         flags = ranks.flags(last)
         if flags is None or not flags.isdisjoint((_FAILED, _BUSY)):
             return  # nothing was begun
-        if not rounds and last not in ranks.broken_off:
+        if made is None and last not in ranks.broken_off:
             Round(ranks, last).fail(why)
         if _CHANGED in flags:
             ranks.refuse(last + 1, f"the plan of {same}", why)
@@ -208,7 +208,7 @@ class ShardedSaves:
         try:
             plan = self._plan_together(part, made, stats)
             part.frozen = self._stager.freeze((plan.kept, part.plan.flat), stats)
-        except Exception as found:  # noqa: BLE001 - as in `_begin`
+        except Exception as found:  # noqa: BLE001 - as in `_prepared`
             made.fail(f"{type(found).__name__}: {found}")
             error = found
         self._agreed(self._coordination.exchanging(same, (), _text(error)).call, error, stats)

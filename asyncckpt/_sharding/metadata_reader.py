@@ -21,8 +21,8 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from asyncckpt._inspection.inert import Inert, is_name, name_of, read_pickle
-from asyncckpt._sharding.collections_paused import collections_paused
 from asyncckpt._sharding.opcodes import check_opcodes
+from asyncckpt._snapshot.collector import no_collections
 
 _DCP = "torch.distributed.checkpoint.metadata."
 _OLD = "torch.distributed._shard.sharded_tensor.metadata."  # of the properties, up to torch 2.3
@@ -54,7 +54,7 @@ def read_metadata(data: bytes) -> Metadata:
         ValueError: it is damaged, or no metadata.
     """
     check_opcodes(data)
-    with collections_paused():
+    with no_collections():
         try:
             pickled = read_pickle(data)
         except Exception as error:

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
-from asyncckpt._sharding.collections_paused import collections_paused
 from asyncckpt._sharding.conflicts import check_items, check_plans, check_shards, describe_duplicate
 from asyncckpt._sharding.detect import is_plain_tensor
 from asyncckpt._sharding.fingerprint import fingerprint
 from asyncckpt._sharding.flatten import flatten
 from asyncckpt._sharding.metadata import complete, dump_metadata
+from asyncckpt._snapshot.collector import no_collections
 from asyncckpt.errors import SaveError
 
 if TYPE_CHECKING:
@@ -169,7 +169,7 @@ class GlobalPlan:
         ):
             return last.data.replace(last.prefix.encode(), prefix.encode()) if prefix else last.data
         names = [prefix + file for file in files]
-        with collections_paused():
+        with no_collections():
             data = dump_metadata(complete(self.metadata, self._indices, names, extents))
         self._written = _Written(prefix, list(files), list(extents), data)
         return data
@@ -198,7 +198,7 @@ def global_plan(payloads: Sequence[bytes], planner: SavePlanner | None = None) -
 
     decoder = PlanDecoder()
     planner = _default_planner() if planner is None else planner
-    with collections_paused():
+    with no_collections():
         plans = [decoder.decode(payload) for payload in payloads]
         check_plans(plans)
         # Torch 2.7 takes items out of the plans.

@@ -1,4 +1,4 @@
-"""Keep Python's garbage collector out of the training thread's wait."""
+"""Keep Python's garbage collector from looking at very many new objects, which all stay."""
 
 from __future__ import annotations
 

@@ -68,68 +68,12 @@ def async_save(  # noqa: PLR0913 - the arguments are those of DCP
         TypeError, ValueError: an argument is not supported.
     """
     del async_checkpointer_type
-    save = _start(
-        state_dict,
-        _target(checkpoint_id, storage_writer),
-        planner,
-        process_group,
-        no_dist=no_dist,
-        use_collectives=use_collectives,
-        storage_options=storage_options,
-    )
-    return _response(save, async_stager)
-
-
-def save(  # noqa: PLR0913 - the arguments are those of DCP
-    state_dict: dict[str, Any],
-    *,
-    checkpoint_id: str | os.PathLike[str] | None = None,
-    storage_writer: Any = None,
-    planner: SavePlanner | None = None,
-    process_group: ProcessGroup | None = None,
-    no_dist: bool = False,
-    use_collectives: bool = True,
-    storage_options: Mapping[str, Any] | None = None,
-) -> Checkpoint:
-    """Save a state, and wait until the checkpoint is durable; see `async_save`."""
-    started = _start(
-        state_dict,
-        _target(checkpoint_id, storage_writer),
-        planner,
-        process_group,
-        no_dist=no_dist,
-        use_collectives=use_collectives,
-        storage_options=storage_options,
-    )
-    return started.committed.result()
-
-
-def wait(timeout: float | None = None) -> None:
-    """Wait until everything given to `async_save` is durable.
-
-    Raises:
-        SaveError: for failures that were not raised before.
-        BusyError: saves are still pending after `timeout` seconds; they continue.
-    """
-    saver.drain(timeout)
-    saver.raise_failures()
-
-
-def _start(  # noqa: PLR0913 - as `save`
-    state_dict: dict[str, Any],
-    path: str,
-    planner: SavePlanner | None,
-    process_group: ProcessGroup | None,
-    *,
-    no_dist: bool,
-    use_collectives: bool,
-    storage_options: Mapping[str, Any] | None,
-) -> Save:
     began = time.perf_counter()
     if not use_collectives:
         raise ValueError(
             "use_collectives=False writes another format, without a common .metadata; leave it out"
         )
+    path = _target(checkpoint_id, storage_writer)
     store, name = locate(path, open_store("."), storage_options)
     description = Description(0, None, {}, time.time())
     state = state_dicts(state_dict)
@@ -144,7 +88,44 @@ def _start(  # noqa: PLR0913 - as `save`
         overlap=lambda _: (None, ""),
         planner=partial(_fresh, planner),
     )
-    return ranked(process_group, no_dist=no_dist).saves().save(wanted)
+    return _response(ranked(process_group, no_dist=no_dist).saves().save(wanted), async_stager)
+
+
+def save(  # noqa: PLR0913 - the arguments are those of DCP
+    state_dict: dict[str, Any],
+    *,
+    checkpoint_id: str | os.PathLike[str] | None = None,
+    storage_writer: Any = None,
+    planner: SavePlanner | None = None,
+    process_group: ProcessGroup | None = None,
+    no_dist: bool = False,
+    use_collectives: bool = True,
+    storage_options: Mapping[str, Any] | None = None,
+) -> Checkpoint:
+    """Save a state, and wait until the checkpoint is durable; see `async_save`."""
+    future = async_save(
+        state_dict,
+        checkpoint_id=checkpoint_id,
+        storage_writer=storage_writer,
+        planner=planner,
+        process_group=process_group,
+        no_dist=no_dist,
+        use_collectives=use_collectives,
+        storage_options=storage_options,
+    )
+    checkpoint: Checkpoint = future.result()
+    return checkpoint
+
+
+def wait(timeout: float | None = None) -> None:
+    """Wait until everything given to `async_save` is durable.
+
+    Raises:
+        SaveError: for failures that were not raised before.
+        BusyError: saves are still pending after `timeout` seconds; they continue.
+    """
+    saver.drain(timeout)
+    saver.raise_failures()
 
 
 def _target(checkpoint_id: str | os.PathLike[str] | None, storage_writer: Any) -> str:
