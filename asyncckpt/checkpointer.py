@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +15,9 @@ from asyncckpt._saving.due import Due
 from asyncckpt._saving.engine import get_engine
 from asyncckpt._saving.overlapping import DEVICE_MEMORY, Overlapping
 from asyncckpt._saving.ranked import Ranked
+from asyncckpt._saving.request import SaveRequest
 from asyncckpt._saving.saver import Saver
 from asyncckpt._saving.series_writer import SeriesWriter
-from asyncckpt._saving.sharded_save import ShardedSave
 from asyncckpt._saving.targets import FileTarget
 from asyncckpt._stateful import collect, stateful_objects
 from asyncckpt.errors import (
@@ -33,7 +32,7 @@ from asyncckpt.retention import check_metrics
 if TYPE_CHECKING:
     import os
     import signal
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Iterable, Mapping
     from types import TracebackType
 
     from torch.distributed import ProcessGroup
@@ -43,7 +42,6 @@ if TYPE_CHECKING:
     from asyncckpt._saving.reports import OnCommit, OnError
     from asyncckpt._saving.save import Save
     from asyncckpt._saving.saver import WhenBusy
-    from asyncckpt._snapshot.deferred import Overlap
     from asyncckpt.retention import Policy
     from asyncckpt.schedule import Schedule
     from asyncckpt.stores import Store
@@ -226,15 +224,24 @@ class Checkpointer(Finder):
         description = Description(0, step, numbers, time.time(), filename=self._names.template)
         if len(description.encode()) > MAX_BYTES:
             raise ValueError(f"the metrics take more than {MAX_BYTES} bytes; put them into the state instead")
-        chosen = partial(self._overlapping.of, overlap)
-        if self._ranked.shards(state):
-            name = self._names.folder_name(step, numbers)
-            wanted = self._sharded(step, state, name, description, began, chosen, rank_state)
-            save = self._ranked.saves().save(wanted)
-        elif rank_state is not None:
+        shards = self._ranked.shards(state)
+        if rank_state is not None and not shards:
             raise ValueError("rank_state goes with a sharded save, which sharded=True asks for")
-        else:
-            save = self._save_file(step, state, name, description, began, chosen)
+        if shards:
+            name = self._names.folder_name(step, numbers)
+        request = SaveRequest(
+            step,
+            state,
+            self._store,
+            name,
+            description,
+            began,
+            partial(self._writer.refuse_taken, name, step),
+            partial(self._overlapping.of, overlap),
+            self._writer,
+            rank_state,
+        )
+        save = self._ranked.saves().save(request) if shards else self._save_file(request)
         if overlap is None:
             self._overlapping.note(save, began)
         if not save.skipped:
@@ -242,46 +249,21 @@ class Checkpointer(Finder):
             self._due.save_taken(step, began, save)
         return save
 
-    def _save_file(  # noqa: PLR0913, PLR0917 - what is saved, and where
-        self,
-        step: int,
-        state: Any,
-        name: str,
-        description: Description,
-        began: float,
-        chosen: Callable[[list[Any]], tuple[Overlap | None, str]],
-    ) -> Save:
+    def _save_file(self, request: SaveRequest) -> Save:
         """Save a file, unless another rank does."""
+        target = FileTarget(request.store, request.name, request.description, request.series)
 
         def start() -> Save:
-            self._writer.refuse_taken(name, step)
+            request.refuse()
             objects: list[Any] = []
-            collected = collect(state, objects)
-            overlapped, reason = chosen(objects)
-            save = self._saver.save(collected, target, step, began, overlapped)
+            collected = collect(request.state, objects)
+            overlapped, reason = request.overlap(objects)
+            save = self._saver.save(collected, target, request.step, request.began, overlapped)
             save.stats.reason = save.stats.reason or reason
             return save
 
-        target = FileTarget(self._store, name, description, self._writer)
         writer = self._ranked.writer()
-        if writer is None:
-            return start()
-        return writer.save(self._saver, state, target, step, began, start)
-
-    def _sharded(  # noqa: PLR0913, PLR0917 - what is saved, and where
-        self,
-        step: int,
-        state: Any,
-        name: str,
-        description: Description,
-        began: float,
-        chosen: Callable[[list[Any]], tuple[Overlap | None, str]],
-        rank_state: Any,
-    ) -> ShardedSave:
-        refuse = partial(self._writer.refuse_taken, name, step)
-        return ShardedSave(
-            step, state, self._store, name, description, began, refuse, chosen, self._writer, rank_state
-        )
+        return start() if writer is None else writer.save(self._saver, request, target, start)
 
     def attach(self, *optimizers: Any) -> None:
         """Let overlapped saves defer the parameters and the state of optimizers until their next step.
@@ -365,9 +347,7 @@ class Checkpointer(Finder):
         """
         self._refuse_if_closed()
         if self._ranked.shards(state):
-            description = Description(0, 0, {}, time.time())
-            wanted = self._sharded(0, state, "", description, 0.0, lambda _: (None, ""), rank_state)
-            return self._ranked.saves().reserve(replace(wanted, refuse=lambda: None))
+            return self._ranked.saves().reserve(state, rank_state)
         return self._saver.reserve(collect(state))
 
     def wait(self, timeout: float | None = None) -> None:

@@ -52,6 +52,20 @@ def stride(request: pytest.FixtureRequest) -> int:
     return number
 
 
+@pytest.fixture
+def memory() -> Iterator[str]:
+    """A directory in memory, empty."""
+    from fsspec.implementations.memory import MemoryFileSystem  # noqa: PLC0415 - most tests do without
+
+    def clear() -> None:
+        MemoryFileSystem.store.clear()
+        MemoryFileSystem.pseudo_dirs[:] = [""]
+
+    clear()
+    yield "memory://runs"
+    clear()
+
+
 @pytest.fixture(scope="session")
 def moto() -> Iterator[MotoServer]:
     """An S3 server with a bucket; each test has a prefix of its own in it."""

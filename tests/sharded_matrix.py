@@ -45,7 +45,12 @@ class Net(nn.Module):
 def model_of(kind: str, seed: int) -> Any:
     """Return a model, the same on all ranks."""
     torch.manual_seed(seed)
-    model, ranks = Net(), dist.get_world_size()
+    return parallelized(Net(), kind)
+
+
+def parallelized(model: Any, kind: str) -> Any:
+    """Spread a model that has modules `up` and `low` over all ranks."""
+    ranks = dist.get_world_size()
     if kind == "tp":
         mesh = init_device_mesh("cpu", (ranks,))
         parallelize_module(model, mesh, {"up": ColwiseParallel(), "low": RowwiseParallel()})

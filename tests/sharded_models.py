@@ -5,10 +5,9 @@ MODELS = """\
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.distributed.device_mesh import init_device_mesh
+from sharded_matrix import parallelized
 
 class Net(nn.Module):
     def __init__(self):
@@ -26,19 +25,7 @@ class Net(nn.Module):
 
 def model_of(kind, seed):
     torch.manual_seed(seed)
-    model = Net()
-    if kind == "tp":
-        mesh = init_device_mesh("cpu", (ranks,))
-        plan = {"up": ColwiseParallel(output_layouts=None), "low": RowwiseParallel()}
-        parallelize_module(model, mesh, {"up": ColwiseParallel(), "low": RowwiseParallel()})
-    elif kind == "fsdp":
-        mesh = init_device_mesh("cpu", (ranks,))
-        fully_shard(model.up, mesh=mesh)
-        fully_shard(model, mesh=mesh)
-    elif kind == "hsdp":
-        mesh = init_device_mesh("cpu", (ranks // 2, 2), mesh_dim_names=("replicate", "shard"))
-        fully_shard(model, mesh=mesh)
-    return model
+    return parallelized(Net(), kind)
 
 def trained(kind, seed):
     model = model_of(kind, seed)

@@ -10,7 +10,6 @@ import anyio
 import fsspec
 import pytest
 import torch
-from fsspec.implementations.memory import MemoryFileSystem
 from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
 from typer.testing import CliRunner
 
@@ -25,7 +24,6 @@ from sameness import assert_same
 from support import flip
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
     from typer.testing import Result
@@ -134,15 +132,6 @@ def test_folder_that_is_replaced_meanwhile_is_not_described(
     with pytest.raises(CheckpointNotFoundError, match="was replaced while it was read"):
         anyio.run(adopt_folder, open_store(str(run)), found)
     assert checkpoints(run) == []
-
-
-@pytest.fixture
-def memory() -> Iterator[str]:
-    MemoryFileSystem.store.clear()
-    MemoryFileSystem.pseudo_dirs[:] = [""]
-    yield "memory://runs"
-    MemoryFileSystem.store.clear()
-    MemoryFileSystem.pseudo_dirs[:] = [""]
 
 
 def test_remote_folders_are_adopted(run: Path, memory: str) -> None:

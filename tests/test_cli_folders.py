@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import fsspec
 import pytest
 import torch
-from fsspec.implementations.memory import MemoryFileSystem
 from typer.testing import CliRunner
 
 from asyncckpt import Checkpointer
@@ -22,7 +21,6 @@ from folders import DATA, MARK, change_metadata, save_by_stock, save_described
 from support import flip, run_python
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
     from typer.testing import Result
@@ -295,15 +293,6 @@ def test_folders_of_an_object_store(moto: MotoServer, tmp_path: Path) -> None:
     assert [row["step"] for row in document("ls", url, *given)] == [1, 2, 3]
     assert run("prune", url, "--keep", "last:1", *given).exit_code == 0
     assert sorted(path.rpartition("/")[2] for path in fs.find(url)) == [MARK, DATA]
-
-
-@pytest.fixture
-def memory() -> Iterator[str]:
-    MemoryFileSystem.store.clear()
-    MemoryFileSystem.pseudo_dirs[:] = [""]
-    yield "memory://runs"
-    MemoryFileSystem.store.clear()
-    MemoryFileSystem.pseudo_dirs[:] = [""]
 
 
 def test_folders_of_a_remote_directory(directory: Path, memory: str) -> None:

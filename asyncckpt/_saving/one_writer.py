@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from asyncckpt._ranks.group import ProcessGroup
+    from asyncckpt._saving.request import SaveRequest
     from asyncckpt._saving.save import Save
     from asyncckpt._saving.saver import Saver
     from asyncckpt._saving.staging import Snapshot
@@ -69,29 +70,21 @@ class OneWriter:
             self._decided = int(self._requests.swap("writer", None, str(self._rank).encode()))
         return self._decided
 
-    def save(  # noqa: PLR0913, PLR0917 - one save, and how it is started
-        self,
-        saver: Saver,
-        state: Any,
-        target: FileTarget,
-        step: int,
-        began: float,
-        start: Callable[[], Save],
-    ) -> Save:
+    def save(self, saver: Saver, request: SaveRequest, target: FileTarget, start: Callable[[], Save]) -> Save:
         """Save a file on the rank that writes; follow it on the others.
 
         Args:
             saver: of this rank.
-            state: what is saved.
+            request: what is asked for.
             target: the file.
-            step: of the save.
-            began: start of the public call, by `time.perf_counter`.
             start: starts the save; called on the rank that writes.
         """
-        number = self._next_save(state)
+        step = request.step
+        number = self._next_save(request.state)
         if self.writer() != self._rank:
             saver.raise_failures("; the save that raised this was not started")
-            return saver.follow(FollowedTarget(self, number, step, target, self._timeout), step, began)
+            followed = FollowedTarget(self, number, step, target, self._timeout)
+            return saver.follow(followed, step, request.began)
         try:
             save = start()
         except BaseException as error:
@@ -109,7 +102,7 @@ class OneWriter:
                 self._put("entries", self._entries)
         return number
 
-    def _tell_failure(self, number: int, step: int, error: BaseException) -> None:
+    def _tell_failure(self, number: int, step: int | None, error: BaseException) -> None:
         self._put_result(number, {"step": step, "error": f"{type(error).__name__}: {error}"})
 
     def _tell_result(self, number: int, save: Save) -> None:
@@ -132,7 +125,7 @@ class OneWriter:
             for frame in packed(self._rank, json.dumps(value).encode()):
                 self._requests.append(key, frame)
 
-    def result(self, number: int, step: int) -> dict[str, Any]:
+    def result(self, number: int, step: int | None) -> dict[str, Any]:
         """Wait for what the writer tells of a save; called on a worker thread.
 
         Raises:
@@ -209,7 +202,9 @@ class FollowedTarget(Target):
         timeout: seconds after which what is not to be seen here is elsewhere.
     """
 
-    def __init__(self, writer: OneWriter, number: int, step: int, target: FileTarget, timeout: float) -> None:
+    def __init__(
+        self, writer: OneWriter, number: int, step: int | None, target: FileTarget, timeout: float
+    ) -> None:
         self.path = target.path
         self._writer = writer
         self._number = number

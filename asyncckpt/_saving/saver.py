@@ -149,7 +149,7 @@ class Saver:
             raise
         return job.save
 
-    def follow(self, target: Target, step: int, began: float) -> Save:
+    def follow(self, target: Target, step: int | None, began: float) -> Save:
         """Queue a save of which another rank takes the snapshot."""
         self.open()
         job = Job(self, target, step, began)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from asyncckpt._ranks.round import Round
@@ -22,8 +23,8 @@ if TYPE_CHECKING:
 
     from asyncckpt._ranks.calls import Running
     from asyncckpt._ranks.coordination import Coordination, Exchange
+    from asyncckpt._saving.request import SaveRequest
     from asyncckpt._saving.saver import Saver
-    from asyncckpt._saving.sharded_save import ShardedSave
     from asyncckpt._saving.staging import Frozen
 
 T = TypeVar("T")
@@ -47,7 +48,7 @@ class ShardedSaves:
         self._plan: SharedPlan | None = None
         self._stagers: ShardStager | None = None
 
-    def save(self, wanted: ShardedSave) -> Save:
+    def save(self, wanted: SaveRequest) -> Save:
         """Take the snapshot of this rank, and queue its write; return once the state may be changed.
 
         Raises:
@@ -58,9 +59,10 @@ class ShardedSaves:
         same = f"save({wanted.step}) as {wanted.name}"
         return self._all_or_none(same, lambda attempt: self._save(wanted, same, attempt))
 
-    def _save(self, wanted: ShardedSave, same: str, attempt: _Attempt) -> Save:
+    def _save(self, wanted: SaveRequest, same: str, attempt: _Attempt) -> Save:
         stats = SaveStats()
-        part, flags, error = self._prepared(wanted, stats)
+        part = _Part(wanted.state, wanted.rank_state, wanted.planner())
+        flags, error = self._prepare(part, wanted.refuse, stats)
         exchanging = attempt.exchange = self._coordination.exchanging(same, flags, _text(error))
         if part.frozen is None or flags:
             exchange = self._agreed(exchanging.call, error, stats)
@@ -88,7 +90,7 @@ class ShardedSaves:
 
     def _save_differing(  # noqa: PLR0913, PLR0917 - what `_save` knows
         self,
-        wanted: ShardedSave,
+        wanted: SaveRequest,
         same: str,
         part: _Part,
         exchange: Exchange,
@@ -106,7 +108,7 @@ class ShardedSaves:
         made = attempt.begin(self._coordination, exchange)
         return self._start(wanted, self._planned(part, exchange, made, same, stats), lambda: made)
 
-    def reserve(self, wanted: ShardedSave) -> int:
+    def reserve(self, state: Any, rank_state: Any = None) -> int:
         """Plan a save, and allocate host memory for its snapshots; return the size of one on this rank.
 
         Raises:
@@ -114,11 +116,12 @@ class ShardedSaves:
             SaveError: this rank cannot save.
         """
         self._refuse_to_wait("reserve()")
-        return self._all_or_none("reserve()", lambda attempt: self._reserve(wanted, attempt))
+        return self._all_or_none("reserve()", lambda attempt: self._reserve(state, rank_state, attempt))
 
-    def _reserve(self, wanted: ShardedSave, attempt: _Attempt) -> int:
+    def _reserve(self, state: Any, rank_state: Any, attempt: _Attempt) -> int:
         stats, same = SaveStats(), "reserve()"
-        part, flags, error = self._prepared(wanted, stats)
+        part = _Part(state, rank_state)
+        flags, error = self._prepare(part, lambda: None, stats)
         attempt.exchange = self._coordination.exchanging(same, flags, _text(error))
         exchange = self._agreed(attempt.exchange.call, error, stats)
         made = attempt.begin(self._coordination, exchange)
@@ -169,32 +172,32 @@ class ShardedSaves:
         if _CHANGED in flags:
             ranks.refuse(last + 1, f"the plan of {same}", why)
 
-    def _prepared(self, wanted: ShardedSave, stats: SaveStats) -> tuple[_Part, list[str], Exception | None]:
-        """Return this rank's part, frozen if the last plan still holds, and what the others have to know."""
+    def _prepare(
+        self, part: _Part, refuse: Callable[[], object], stats: SaveStats
+    ) -> tuple[list[str], Exception | None]:
+        """Freeze this rank's part if the last plan still holds; return what the others have to know."""
         flags = []
         if self._saver.reports.has_failures():
             flags.append(_FAILED)
         if self._skips and self._saver.is_full():
             flags.append(_BUSY)
-        part = _Part()
         try:
-            self._collect(part, wanted, stats)  # on all ranks: FSDP1 has collectives in it
+            self._collect(part, stats)  # on all ranks: FSDP1 has collectives in it
             if self._coordination.leads:
-                wanted.refuse()
+                refuse()
             if self._plan is None or self._plan.fingerprint != part.plan.fingerprint:
                 flags.append(_CHANGED)
             else:
                 part.frozen = self._stager.freeze((self._plan.kept, part.plan.flat), stats)
         except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks wait to be told
-            return part, flags, error
-        return part, flags, None
+            return flags, error
+        return flags, None
 
-    def _collect(self, part: _Part, wanted: ShardedSave, stats: SaveStats) -> None:
+    def _collect(self, part: _Part, stats: SaveStats) -> None:
         began = time.perf_counter()
-        state, part.objects = collect_sharded(wanted.state)
-        if wanted.rank_state is not None:
-            state = with_rank_state(state, self._coordination.rank, wanted.rank_state)
-        part.planner = wanted.planner()
+        state, part.objects = collect_sharded(part.state)
+        if part.rank_state is not None:
+            state = with_rank_state(state, self._coordination.rank, part.rank_state)
         part.plan = LocalPlan(state, part.planner)
         stats.freeze += time.perf_counter() - began
 
@@ -208,7 +211,7 @@ class ShardedSaves:
         try:
             plan = self._plan_together(part, made, stats)
             part.frozen = self._stager.freeze((plan.kept, part.plan.flat), stats)
-        except Exception as found:  # noqa: BLE001 - as in `_prepared`
+        except Exception as found:  # noqa: BLE001 - as in `_prepare`
             made.fail(f"{type(found).__name__}: {found}")
             error = found
         self._agreed(self._coordination.exchanging(same, (), _text(error)).call, error, stats)
@@ -224,7 +227,7 @@ class ShardedSaves:
         stats.agreement += time.perf_counter() - began
         return plan
 
-    def _start(self, wanted: ShardedSave, part: _Part, agree: Callable[[], Round]) -> Save:
+    def _start(self, wanted: SaveRequest, part: _Part, agree: Callable[[], Round]) -> Save:
         assert self._plan is not None  # noqa: S101 - it is planned
         target = ShardedTarget(
             wanted.store,
@@ -286,12 +289,15 @@ def _is_given_up() -> bool:
     return get_engine().given_up
 
 
+@dataclass(slots=True, eq=False)
 class _Part:
     """What this rank brings to a save."""
 
-    plan: LocalPlan
-    planner: SavePlanner | None
-    objects: list[Any]
+    state: Any
+    rank_state: Any
+    planner: SavePlanner | None = None
+    plan: LocalPlan = field(init=False)
+    objects: list[Any] = field(init=False)
     frozen: Frozen | None = None
 
 

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from asyncckpt._checksum import crc32
-from asyncckpt._saving.targets import Target
-from asyncckpt._saving.transfer import Transfer
+from asyncckpt._saving.targets import Target, write_plan
 from asyncckpt._threads import in_thread
 from asyncckpt.errors import RankError
 from asyncckpt.layout.description import checkpoint_of
@@ -194,14 +193,7 @@ class ShardedTarget(Target):
         if not plan.size:
             await in_thread(snapshot.settle)
             return self.plan.report(None)
-        transfer = Transfer(plan, snapshot.lease.view, snapshot.filled, stats)
-        async with folder.store.draft(folder.member(data_file(self.rank)), plan.size) as draft:
-            await transfer.into(draft)
-            await in_thread(snapshot.settle)
-            written = time.perf_counter()
-            await draft.commit()
-        stats.commit = time.perf_counter() - written
-        stats.sync = draft.sync_seconds
+        await write_plan(plan, snapshot, folder.store, folder.member(data_file(self.rank)), stats)
         return self.plan.report(plan)
 
     def _mark(

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from asyncckpt._saving.series_writer import SeriesWriter
     from asyncckpt._saving.staging import Snapshot
     from asyncckpt.layout.description import Description
+    from asyncckpt.layout.plan import FilePlan
     from asyncckpt.stores.base import Store
     from asyncckpt.types import Checkpoint, SaveStats
 
@@ -76,16 +77,21 @@ class FileTarget(Target):
         else:
             description = await self.series.number(self.name, self.description)
         plan = await in_thread(snapshot.plan, description.encode())
-        transfer = Transfer(plan, snapshot.lease.view, snapshot.filled, stats)
-        async with self.store.draft(self.name, plan.size) as draft:
-            await transfer.into(draft)
-            await in_thread(snapshot.settle)
-            written = time.perf_counter()
-            await draft.commit()
-        stats.commit = time.perf_counter() - written
-        stats.sync = draft.sync_seconds
+        await write_plan(plan, snapshot, self.store, self.name, stats)
         return checkpoint_of(self.path, description, plan.size)
 
     async def evict(self, committed: Checkpoint) -> None:
         if self.series is not None:
             await self.series.evict(committed)
+
+
+async def write_plan(plan: FilePlan, snapshot: Snapshot, store: Store, name: str, stats: SaveStats) -> None:
+    """Write the planned file of a snapshot, and commit it; the copy of the snapshot may still be running."""
+    transfer = Transfer(plan, snapshot.lease.view, snapshot.filled, stats)
+    async with store.draft(name, plan.size) as draft:
+        await transfer.into(draft)
+        await in_thread(snapshot.settle)
+        written = time.perf_counter()
+        await draft.commit()
+    stats.commit = time.perf_counter() - written
+    stats.sync = draft.sync_seconds

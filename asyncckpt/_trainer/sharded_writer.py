@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from asyncckpt._saving.ranked import Ranked
-from asyncckpt._saving.sharded_save import ShardedSave
+from asyncckpt._saving.request import SaveRequest
 from asyncckpt._snapshot.freeze import Freezer
 from asyncckpt.layout.description import Description
 
@@ -56,7 +56,7 @@ class ShardedWriter:
             name: of the directory.
             step: the training step, if there is one.
             began: start of the public call, by `time.perf_counter`.
-            overlap: as of `ShardedSave`.
+            overlap: as of `SaveRequest`.
             refuse: called on rank 0; what it raises ends the save on all ranks.
 
         Raises:
@@ -70,7 +70,7 @@ class ShardedWriter:
             extras[_META] = _pickled(rest)
 
         description = Description(0, step, {}, time.time())
-        wanted = ShardedSave(step, shards, store, name, description, began, prepare, overlap, extras=extras)
+        wanted = SaveRequest(step, shards, store, name, description, began, prepare, overlap, extras=extras)
         return self._ranked.saves().save(wanted)
 
     def end(self) -> None:

@@ -10,7 +10,7 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
 from asyncckpt._finder import locate
-from asyncckpt._saving.sharded_save import ShardedSave
+from asyncckpt._saving.request import SaveRequest
 from asyncckpt.distributed._groups import checked_path, ranked, saver, state_dicts
 from asyncckpt.layout.description import Description
 from asyncckpt.stores import open_store
@@ -77,7 +77,7 @@ def async_save(  # noqa: PLR0913 - the arguments are those of DCP
     store, name = locate(path, open_store("."), storage_options)
     description = Description(0, None, {}, time.time())
     state = state_dicts(state_dict)
-    wanted = ShardedSave(
+    wanted = SaveRequest(
         None,
         state,
         store,

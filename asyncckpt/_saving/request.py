@@ -1,4 +1,4 @@
-"""What a save of all ranks is to be."""
+"""What is asked for in a save."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ if TYPE_CHECKING:
 
 
 @dataclass(slots=True, eq=False)
-class ShardedSave:
-    """What one save of all ranks is to be.
+class SaveRequest:
+    """What is asked for in a save: of this rank, or of all together.
 
     Attributes:
-        step: the training step; None for a folder of its own.
+        step: the training step; None for a folder that belongs to no series.
         state: the live state.
-        store, name, description: the folder.
+        store, name, description: the file or folder.
         began: start of the public call, by `time.perf_counter`.
-        refuse: called on rank 0; raises if the folder may not be written.
+        refuse: called on the rank that commits; raises if another checkpoint would be replaced.
         overlap: returns what may be deferred, given the stateful objects of the state, and why nothing may.
         series: numbers and evicts; None for a single folder.
         rank_state: what is saved for each rank of its own; None for nothing.
